@@ -1,0 +1,252 @@
+"""A whole server over instances that answer by a script: all of it is real but for the three instances."""
+
+import asyncio
+import base64
+import io
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from openai import OpenAI
+from PIL import Image
+
+from tests.checkpoints import make_checkpoint
+from triptych.config import ServerConfig
+from triptych.core import FinishReason, InstanceId, RequestId, Role, TokenLogprobs, UnitHash
+from triptych.messages import (
+    Abort,
+    AnyMessage,
+    Encode,
+    Failed,
+    Load,
+    Located,
+    Peer,
+    PoolUsage,
+    SlabDescription,
+    Submit,
+    Table,
+    Tokens,
+    TokenUpdate,
+)
+from triptych.model.processor import Processor
+from triptych.server.app import create_app
+from triptych.server.frontend import Frontend
+from triptych.server.running import bind, make_http_server
+from triptych.telemetry import Telemetry
+
+E, P, D = InstanceId("e0"), InstanceId("p0"), InstanceId("d0")
+ANSWER = "Hello, wörld 👋!"
+
+
+@cache
+def processor() -> Processor:
+    """That of a tiny checkpoint: byte-level tokens, pictures of 4 to 24 tokens."""
+    return Processor.load(make_checkpoint("qwen2_vl", Path(tempfile.mkdtemp(prefix="triptych-server-"))))
+
+
+def ids(text: str) -> list[int]:
+    return processor().encode(text, add_special_tokens=False)
+
+
+def end_id() -> int:
+    return min(processor().eos_token_ids)
+
+
+Answer = Callable[[Submit], list[int]]
+
+
+@dataclass
+class Job:
+    order: Submit
+    missing: set[UnitHash]
+    script: deque[int]
+
+
+class FakeCluster:
+    """One E, one P and one D that follow the protocol, on the event loop of the frontend.
+
+    `answer` says which tokens a prompt gets. Each turn of the loop is a step: one token for every sequence.
+    """
+
+    def __init__(self, answer: Answer, step_s: float = 0.0) -> None:
+        self.answer = answer
+        self.end_id = end_id()
+        self.step_s = step_s
+        self.frozen = False  # takes orders, but does no work
+        self.sent: list[tuple[InstanceId, AnyMessage]] = []
+        self.aborted: list[tuple[InstanceId, RequestId]] = []
+        self.prefilling: dict[RequestId, Job] = {}
+        self.decoding: dict[RequestId, Job] = {}
+        self._encoded: dict[RequestId, set[UnitHash]] = {}
+        self._frontend: Frontend | None = None
+        self._stepping: asyncio.TimerHandle | asyncio.Handle | None = None
+
+    def connect(self, frontend: Frontend, roles: dict[InstanceId, Role] | None = None) -> None:
+        self._frontend = frontend
+        roles = {E: Role.E, P: Role.P, D: Role.D} if roles is None else roles
+        slab = SlabDescription({}, "", "cpu", 0, {})
+        frontend.handle(Table(1, [Peer(id, role, "epoch", "", slab) for id, role in roles.items()]))
+        for id in roles:
+            queues = {"prefill_waiting": 1, "prefill_running": 2} if id == P else {}
+            pools = {"kv": PoolUsage(10, 5, 3, 2)} if id != E else {"embedding": PoolUsage(4, 4, 0, 0)}
+            frontend.handle(Load(id, queues, pools, {}, {"encode_units_total": 7.0} if id == E else {}))
+
+    @property
+    def idle(self) -> bool:
+        return not self.prefilling and not self.decoding
+
+    def send(self, instance: InstanceId, message: AnyMessage) -> None:
+        self.sent.append((instance, message))
+        match message:
+            case Encode():
+                asyncio.get_running_loop().call_soon(self._encode, message)
+            case Submit():
+                units = {unit.hash for unit in message.units} - self._encoded.pop(message.request_id, set())
+                self.prefilling[message.request_id] = Job(message, units, deque(self.answer(message)))
+                self._schedule()
+            case Abort():
+                self.aborted.append((instance, message.request_id))
+                if instance == P:
+                    self.prefilling.pop(message.request_id, None)
+                if instance == D:
+                    self.decoding.pop(message.request_id, None)
+
+    def num_sent(self, kind: type[AnyMessage]) -> int:
+        return sum(isinstance(message, kind) for _, message in self.sent)
+
+    def _encode(self, order: Encode) -> None:
+        if self.frozen:
+            return
+        try:
+            Image.open(io.BytesIO(order.data)).load()
+        except OSError as error:
+            self._tell(Failed(order.request_id, f"the image cannot be decoded: {error}", 400, None, order.unit.hash))
+            return
+        job = self.prefilling.get(order.request_id)
+        if job is not None:
+            job.missing.discard(order.unit.hash)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._stepping is None:
+            self._stepping = asyncio.get_running_loop().call_later(self.step_s, self._step)
+
+    def _step(self) -> None:
+        self._stepping = None
+        if self.frozen:
+            return
+        ready = [id for id, job in self.prefilling.items() if not job.missing]
+        first = [self._sample(self.prefilling[id]) for id in ready]
+        more = [self._sample(job) for job in self.decoding.values()]
+        for id, update in zip(ready, first, strict=True):
+            job = self.prefilling.pop(id)
+            if update.finish is None:
+                self.decoding[id] = job
+                self._tell(Located(id, D))
+        for update in more:
+            if update.finish is not None:
+                del self.decoding[update.request_id]
+        if first:
+            self._tell(Tokens(P, first))
+        if more:
+            self._tell(Tokens(D, more))
+        if self.decoding or any(not job.missing for job in self.prefilling.values()):
+            self._schedule()
+
+    def _sample(self, job: Job) -> TokenUpdate:
+        sampling = job.order.sampling
+        token = job.script.popleft() if job.script else self.end_id
+        num_left = sampling.max_tokens - len(self.answer(job.order)) + len(job.script)
+        finish = None
+        if (token == self.end_id and not sampling.ignore_eos) or token in sampling.stop_token_ids:
+            finish = FinishReason.STOP
+        elif num_left <= 0:
+            finish = FinishReason.LENGTH
+        scores = None
+        if sampling.logprobs is not None:
+            top = [token, (token + 1) % 256][: sampling.logprobs]
+            scores = TokenLogprobs(-0.5, top, [-0.5, -1.5][: sampling.logprobs])
+        return TokenUpdate(job.order.request_id, token, finish, scores)
+
+    def _tell(self, message: AnyMessage) -> None:
+        assert self._frontend is not None
+        self._frontend.handle(message)
+
+
+class Stack:
+    """A whole server in a thread: real HTTP, frontend and processor, fake instances."""
+
+    def __init__(self, answer: Answer | None = None, *, step_s: float = 0.0, **changes: Any) -> None:
+        """`changes` go into the server's configuration."""
+        self.config = ServerConfig(**({"served_model_names": ("fake",), "max_model_len": 512} | changes))
+        self.telemetry = Telemetry("fake")
+        self.cluster = FakeCluster(answer or (lambda order: ids(ANSWER)), step_s)
+        self.frontend = Frontend(processor(), self.cluster, self.telemetry)
+        app = create_app(self.frontend, processor(), self.config, self.telemetry, model_root="/models/fake")
+        self._server = make_http_server(app)
+        self._socket = bind("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._started.wait(10)
+        key = self.config.api_key
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self.http = httpx.Client(base_url=self.url, timeout=10, headers=headers)
+        self.openai = OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.http.close()
+        self.openai.close()
+        self._server.should_exit = True
+        self._thread.join(10)
+        self._socket.close()
+        assert not self._thread.is_alive()
+
+    def chat(self, **fields: Any) -> httpx.Response:
+        """A request with one short message, but for what `fields` say."""
+        body = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0} | fields
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def wait_until_idle(self) -> None:
+        """Every instance and the frontend forgot every request, within a second."""
+        deadline = time.monotonic() + 1
+        while not (self.cluster.idle and self.frontend.num_live == 0):
+            assert time.monotonic() < deadline, (self.cluster.prefilling, self.cluster.decoding, self.frontend.num_live)
+            time.sleep(0.005)
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.cluster.connect(self.frontend)
+        serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started:
+            await asyncio.sleep(0.005)
+        self._started.set()
+        await serving
+
+
+def picture(width: int = 32, height: int = 32, colour: str = "red", kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(out, kind)
+    return out.getvalue()
+
+
+def data_url(data: bytes, mime: str = "image/png") -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def image_part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}

@@ -1,0 +1,173 @@
+"""The command line: turns flags into validated options. Heavy imports happen inside the commands."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from triptych import __version__
+from triptych.config import GIB, MemoryConfig, ModelConfig, SchedulingConfig, ServerConfig, require
+from triptych.core import Placement
+from triptych.errors import ConfigError, TriptychError
+
+app = typer.Typer(
+    help="Serve large multimodal models in three stages: encode, prefill, decode.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 asked for something that cannot be."""
+    try:
+        app()
+    except ConfigError as error:
+        sys.exit(_say(error, 2))
+    except TriptychError as error:
+        sys.exit(_say(error, 1))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or Hugging Face id; the built-in model if left out.")
+    ] = None,
+    placement: Annotated[
+        str, typer.Option(help="Counts and roles: 1e1p1d, 2e1pd, 1ep1d, 1ed1p, 1epd, 2e2p2d, ...")
+    ] = "1e1p1d",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 lets the system choose.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="TRIPTYCH_API_KEY", help="Clients must send it as a bearer token.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="Revision of the checkpoint on the hub.")] = "",
+    max_model_len: Annotated[int | None, typer.Option(help="Prompt + output tokens of one request.")] = None,
+    limit_mm_per_prompt: Annotated[
+        str, typer.Option(help="Media items of each kind in one request, as JSON, for example '{\"image\": 8}'.")
+    ] = '{"image": 32}',
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda (all devices in turn) or cuda:N.")] = "cpu",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights (benchmarks).")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of dummy weights.")] = 0,
+    transfer: Annotated[str, typer.Option(help="Between instances: auto, shm or nixl.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads per instance; the cores shared out if left out.")
+    ] = None,
+    kv_cache_gib: Annotated[float | None, typer.Option(help="KV cache of one instance in GiB.")] = None,
+    embedding_cache_gib: Annotated[float | None, typer.Option(help="Embedding cache of one instance in GiB.")] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Part of a GPU's memory that an instance may fill.")
+    ] = 0.9,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that decode together on one instance.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one language step.")] = 2048,
+    max_image_pixels: Annotated[int, typer.Option(help="Largest picture, decided from its header.")] = 64_000_000,
+    max_body_mib: Annotated[int, typer.Option(help="Largest request body.")] = 64,
+    media_fetch_timeout_s: Annotated[float, typer.Option(help="For one http(s) media URL.")] = 10.0,
+    allow_private_media_hosts: Annotated[
+        bool, typer.Option("--allow-private-media-hosts", help="Fetch media from private and loopback addresses too.")
+    ] = False,
+    allowed_local_media_path: Annotated[
+        str | None, typer.Option(help="Folder that file: URLs may read from; file: is refused if left out.")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Start an OpenAI-compatible server on any placement of encode, prefill and decode instances."""
+    import asyncio
+
+    from triptych.serve import ServeOptions
+    from triptych.serve import serve as run
+    from triptych.telemetry import set_up_logging
+
+    for field, value, valid in (
+        ("dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
+        ("load_format", load_format, ("auto", "dummy")),
+        ("transfer", transfer, ("auto", "shm", "nixl")),
+        ("log_level", log_level, ("debug", "info", "warning", "error")),
+    ):
+        require(value in valid, f"--{field.replace('_', '-')}", f"{value!r} is none of {', '.join(valid)}")
+    for name, number, low in (
+        ("--port", port, 0),
+        ("--max-num-seqs", max_num_seqs, 1),
+        ("--max-num-batched-tokens", max_num_batched_tokens, 1),
+        ("--max-image-pixels", max_image_pixels, 1),
+        ("--max-body-mib", max_body_mib, 1),
+    ):
+        require(number >= low, name, f"{number} is below {low}")
+    require(port <= 65535, "--port", f"{port} is above 65535")
+    require(threads is None or threads >= 1, "--threads", f"{threads} is below 1")
+    require(0 < gpu_memory_utilization <= 1, "--gpu-memory-utilization", f"{gpu_memory_utilization} is not in (0, 1]")
+    require(media_fetch_timeout_s > 0, "--media-fetch-timeout-s", f"{media_fetch_timeout_s} is not above 0")
+    parsed_placement = Placement.parse(placement)
+    limits = _limits(limit_mm_per_prompt)
+    set_up_logging(log_level.upper())
+
+    from triptych.demo import checkpoint_path
+    from triptych.model.loading import resolve_checkpoint
+
+    path = checkpoint_path() if model is None else resolve_checkpoint(model, revision)
+    names = tuple(served_model_name or (["triptych-demo"] if model is None else [model]))
+    options = ServeOptions(
+        placement=parsed_placement,
+        model=ModelConfig(
+            path=str(path),
+            name=names[0],
+            revision=revision,
+            dtype=dtype,  # type: ignore[arg-type]
+            device=device,
+            load_format=load_format,  # type: ignore[arg-type]
+            max_model_len=max_model_len,
+            seed=seed,
+        ),
+        memory=MemoryConfig(
+            kv_cache_bytes=_bytes("--kv-cache-gib", kv_cache_gib),
+            embedding_cache_bytes=_bytes("--embedding-cache-gib", embedding_cache_gib),
+            gpu_memory_utilization=gpu_memory_utilization,
+        ),
+        scheduling=SchedulingConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+        server=ServerConfig(
+            host=host,
+            port=port,
+            api_key=api_key,
+            served_model_names=names,
+            limit_mm_per_prompt=limits,
+            max_body_bytes=max_body_mib << 20,
+            max_image_pixels=max_image_pixels,
+            media_fetch_timeout_s=media_fetch_timeout_s,
+            allow_private_media_hosts=allow_private_media_hosts,
+            allowed_local_media_path=allowed_local_media_path,
+        ),
+        transfer=transfer,
+        threads=threads,
+    )
+    asyncio.run(run(options))
+
+
+def _limits(text: str) -> dict[str, int]:
+    try:
+        limits: Any = json.loads(text)
+    except ValueError:
+        limits = None
+    valid = isinstance(limits, dict) and all(type(n) is int and n >= 0 for n in limits.values())
+    require(valid, "--limit-mm-per-prompt", f'{text!r} is no JSON object of counts such as {{"image": 8}}')
+    return dict(limits)
+
+
+def _bytes(field: str, gib: float | None) -> int | None:
+    require(gib is None or 0 < gib < 1 << 20, field, f"{gib} is not a size above 0")
+    return None if gib is None else int(gib * GIB)
+
+
+def _say(error: TriptychError, code: int) -> int:
+    typer.echo(f"triptych: {error}", err=True)
+    return code

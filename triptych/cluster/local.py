@@ -1,0 +1,80 @@
+"""Starts, watches and stops worker processes on this host. Knows no role and no message."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+
+from triptych.config import InstanceConfig
+from triptych.engine.worker import work
+
+PRELOAD = ["triptych.engine.worker"]  # imported once by the fork server: an instance then starts without that cost
+
+
+class LocalWorker:
+    """One worker process. `exit_code` is None while it lives; `failure` is what it said before it died, if anything."""
+
+    def __init__(self, process: ForkServerProcess, failures: Connection) -> None:
+        self._process = process
+        self._failures = failures
+        assert process.pid is not None
+        self.pid: int = process.pid
+        self.failure: str | None = None
+        self.exited = asyncio.Event()
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.exitcode
+
+    def watch(self, on_exit: Callable[[], None]) -> None:
+        """Calls `on_exit` on the event loop within milliseconds of the process's end."""
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(self._process.sentinel)
+            self._process.join()
+            self.failure = self._read_failure()
+            self.exited.set()
+            on_exit()
+
+        loop.add_reader(self._process.sentinel, ended)
+
+    def kill(self) -> None:
+        if self._process.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
+
+    async def wait(self, seconds: float) -> bool:
+        """Whether the process ended within that time."""
+        try:
+            await asyncio.wait_for(self.exited.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def _read_failure(self) -> str | None:
+        try:
+            return str(self._failures.recv()) if self._failures.poll() else None
+        except EOFError:  # it died without a word: killed, or out of memory
+            return None
+        finally:
+            self._failures.close()
+
+
+class LocalCluster:
+    """Processes from a fork server that has the heavy libraries imported already."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+
+    def start(self, config: InstanceConfig) -> LocalWorker:
+        failures, child_end = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=work, args=(config, child_end), name=f"triptych-{config.id}", daemon=True
+        )
+        process.start()
+        child_end.close()
+        return LocalWorker(process, failures)

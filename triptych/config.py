@@ -1,0 +1,81 @@
+"""Frozen configuration, validated once and passed down in parts: a class takes the part it needs."""
+
+from typing import Literal
+
+import msgspec
+
+from triptych.core import InstanceId, Role
+from triptych.errors import ConfigError
+
+KV_BLOCK_TOKENS = 16  # the block size of vLLM and of the paper
+EMBEDDING_BLOCK_TOKENS = 16
+
+GIB = 1 << 30
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Which checkpoint, and how it is loaded."""
+
+    path: str  # a local folder in Hugging Face format
+    name: str  # what clients call it
+    revision: str = ""  # part of every unit hash, so that two revisions never share an embedding
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the checkpoint's own
+    device: str = "cpu"  # or cuda, cuda:1
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights from the config alone
+    max_model_len: int | None = None  # prompt + output tokens of one request; None: what the model supports
+    seed: int = 0  # of dummy weights
+
+
+class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes of the pools of one instance. On CPU pages are taken when first written."""
+
+    kv_cache_bytes: int | None = None  # None: CPU 1 GiB (or less where it can never be filled), CUDA by utilisation
+    embedding_cache_bytes: int | None = None  # None: CPU 256 MiB, CUDA 1 GiB
+    gpu_memory_utilization: float = 0.9
+
+
+class SchedulingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of one step."""
+
+    max_num_seqs: int = 64  # sequences that decode together
+    max_num_batched_tokens: int = 2048  # tokens of one language step: decodes first, prefill chunks fill the rest
+    max_encode_tokens: int = 1024  # embedding rows of one encode step; a larger single unit goes alone
+
+
+class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that one worker process is told at its start."""
+
+    id: InstanceId
+    role: Role
+    epoch: str  # new for every process start
+    inbox: str  # address this instance listens on
+    frontend: str  # address of the frontend's inbox
+    threads: int  # CPU threads for tensor work
+    transfer: Literal["auto", "shm", "nixl"]
+    model: ModelConfig
+    memory: MemoryConfig
+    scheduling: SchedulingConfig
+    heartbeat_s: float = 0.25
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the HTTP side enforces. Names follow vLLM's flags."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    served_model_names: tuple[str, ...] = ()
+    max_model_len: int = 4096
+    limit_mm_per_prompt: dict[str, int] = msgspec.field(default_factory=lambda: {"image": 32})
+    max_body_bytes: int = 64 << 20
+    max_image_pixels: int = 64_000_000  # decided from the header, before any pixel exists
+    max_media_bytes: int = 32 << 20  # of one fetched or embedded item
+    media_fetch_timeout_s: float = 10.0
+    allow_private_media_hosts: bool = False  # private, loopback and link-local addresses in image_url
+    allowed_local_media_path: str | None = None  # folder from which file: URLs may read
+
+
+def require(condition: bool, field: str, message: str) -> None:
+    """Raises ConfigError naming the field and the valid range."""
+    if not condition:
+        raise ConfigError(f"{field}: {message}")

@@ -1,0 +1,1 @@
+"""What runs in a worker process: sockets, the step loop, and how an instance is built."""

@@ -1,0 +1,312 @@
+"""The loop inside a worker: take messages, schedule, run, commit, send. One `step` serves every role."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import zmq
+
+from triptych.core import Chunk, EncodeWork, InstanceId, SampledToken, Stage
+from triptych.engine.pace import Pace
+from triptych.engine.sockets import Inbox, Post
+from triptych.errors import InstanceError, RequestError
+from triptych.memory.embedding_cache import EmbeddingCache
+from triptych.memory.kv_cache import KVCache
+from triptych.memory.leases import Leases
+from triptych.messages import (
+    FRONTEND,
+    Abort,
+    AnyMessage,
+    Embedded,
+    Encode,
+    Load,
+    Prefilled,
+    Release,
+    Shutdown,
+    Submit,
+    Table,
+    Tokens,
+)
+from triptych.routing import RoutingTable
+from triptych.stages.base import Surroundings
+from triptych.stages.decode import DecodeStage
+from triptych.stages.encode import EncodeStage
+from triptych.stages.prefill import PrefillStage
+from triptych.transfer.select import Transfers
+
+logger = logging.getLogger(__name__)
+
+
+class EncodeRuns(Protocol):
+    def run(self, works: list[EncodeWork]) -> list[RequestError | None]: ...
+
+
+class LanguageRuns(Protocol):
+    def run(self, chunks: list[Chunk]) -> list[SampledToken]: ...
+    def offload(self, blocks: list[int]) -> Any: ...
+    def restore(self, saved: Any, blocks: list[int]) -> None: ...
+
+
+class Engine:
+    """Owns the stages, pools and runners of one instance. Everything happens on the thread that calls `run`."""
+
+    def __init__(
+        self,
+        near: Surroundings,
+        *,
+        inbox: Inbox,
+        post: Post,
+        frontend: str,
+        transfers: Transfers,
+        leases: Leases,
+        kv: KVCache | None,
+        embeddings: EmbeddingCache | None,
+        encode: EncodeStage | None,
+        prefill: PrefillStage | None,
+        decode: DecodeStage | None,
+        encode_runner: EncodeRuns | None,
+        language_runner: LanguageRuns | None,
+        max_num_batched_tokens: int,
+        heartbeat_s: float,
+    ) -> None:
+        self._near = near
+        self._inbox = inbox
+        self._post = post
+        self._addresses = {FRONTEND: frontend}
+        self._transfers = transfers
+        self._leases = leases
+        self._kv = kv
+        self._embeddings = embeddings
+        self._encode = encode
+        self._prefill = prefill
+        self._decode = decode
+        self._encode_runner = encode_runner
+        self._language_runner = language_runner
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._heartbeat_s = heartbeat_s
+        self._pace = Pace()
+        self._to_self: deque[AnyMessage] = deque()
+        self._stopping = False
+        self._reported_at = 0.0
+        self._was_busy = False
+        self._num_steps = 0
+        self._poller = zmq.Poller()
+        self._poller.register(inbox.socket, zmq.POLLIN)
+        self._poller.register(transfers.wake_fd, zmq.POLLIN)
+        self._handlers: dict[type, Callable[..., None]] = {
+            Abort: self._abort,
+            Release: lambda message: leases.release(message.lease),
+            Table: self._take_table,
+            Load: self._take_load,
+            Shutdown: self._shut_down,
+        }
+        if encode is not None:
+            self._handlers[Encode] = encode.admit
+        if prefill is not None:
+            self._handlers |= {Submit: prefill.admit, Embedded: prefill.embedded}
+        if decode is not None:
+            self._handlers[Prefilled] = decode.admit
+
+    def run(self) -> None:
+        """Until `Shutdown` arrives."""
+        busy = False
+        while not self._stopping:
+            self._receive(wait=not busy)
+            busy = self.step()
+            self._report(busy)
+
+    def step(self) -> bool:
+        """One turn: an encode batch if one is due, then a language batch if one is due. False: there was nothing."""
+        encoded = self._step_encode()
+        self._flush()
+        spoke = self._step_language()
+        self._flush()
+        return encoded or spoke or bool(self._to_self)
+
+    # ---- messages
+
+    def _receive(self, *, wait: bool) -> None:
+        if wait:
+            self._poller.poll(int(self._heartbeat_s * 1000))
+        for result in self._transfers.completed():
+            self._pulled(result.key, result.error)
+        for message in self._inbox.receive():
+            self._handle(message)
+        for _ in range(len(self._to_self)):
+            self._handle(self._to_self.popleft())
+
+    def _handle(self, message: AnyMessage) -> None:
+        handler = self._handlers.get(type(message))
+        if handler is not None:
+            handler(message)
+        elif isinstance(message, (Embedded, Prefilled)):  # for a stage that this instance does not serve (any more)
+            self._near.out.release(message.ticket)
+        else:
+            logger.warning("%s: nothing here takes a %s", self._near.instance, type(message).__name__)
+
+    def _pulled(self, key: object, error: InstanceError | None) -> None:
+        if error is not None:
+            logger.warning("%s: pull failed: %s", self._near.instance, error)
+        if isinstance(key, bytes):
+            assert self._prefill is not None
+            self._prefill.pulled(key, error)  # type: ignore[arg-type]
+        else:
+            assert self._decode is not None
+            self._decode.pulled(key, error)  # type: ignore[arg-type]
+
+    def _abort(self, message: Abort) -> None:
+        for stage in (self._encode, self._prefill, self._decode):
+            if stage is not None:
+                stage.abort(message.request_id)
+
+    def _take_table(self, message: Table) -> None:
+        near = self._near
+        if message.version <= near.table.version:
+            return
+        gone = near.table.peers.keys() - {peer.id for peer in message.peers}
+        for instance in gone:
+            self._transfers.disconnect(instance)
+            self._leases.release_reader(instance)
+            near.decode_loads.pop(instance, None)
+            self._post.forget(self._addresses.pop(instance))
+        near.table = RoutingTable.of(message)
+        for peer in message.peers:
+            if peer.id != near.instance:
+                self._addresses[peer.id] = peer.address
+                self._transfers.connect(peer)
+
+    def _take_load(self, message: Load) -> None:
+        if Stage.DECODE in message.work_s:
+            self._near.decode_loads[message.instance] = message.work_s[Stage.DECODE]
+            self._near.decode_pace_s = message.pace_s[Stage.DECODE]
+
+    def _shut_down(self, message: Shutdown) -> None:
+        self._stopping = True
+
+    def _flush(self) -> None:
+        """Carries out what the stages want: tokens first (a client waits), then messages, then pulls."""
+        out = self._near.out
+        if out.tokens:
+            self._send(FRONTEND, Tokens(self._near.instance, out.tokens))
+            out.tokens = []
+        messages, out.messages = out.messages, []
+        for to, message in messages:
+            self._send(to, message)
+        pulls, out.pulls = out.pulls, []
+        for pull in pulls:
+            self._transfers.pull(pull.key, pull.ticket, pull.blocks)
+
+    def _send(self, to: InstanceId, message: AnyMessage) -> None:
+        if to == self._near.instance:
+            self._to_self.append(message)
+        elif to in self._addresses:
+            self._post.send(self._addresses[to], message)
+        else:
+            logger.warning("%s: %s is gone, dropped a %s", self._near.instance, to, type(message).__name__)
+
+    # ---- work
+
+    def _step_encode(self) -> bool:
+        if self._encode is None or not (works := self._encode.schedule()):
+            return False
+        assert self._encode_runner is not None
+        began = time.perf_counter()
+        errors = self._encode_runner.run(works)
+        num_tokens = sum(work.unit.num_tokens for work in works)
+        self._pace.observe(Stage.ENCODE, num_tokens, time.perf_counter() - began)
+        self._encode.commit(works, errors)
+        return True
+
+    def _step_language(self) -> bool:
+        """Decodes and prefill chunks of all sequences in one forward; decodes come first, chunks fill the budget."""
+        decodes = self._schedule_decode()
+        chunks = self._prefill.schedule(self._max_num_batched_tokens - len(decodes)) if self._prefill else []
+        if not decodes and not chunks:
+            return False
+        assert self._language_runner is not None
+        began = time.perf_counter()
+        sampled = self._language_runner.run(decodes + chunks)
+        self._observe_language(decodes, chunks, time.perf_counter() - began)
+        if self._decode is not None:
+            self._decode.commit(decodes, sampled[: len(decodes)])
+        if self._prefill is not None:
+            self._prefill.commit(chunks, sampled[len(decodes) :])
+        self._num_steps += 1
+        return True
+
+    def _schedule_decode(self) -> list[Chunk]:
+        if self._decode is None:
+            return []
+        plan = self._decode.schedule()
+        if plan.offloads or plan.restores:
+            assert self._language_runner is not None
+            for sequence, blocks in plan.offloads:
+                sequence.offloaded = self._language_runner.offload(blocks)
+            for sequence, blocks in plan.restores:
+                self._language_runner.restore(sequence.offloaded, blocks)
+                sequence.offloaded = None
+        return plan.chunks
+
+    def _observe_language(self, decodes: list[Chunk], chunks: list[Chunk], seconds: float) -> None:
+        if chunks:
+            self._pace.observe(Stage.PREFILL, len(decodes) + sum(chunk.length for chunk in chunks), seconds)
+        else:
+            self._pace.observe(Stage.DECODE, len(decodes), seconds)
+
+    # ---- reports
+
+    def _report(self, busy: bool) -> None:
+        """Once a heartbeat, and at once when the last work is done."""
+        now = time.monotonic()
+        fell_idle, self._was_busy = self._was_busy and not busy, busy
+        if not fell_idle and now - self._reported_at < self._heartbeat_s:
+            return
+        self._reported_at = now
+        load = self.load()
+        self._send(FRONTEND, load)
+        if Stage.DECODE in load.work_s:
+            self._take_load(load)
+            for peer in self._near.table.serving(Stage.PREFILL):
+                if peer.id != self._near.instance:
+                    self._send(peer.id, load)
+        if fell_idle:
+            self.check_integrity()
+
+    def load(self) -> Load:
+        stages = {Stage.ENCODE: self._encode, Stage.PREFILL: self._prefill, Stage.DECODE: self._decode}
+        served = {stage: machine for stage, machine in stages.items() if machine is not None}
+        pools = {"kv": self._kv, "embedding": self._embeddings}
+        return Load(
+            instance=self._near.instance,
+            queues={name: n for machine in served.values() for name, n in machine.queues.items()}
+            | {"leases": len(self._leases)},
+            pools={name: pool.usage() for name, pool in pools.items() if pool is not None},
+            work_s={stage.value: machine.queued_tokens * self._pace.of(stage) for stage, machine in served.items()},
+            counters=self._counters(),
+            pace_s={stage.value: self._pace.of(stage) for stage in served},
+        )
+
+    def close(self) -> None:
+        """After `run`: ends the threads and sockets of this instance."""
+        self._transfers.close()
+        self._post.close()
+        self._inbox.close()
+
+    def check_integrity(self) -> None:
+        for pool in (self._kv, self._embeddings):
+            if pool is not None:
+                pool.check_integrity()
+
+    def _counters(self) -> dict[str, float]:
+        counters = {f"transfer_{name}": float(n) for name, n in self._transfers.counters.items()}
+        counters["steps"] = float(self._num_steps)
+        if self._encode is not None:
+            counters["encode_units_computed"] = float(self._encode.num_computed)
+            counters["encode_units_cached"] = float(self._encode.num_cached)
+        if self._embeddings is not None:
+            counters["embeddings_evicted"] = float(self._embeddings.num_evicted)
+        if self._decode is not None:
+            counters["decode_offloads"] = float(self._decode.num_offloads)
+        return counters

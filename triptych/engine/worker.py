@@ -1,0 +1,68 @@
+"""The entry of a worker process: build the instance, say that it is ready, run until told to stop, or die loudly."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+import torch
+import zmq
+
+from triptych.config import InstanceConfig
+from triptych.engine.build import build
+from triptych.engine.sockets import Post
+from triptych.errors import ConfigError
+from triptych.messages import Ready
+from triptych.telemetry import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2  # a ConfigError: not a fault of the program
+SWITCH_INTERVAL_S = 0.0005  # a pull waits for the engine thread that long at most; Python's own value is 5 ms
+_PR_SET_PDEATHSIG = 1
+
+
+def work(config: InstanceConfig, failures: Connection) -> None:
+    """Runs one instance. What ends it early goes through `failures` as text; the exit code tells which kind it was."""
+    began = time.monotonic()
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the controller decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    set_up_logging(process=config.id)
+    torch.set_num_threads(config.threads)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        _run(config, began)
+    except ConfigError as error:
+        failures.send(str(error))
+        os._exit(EXIT_REFUSED)
+    except Exception:
+        text = traceback.format_exc()
+        logger.error("instance %s ends:\n%s", config.id, text)
+        failures.send(text)
+        os._exit(EXIT_FAILED)  # threads of transports may hang; the kernel frees what the process held
+
+
+def _run(config: InstanceConfig, began: float) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    engine, peer = build(config, context)
+    post = Post(context)
+    post.send(config.frontend, Ready(peer, os.getpid(), time.monotonic() - began))
+    logger.info("instance %s serves %s on %d thread(s)", config.id, config.role, config.threads)
+    with torch.inference_mode():
+        engine.run()
+    engine.close()
+    post.close()
+    context.term()
+
+
+def _die_with_parent() -> None:
+    """The kernel kills this process if the server dies without being able to stop it (Linux only)."""
+    with_libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(with_libc, "prctl"):
+        with_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

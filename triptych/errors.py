@@ -1,0 +1,27 @@
+"""The two kinds of failure: one ends a request, the other ends an instance."""
+
+
+class TriptychError(Exception):
+    """Base of every error that Triptych raises on purpose."""
+
+
+class RequestError(TriptychError):
+    """Ends one request and nothing else.
+
+    `status` is the HTTP status the client gets, `param` the field of its request that is to blame
+    (`messages[0].content[1].image_url`), or None where no single field is, `code` a short machine-readable word.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+class ConfigError(TriptychError):
+    """The server cannot start as asked: a bad flag, or a checkpoint that cannot be served exactly. Exit code 2."""
+
+
+class InstanceError(TriptychError):
+    """Ends one instance: it died, hangs, or cannot be reached."""

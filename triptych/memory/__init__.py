@@ -1,0 +1,1 @@
+"""Bookkeeping of blocks: who holds which. Knows no tensor; every pool can prove that nothing leaked."""

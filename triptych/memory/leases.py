@@ -1,0 +1,48 @@
+"""What this instance has promised to keep in place until a reader is done with it."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from triptych.core import InstanceId, LeaseId
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """`content` is what the ticket speaks of; `give_back` frees it in the pool that it came from."""
+
+    reader: InstanceId
+    content: object
+    give_back: Callable[[], None]
+
+
+class Leases:
+    """One per instance, shared by its stages. A lease ends by `release` (content freed) or `claim` (new owner)."""
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._leases: dict[LeaseId, Lease] = {}
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def grant(self, reader: InstanceId, content: object, give_back: Callable[[], None]) -> LeaseId:
+        lease = LeaseId(next(self._ids))
+        self._leases[lease] = Lease(reader, content, give_back)
+        return lease
+
+    def release(self, lease: LeaseId) -> None:
+        """Idempotent: a lease that is not there was released before."""
+        found = self._leases.pop(lease, None)
+        if found is not None:
+            found.give_back()
+
+    def claim(self, lease: LeaseId) -> object | None:
+        """A hand-over inside the instance: the content leaves the lease without being freed. None if it is gone."""
+        found = self._leases.pop(lease, None)
+        return None if found is None else found.content
+
+    def release_reader(self, reader: InstanceId) -> None:
+        """The reader is confirmed dead: nothing will be pulled any more."""
+        for lease in [lease for lease, held in self._leases.items() if held.reader == reader]:
+            self.release(lease)

@@ -1,0 +1,128 @@
+"""The tensors over an instance's slab: the KV region and the embedding region, cut into blocks.
+
+    KV region         [num_blocks, layers, 2, 16, kv_heads, head_dim]    one block = one contiguous run over all layers
+    embedding region  [num_blocks, 16, row_width]                        row_width = hidden * (1 + deepstack layers)
+
+Knows nothing of who owns which block; block ids come from outside.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from triptych.config import EMBEDDING_BLOCK_TOKENS, KV_BLOCK_TOKENS
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Shape of the KV of a model. `windows` has one entry per layer: the sliding window, or None."""
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    windows: tuple[int | None, ...] = ()
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        return (self.num_layers, 2, KV_BLOCK_TOKENS, self.kv_heads, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_layers * 2 * KV_BLOCK_TOKENS * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def layout(self) -> str:
+        """Equal strings mean that one instance's blocks can be read as another's."""
+        return _layout_string("kv", self.block_shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class EmbeddingLayout:
+    """Shape of the rows that the encoder gives to the language model."""
+
+    row_width: int
+    dtype: torch.dtype
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        return (EMBEDDING_BLOCK_TOKENS, self.row_width)
+
+    @property
+    def block_bytes(self) -> int:
+        return EMBEDDING_BLOCK_TOKENS * self.row_width * self.dtype.itemsize
+
+    @property
+    def layout(self) -> str:
+        return _layout_string("embedding", self.block_shape, self.dtype)
+
+
+class _Layout(Protocol):
+    @property
+    def block_shape(self) -> tuple[int, ...]: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class KVRegion:
+    """A slab's KV part as tensors. All are views of the same bytes.
+
+    blocks  [num_blocks, layers, 2, 16, kv_heads, head_dim]
+    pages   [num_blocks * layers * 2, 16 * kv_heads * head_dim]   page (block, layer, k|v) is row (block * layers + layer) * 2 + k|v
+    slots   [num_blocks * layers * 2 * 16, kv_heads, head_dim]    slot is page * 16 + token within the block
+    """
+
+    def __init__(self, buffer: Tensor, layout: KVLayout, num_blocks: int) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.blocks = _carve(buffer, layout, num_blocks)
+        self.pages = self.blocks.view(num_blocks * layout.num_layers * 2, -1)
+        self.slots = self.blocks.view(-1, layout.kv_heads, layout.head_dim)
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    @classmethod
+    def allocate(cls, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu") -> "KVRegion":
+        """A region with memory of its own, for tests and measurements."""
+        return cls(torch.zeros(num_blocks * layout.block_bytes, dtype=torch.uint8, device=device), layout, num_blocks)
+
+
+class EmbeddingRegion:
+    """A slab's embedding part as tensors: `blocks` [num_blocks, 16, row_width] and `rows` [num_blocks * 16, row_width]."""
+
+    def __init__(self, buffer: Tensor, layout: EmbeddingLayout, num_blocks: int) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.blocks = _carve(buffer, layout, num_blocks)
+        self.rows = self.blocks.view(-1, layout.row_width)
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    @classmethod
+    def allocate(cls, layout: EmbeddingLayout, num_blocks: int, device: torch.device | str = "cpu") -> "EmbeddingRegion":
+        """A region with memory of its own, for tests and measurements."""
+        return cls(torch.zeros(num_blocks * layout.block_bytes, dtype=torch.uint8, device=device), layout, num_blocks)
+
+
+def blocks_that_fit(num_bytes: int, layout: KVLayout | EmbeddingLayout) -> int:
+    return num_bytes // layout.block_bytes
+
+
+def _carve(buffer: Tensor, layout: _Layout, num_blocks: int) -> Tensor:
+    assert buffer.dtype == torch.uint8, f"slab is {buffer.dtype}, not bytes"
+    assert buffer.dim() == 1, f"slab has {buffer.dim()} dimensions"
+    needed = num_blocks * layout.block_bytes
+    assert buffer.numel() >= needed, f"{buffer.numel()} bytes for {num_blocks} blocks of {layout.block_bytes}"
+    return buffer[:needed].view(layout.dtype).view(num_blocks, *layout.block_shape)
+
+
+def _layout_string(region: str, block_shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{region}:{'x'.join(map(str, block_shape))}:{str(dtype).removeprefix('torch.')}"

@@ -1,0 +1,73 @@
+"""Who does what: an immutable picture of the cluster and pure pickers over it. Knows no socket and no clock."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from triptych.core import EncodeUnit, InstanceId, Stage, UnitHash
+from triptych.errors import RequestError
+from triptych.messages import Peer, Table
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """One version of who is there, indexed by stage. Replaced whole, never changed."""
+
+    version: int = 0
+    peers: dict[InstanceId, Peer] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: Table) -> "RoutingTable":
+        return cls(table.version, {peer.id: peer for peer in table.peers})
+
+    def serving(self, stage: Stage) -> list[Peer]:
+        return [peer for peer in self.peers.values() if stage in peer.role.stages]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage has an instance."""
+        return all(self.serving(stage) for stage in Stage)
+
+
+Loads = Mapping[InstanceId, float]  # predicted seconds of work that an instance still has to do for a stage
+
+
+def pick(table: RoutingTable, stage: Stage, loads: Loads, prefer: InstanceId | None = None) -> Peer:
+    """The least loaded instance that serves `stage`; among equals `prefer`, then the first of the table.
+
+    Raises RequestError(503) if there is none.
+    """
+    candidates = table.serving(stage)
+    if not candidates:
+        raise RequestError(f"no instance serves {stage.name.lower()} at the moment", status=503, code="unavailable")
+    return min(candidates, key=lambda peer: (loads.get(peer.id, 0.0), peer.id != prefer))
+
+
+def pick_decode(table: RoutingTable, loads: Loads, prefill: InstanceId) -> Peer:
+    """Who decodes what `prefill` has prefilled: the least loaded; among equals `prefill` itself.
+
+    An instance that decodes as well hands on to itself or to one that only decodes: two instances that prefill could
+    each fill their KV pool with sequences that wait for space in the other's. Raises RequestError(503).
+    """
+    own = table.peers.get(prefill)
+    if own is None or Stage.DECODE not in own.role.stages:
+        return pick(table, Stage.DECODE, loads, prefer=prefill)
+    allowed = {id: peer for id, peer in table.peers.items() if peer is own or Stage.PREFILL not in peer.role.stages}
+    return pick(RoutingTable(table.version, allowed), Stage.DECODE, loads, prefer=prefill)
+
+
+def assign_units(
+    table: RoutingTable, units: Iterable[EncodeUnit], loads: Loads, cost_s: float
+) -> dict[UnitHash, InstanceId]:
+    """Spreads the distinct units of one request over all encode instances by cost: intra-request parallelism.
+
+    Longest first onto the instance that would finish it earliest (Graham's LPT rule: at most 4/3 of the best makespan).
+    `cost_s` is the predicted time of one embedding row. Raises RequestError(503) without an encode instance.
+    """
+    busy = dict(loads)
+    assigned: dict[UnitHash, InstanceId] = {}
+    distinct = {unit.hash: unit for unit in units}
+    for unit in sorted(distinct.values(), key=lambda unit: -unit.num_tokens):
+        peer = pick(table, Stage.ENCODE, busy)
+        assigned[unit.hash] = peer.id
+        busy[peer.id] = busy.get(peer.id, 0.0) + unit.num_tokens * cost_s
+    return assigned

@@ -1,0 +1,176 @@
+"""The routes of generation: chat completions, completions, tokenize, detokenize, models."""
+
+import time
+from collections.abc import Sequence
+
+from triptych.config import ServerConfig
+from triptych.core import SamplingParams
+from triptych.errors import RequestError
+from triptych.server.answers import Answer, ChatAnswer, CompletionAnswer
+from triptych.server.frontend import Frontend, Generation, PreparedPrompt
+from triptych.server.http import Exchange, encode_json
+from triptych.server.parsing import check_supported, decode_body, unsupported
+from triptych.server.prompts import PromptBuilder
+from triptych.server.sampling import sampling_params, stop_strings
+from triptych.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    GenerateRequest,
+    ModelCard,
+    ModelList,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+
+
+class Api:
+    """Handlers that share the frontend, the prompt builder and the limits."""
+
+    def __init__(self, frontend: Frontend, prompts: PromptBuilder, config: ServerConfig, model_root: str) -> None:
+        self._frontend = frontend
+        self._prompts = prompts
+        self._config = config
+        self._model_root = model_root
+        self._created = int(time.time())
+
+    async def chat_completions(self, exchange: Exchange) -> None:
+        request = decode_body(await exchange.body(self._config.max_body_bytes), ChatRequest)
+        check_supported(request)
+        model = self._served_model(request.model)
+        stop = stop_strings(request)
+        async with exchange.watched():
+            prompt = await self._prompts.chat(
+                request.messages,
+                add_generation_prompt=request.add_generation_prompt is not False,
+                continue_final_message=bool(request.continue_final_message),
+                template_arguments=request.chat_template_kwargs or {},
+            )
+            sampling = sampling_params(
+                request,
+                num_prompt_tokens=len(prompt.token_ids),
+                max_model_len=self._config.max_model_len,
+                max_tokens=request.max_completion_tokens or request.max_tokens,
+                logprobs=_chat_logprobs(request),
+                prompt_field="messages",
+            )
+            answer = ChatAnswer(exchange.request_id, model, self._prompts.token_text, request.stream_options)
+            await self._answer(exchange, request, answer, [prompt], [sampling], stop)
+
+    async def completions(self, exchange: Exchange) -> None:
+        request = decode_body(await exchange.body(self._config.max_body_bytes), CompletionRequest)
+        check_supported(request)
+        if request.best_of is not None and request.best_of != (request.n or 1):
+            raise unsupported("best_of", "only the value of n is")
+        model = self._served_model(request.model)
+        stop = stop_strings(request)
+        async with exchange.watched():
+            prompts = await self._prompts.completion(request.prompt, request.add_special_tokens is not False)
+            samplings = [
+                sampling_params(
+                    request,
+                    num_prompt_tokens=len(prompt.token_ids),
+                    max_model_len=self._config.max_model_len,
+                    max_tokens=16 if request.max_tokens is None else request.max_tokens,  # OpenAI's default
+                    logprobs=request.logprobs,
+                    prompt_field="prompt",
+                )
+                for prompt in prompts
+            ]
+            echo = [self._prompts.text_of(prompt.token_ids, "prompt") for prompt in prompts] if request.echo else None
+            if request.echo and request.logprobs is not None:
+                raise unsupported("echo", "together with logprobs")
+            answer = CompletionAnswer(
+                exchange.request_id, model, self._prompts.token_text, request.stream_options, echo
+            )
+            await self._answer(exchange, request, answer, prompts, samplings, stop)
+
+    async def tokenize(self, exchange: Exchange) -> None:
+        request = decode_body(await exchange.body(self._config.max_body_bytes), TokenizeRequest)
+        self._served_model(request.model)
+        if (request.prompt is None) == (request.messages is None):
+            raise RequestError("exactly one of prompt and messages is required", param="prompt", code="missing_field")
+        async with exchange.watched():
+            if request.messages is None:
+                assert request.prompt is not None
+                (prompt,) = await self._prompts.completion(request.prompt, request.add_special_tokens is not False)
+            else:
+                prompt = await self._prompts.chat(
+                    request.messages,
+                    add_generation_prompt=request.add_generation_prompt is not False,
+                    continue_final_message=bool(request.continue_final_message),
+                    template_arguments=request.chat_template_kwargs or {},
+                )
+        tokens = prompt.token_ids
+        names = self._prompts.token_names(tokens) if request.return_token_strs else None
+        await exchange.json(TokenizeResponse(len(tokens), self._config.max_model_len, tokens, names))
+
+    async def detokenize(self, exchange: Exchange) -> None:
+        request = decode_body(await exchange.body(self._config.max_body_bytes), DetokenizeRequest)
+        self._served_model(request.model)
+        await exchange.json(DetokenizeResponse(self._prompts.text_of(request.tokens, "tokens")))
+
+    async def models(self, exchange: Exchange) -> None:
+        await exchange.json(ModelList(data=[self._card(name) for name in self._config.served_model_names]))
+
+    async def model(self, exchange: Exchange) -> None:
+        await exchange.json(self._card(self._served_model(exchange.scope["path_params"]["model"])))
+
+    async def _answer(
+        self,
+        exchange: Exchange,
+        request: GenerateRequest,
+        answer: Answer,
+        prompts: Sequence[PreparedPrompt],
+        samplings: Sequence[SamplingParams],
+        stop: tuple[str, ...],
+    ) -> None:
+        async with self._frontend.generate(prompts, samplings, request.n or 1, stop) as generation:
+            if request.stream:
+                await _stream(exchange, generation, answer)
+            else:
+                await generation.wait()
+                await exchange.json(answer.whole(generation))
+
+    def _served_model(self, name: str | None) -> str:
+        if name is None:
+            return self._config.served_model_names[0]
+        if name not in self._config.served_model_names:
+            raise RequestError(
+                f"the model {name!r} does not exist; served are {', '.join(self._config.served_model_names)}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    def _card(self, name: str) -> ModelCard:
+        return ModelCard(
+            id=name, created=self._created, root=self._model_root, max_model_len=self._config.max_model_len
+        )
+
+
+async def _stream(exchange: Exchange, generation: Generation, answer: Answer) -> None:
+    """Server-sent events. The status line waits for the first token: what fails before it gets a proper status."""
+    begun = False
+    async for changed in generation:
+        chunks = [encode_json(chunk) for output in changed for chunk in answer.chunks(generation, output)]
+        if not chunks:
+            continue
+        if not begun:
+            await exchange.begin_stream()
+            begun = True
+        await exchange.write(b"data: " + b"\n\ndata: ".join(chunks) + b"\n\n")
+    last = answer.last_chunk(generation)
+    usage = b"" if last is None else b"data: " + encode_json(last) + b"\n\n"
+    await exchange.write(usage + b"data: [DONE]\n\n", more=False)
+
+
+def _chat_logprobs(request: ChatRequest) -> int | None:
+    """How many alternatives to report per token, None for no log-probabilities at all."""
+    if not request.logprobs:
+        if request.top_logprobs:
+            raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs", code="invalid_value")
+        return None
+    return request.top_logprobs or 0

@@ -1,0 +1,166 @@
+"""Fetches media over HTTP without letting a client reach what only this host can reach.
+
+A name is resolved once, every address it has is checked, and the connection goes to a checked address: what a name
+server answers later cannot matter. TLS still verifies the name. Knows no requests and no images.
+"""
+
+import asyncio
+import ipaddress
+import ssl
+from collections.abc import Iterable
+from urllib.parse import urljoin, urlsplit
+
+import httpcore
+
+from triptych.errors import RequestError
+
+MAX_REDIRECTS = 5
+_REDIRECTS = {301, 302, 303, 307, 308}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the open internet, also when it wraps another address."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        wrapped = ip.ipv4_mapped or ip.sixtofour
+        if wrapped is None and ip in _NAT64:
+            wrapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if wrapped is not None:
+            return is_public(str(wrapped))
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+class CheckedNetwork(httpcore.AsyncNetworkBackend):
+    """Opens connections to public addresses only, unless told otherwise."""
+
+    def __init__(self, allow_private: bool) -> None:
+        self._allow_private = allow_private
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        addresses = await self._resolve(host, port)
+        for address in addresses[:-1]:
+            try:
+                return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                continue
+        return await self._network.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
+
+    async def connect_unix_socket(
+        self,
+        path: str,
+        timeout: float | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        raise httpcore.ConnectError("unix sockets are not fetched from")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def _resolve(self, host: str, port: int) -> list[str]:
+        """All addresses of the host. Raises RequestError if a single one of them must not be reached."""
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)  # SOCK_STREAM
+        except (OSError, UnicodeError) as error:
+            raise RequestError(f"cannot resolve host {host!r}", code="media_unreachable") from error
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        forbidden = [] if self._allow_private else [address for address in addresses if not is_public(address)]
+        if forbidden or not addresses:
+            raise RequestError(
+                f"host {host!r} is not on the public internet; private, loopback and link-local addresses are refused",
+                code="media_forbidden",
+            )
+        return addresses
+
+
+class Fetcher:
+    """GET with a bound on redirects, size and total time. `close` when the server stops."""
+
+    def __init__(self, *, max_bytes: int, timeout_s: float, allow_private: bool) -> None:
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=ssl.create_default_context(),
+            max_connections=64,
+            max_keepalive_connections=0,  # a kept connection would skip the check of a later name
+            network_backend=CheckedNetwork(allow_private),
+        )
+
+    async def get(self, url: str) -> bytes:
+        """The body. Raises RequestError for anything that goes wrong, in words for the client."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                for _ in range(MAX_REDIRECTS + 1):
+                    body, location = await self._get_once(url)
+                    if location is None:
+                        return body
+                    url = urljoin(url, location)
+        except TimeoutError as error:
+            raise RequestError(f"fetching took longer than {self._timeout_s:g} s", code="media_timeout") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
+            raise RequestError(f"fetching failed: {error or type(error).__name__}", code="media_unreachable") from error
+        raise RequestError(f"more than {MAX_REDIRECTS} redirects", code="media_unreachable")
+
+    async def close(self) -> None:
+        await self._pool.aclose()
+
+    async def _get_once(self, url: str) -> tuple[bytes, str | None]:
+        """The body, or where a redirect points."""
+        headers = [("host", _checked_host(url)), ("accept", "image/*"), ("accept-encoding", "identity")]
+        async with self._pool.stream("GET", _target(url), headers=[*headers, ("user-agent", "triptych")]) as response:
+            fields = {name.lower(): value.decode("latin-1") for name, value in response.headers}
+            if response.status in _REDIRECTS and b"location" in fields:
+                return b"", fields[b"location"]
+            if response.status != 200:
+                raise RequestError(f"the host answered with status {response.status}", code="media_unreachable")
+            declared = fields.get(b"content-length", "")
+            if declared.isdigit() and int(declared) > self._max_bytes:
+                raise self._too_large()
+            body = bytearray()
+            async for piece in response.aiter_stream():
+                body += piece
+                if len(body) > self._max_bytes:
+                    raise self._too_large()
+            return bytes(body), None
+
+    def _too_large(self) -> RequestError:
+        return RequestError(f"larger than the limit of {self._max_bytes} bytes", code="media_too_large")
+
+
+def _checked_host(url: str) -> str:
+    """The Host header. Raises RequestError for a URL that is none, or of another scheme than http and https."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise RequestError(f"not a valid URL: {error}", code="media_forbidden") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise RequestError("only http and https URLs with a host are fetched", code="media_forbidden")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return host if port is None else f"{host}:{port}"
+
+
+def _target(url: str) -> httpcore.URL:
+    """Spelt in ASCII for the wire; the parts are those that were checked."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    path = parts.path or "/"
+    target = f"{path}?{parts.query}" if parts.query else path
+    return httpcore.URL(
+        scheme=parts.scheme.encode(),
+        host=parts.hostname.encode("idna"),
+        port=parts.port,
+        target="".join(c if 32 < ord(c) < 127 else _percent(c) for c in target).encode(),
+    )
+
+
+def _percent(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode())

@@ -1,0 +1,336 @@
+"""The frontend owns the truth about every request: what was asked, what was answered, who holds parts of it.
+
+It sends work orders to instances and turns their messages into text. Knows no HTTP, no sockets and no pixels.
+"""
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+import msgspec
+
+from triptych.core import EncodeUnit, InstanceId, RequestId, SamplingParams, Span, Stage, UnitHash
+from triptych.errors import RequestError
+from triptych.messages import Abort, AnyMessage, Encode, Failed, Load, Located, Submit, Table, Tokens
+from triptych.model.processor import Processor
+from triptych.routing import RoutingTable, assign_units, pick
+from triptych.server.output import Output
+from triptych.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+# Work that was sent but not yet reported is guessed with these until the next `Load` of the instance arrives.
+ROW_COST_S = 2e-4  # one embedding row
+TOKEN_COST_S = 1e-4  # one prompt token
+
+
+class Wire(Protocol):
+    """How messages leave. `send` never blocks and never raises for an instance that is gone."""
+
+    def send(self, instance: InstanceId, message: AnyMessage, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """A prompt that is ready to be sent: tokens, and the units that its placeholders stand for.
+
+    `units` has one entry per occurrence; `media` and `fields` have one per distinct unit: the encoded media item that
+    it is a part of, and the path of the content part that brought it.
+    """
+
+    token_ids: list[int]
+    units: tuple[EncodeUnit, ...] = ()
+    spans: tuple[Span, ...] = ()
+    media: dict[UnitHash, bytes] = field(default_factory=dict)
+    fields: dict[UnitHash, str] = field(default_factory=dict)
+
+
+class Generation:
+    """The sequences that answer one client request. Leaving the `async with` block aborts what is unfinished."""
+
+    def __init__(self, frontend: "Frontend", prompts: Sequence[PreparedPrompt], started_at: float) -> None:
+        self.prompts = prompts
+        self.outputs: list[Output] = []
+        self.started_at = started_at
+        self._frontend = frontend
+        self._changed: dict[Output, None] = {}  # an ordered set
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: RequestError | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(output.num_tokens for output in self.outputs)
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finish is not None for output in self.outputs)
+
+    def prompt_of(self, output: Output) -> PreparedPrompt:
+        return self.prompts[self.prompt_index(output)]
+
+    def prompt_index(self, output: Output) -> int:
+        """Every prompt has the same number of choices, one prompt after the other."""
+        return output.index * len(self.prompts) // len(self.outputs)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[Output]:
+        """The outputs that have something new, as soon as there is one; ends when all is finished and handed out.
+
+        Raises RequestError on failure.
+        """
+        while not self._changed and self._error is None:
+            if self.finished:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+        changed = list(self._changed)
+        self._changed.clear()
+        return changed
+
+    async def wait(self) -> None:
+        """Until every sequence is finished. Raises RequestError on failure."""
+        async for _ in self:
+            pass
+
+    def notify(self, output: Output) -> None:
+        self._changed[output] = None
+        self._wake()
+
+    def fail(self, error: RequestError) -> None:
+        self._error = self._error or error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._frontend.abort(self)
+
+
+class Frontend:
+    """Sends requests on their way and hands out what comes back.
+
+    Single-threaded: everything runs on the event loop. `handle` takes messages in any order, any number of times,
+    also about requests that nobody knows any more.
+    """
+
+    def __init__(self, processor: Processor, wire: Wire, telemetry: Telemetry) -> None:
+        self.table = RoutingTable()
+        self.loads: dict[InstanceId, Load] = {}
+        self._processor = processor
+        self._wire = wire
+        self._telemetry = telemetry
+        self._live: dict[RequestId, tuple[Output, Generation]] = {}
+        self._unreported_s: dict[InstanceId, float] = {}
+        self._id_prefix = secrets.token_hex(4)
+        self._id_count = itertools.count()
+
+    @property
+    def ready(self) -> bool:
+        """Whether every stage has an active instance."""
+        return self.table.complete
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    # ---- what clients ask for
+
+    def generate(
+        self,
+        prompts: Sequence[PreparedPrompt],
+        samplings: Sequence[SamplingParams],
+        n: int = 1,
+        stop: tuple[str, ...] = (),
+    ) -> Generation:
+        """Starts `n` sequences for each prompt. Raises RequestError(503) if a stage has no instance."""
+        if not self.ready:
+            raise RequestError("not every stage has an instance at the moment", status=503, code="unavailable")
+        generation = Generation(self, prompts, time.monotonic())
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            prefill = pick(self.table, Stage.PREFILL, self._busy_s(Stage.PREFILL)).id
+            encoders = self._assign(prompt, prefill)
+            for choice in range(n):
+                output = Output(
+                    len(generation.outputs),
+                    self._new_id(),
+                    msgspec.structs.replace(sampling, choice=choice),
+                    stop,
+                    self._processor.token_stream(),
+                    {prefill, *encoders.values()},
+                )
+                generation.outputs.append(output)
+                self._live[output.request_id] = (output, generation)
+                self._send_orders(output, prompt, prefill, encoders)
+        return generation
+
+    def abort(self, generation: Generation) -> None:
+        """Takes every unfinished sequence back from all instances. Idempotent."""
+        for output in generation.outputs:
+            if self._live.pop(output.request_id, None) is not None:
+                self._abort_everywhere(output)
+                self._telemetry.aborted()
+
+    # ---- what instances report
+
+    def handle(self, message: AnyMessage) -> None:
+        match message:
+            case Tokens():
+                self._tokens(message)
+            case Located():
+                self._located(message)
+            case Failed():
+                self._failed(message)
+            case Load():
+                self.loads[message.instance] = message
+                self._unreported_s.pop(message.instance, None)
+            case Table():
+                if message.version > self.table.version:
+                    self.table = RoutingTable.of(message)
+                    self.loads = {id: load for id, load in self.loads.items() if id in self.table.peers}
+            case _:
+                logger.warning("frontend got %s, which is not for it", type(message).__name__)
+
+    def instance_lost(self, instance: InstanceId) -> None:
+        """Ends every request that the instance held a part of with 503."""
+        error = RequestError(f"instance {instance} was lost", status=503, code="instance_lost")
+        held = {id(generation): generation for output, generation in self._live.values() if instance in output.holders}
+        for generation in held.values():
+            self._fail(generation, error)
+
+    def close(self) -> None:
+        """Ends everything with 503: the server stops."""
+        error = RequestError("the server is shutting down", status=503, code="shutting_down")
+        for generation in {id(generation): generation for _, generation in self._live.values()}.values():
+            self._fail(generation, error)
+
+    def _tokens(self, message: Tokens) -> None:
+        now = time.monotonic()
+        for update in message.updates:
+            live = self._live.get(update.request_id)
+            if live is None:
+                if update.finish is None:  # aborted, but that instance did not know yet that it held it
+                    self._wire.send(message.instance, Abort(update.request_id))
+                continue
+            output, generation = live
+            output.push(update)
+            output.holders.add(message.instance)
+            self._observe(output, generation, now)
+            if output.finish is not None:
+                self._finish(output, generation, by_instance=update.finish is not None, now=now)
+            generation.notify(output)
+
+    def _located(self, message: Located) -> None:
+        live = self._live.get(message.request_id)
+        if live is None:  # aborted while it was on its way there; if it is finished, this changes nothing
+            self._wire.send(message.decode, Abort(message.request_id))
+        else:
+            live[0].holders.add(message.decode)
+
+    def _failed(self, message: Failed) -> None:
+        live = self._live.get(message.request_id)
+        if live is None:
+            return
+        output, generation = live
+        prompt = generation.prompt_of(output)
+        param = None if message.unit is None else prompt.fields.get(message.unit)
+        self._fail(generation, RequestError(message.message, status=message.status, param=param, code=message.code))
+
+    # ---- inside
+
+    def _assign(self, prompt: PreparedPrompt, prefill: InstanceId) -> dict[UnitHash, InstanceId]:
+        """Picks an encode instance for each distinct unit, and notes what everybody has to do now."""
+        self._add_work(prefill, len(prompt.token_ids) * TOKEN_COST_S)
+        if not prompt.units:
+            return {}
+        encoders = assign_units(self.table, prompt.units, self._busy_s(Stage.ENCODE), ROW_COST_S)
+        for unit in {unit.hash: unit for unit in prompt.units}.values():
+            self._add_work(encoders[unit.hash], unit.num_tokens * ROW_COST_S)
+        return encoders
+
+    def _send_orders(
+        self, output: Output, prompt: PreparedPrompt, prefill: InstanceId, encoders: dict[UnitHash, InstanceId]
+    ) -> None:
+        self._wire.send(
+            prefill,
+            Submit(
+                output.request_id,
+                prompt.token_ids,
+                len(prompt.token_ids),
+                prompt.units,
+                prompt.spans,
+                output.sampling,
+            ),
+        )
+        for unit in {unit.hash: unit for unit in prompt.units}.values():
+            order = Encode(output.request_id, unit, prompt.media[unit.hash], prefill)
+            self._wire.send(encoders[unit.hash], order)
+
+    def _observe(self, output: Output, generation: Generation, now: float) -> None:
+        if output.num_tokens == 1:
+            self._telemetry.first_token(now - generation.started_at, len(generation.prompt_of(output).token_ids))
+            # The prompt is computed, so every embedding of it was read: encode instances hold nothing any more.
+            language = (Stage.PREFILL, Stage.DECODE)
+            peers = self.table.peers
+            output.holders = {
+                id for id in output.holders if id not in peers or any(s in peers[id].role.stages for s in language)
+            }
+        else:
+            self._telemetry.next_token(now - output.last_token_at)
+        output.last_token_at = now
+
+    def _finish(self, output: Output, generation: Generation, *, by_instance: bool, now: float) -> None:
+        del self._live[output.request_id]
+        if not by_instance:  # a stop string: the instances would go on
+            self._abort_everywhere(output)
+        assert output.finish is not None
+        self._telemetry.finished(
+            output.finish,
+            now - generation.started_at,
+            len(generation.prompt_of(output).token_ids),
+            output.num_tokens,
+        )
+
+    def _fail(self, generation: Generation, error: RequestError) -> None:
+        for output in generation.outputs:
+            if self._live.pop(output.request_id, None) is not None:
+                self._abort_everywhere(output)
+                self._telemetry.failed()
+        generation.fail(error)
+
+    def _abort_everywhere(self, output: Output) -> None:
+        for instance in output.holders:
+            self._wire.send(instance, Abort(output.request_id))
+
+    def _busy_s(self, stage: Stage) -> dict[InstanceId, float]:
+        return {
+            peer.id: (self.loads[peer.id].work_s.get(stage, 0.0) if peer.id in self.loads else 0.0)
+            + self._unreported_s.get(peer.id, 0.0)
+            for peer in self.table.serving(stage)
+        }
+
+    def _add_work(self, instance: InstanceId, seconds: float) -> None:
+        self._unreported_s[instance] = self._unreported_s.get(instance, 0.0) + seconds
+
+    def _new_id(self) -> RequestId:
+        return RequestId(f"{self._id_prefix}-{next(self._id_count)}")

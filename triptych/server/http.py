@@ -1,0 +1,183 @@
+"""What every route needs of HTTP: bodies with a bound, JSON out, errors in OpenAI's form, a watch on the client."""
+
+import asyncio
+import hmac
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from triptych.errors import RequestError
+from triptych.server.schema import ErrorBody, ErrorResponse
+
+logger = logging.getLogger(__name__)
+
+encode_json = msgspec.json.Encoder().encode
+
+_JSON = [(b"content-type", b"application/json")]
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
+
+
+class ClientGoneError(Exception):
+    """Nobody is there to answer."""
+
+
+class Exchange:
+    """One request and the way to answer it."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.request_id: str = scope["state"]["request_id"]
+        self._receive = receive
+        self._send = send
+        self._started = False
+        self._complete = False
+
+    async def body(self, max_bytes: int) -> bytes:
+        """The whole body. Raises RequestError(413) as soon as it is known to be larger than `max_bytes`."""
+        declared = dict(self.scope["headers"]).get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > max_bytes:
+            raise _too_large(max_bytes)
+        pieces, size = [], 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+            pieces.append(piece)
+            if not message.get("more_body", False):
+                return b"".join(pieces)
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Inside, the client leaving cancels what runs and raises ClientGoneError. Only after the body was read."""
+        task = asyncio.current_task()
+        assert task is not None
+        gone = False
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            if not self._complete:
+                gone = True
+                task.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+        except asyncio.CancelledError:
+            if gone and task.uncancel() == 0:
+                raise ClientGoneError from None
+            raise
+        finally:
+            watcher.cancel()
+
+    async def json(self, body: msgspec.Struct, status: int = 200) -> None:
+        await self.payload(encode_json(body), _JSON, status)
+
+    async def payload(self, body: bytes, headers: list[tuple[bytes, bytes]], status: int = 200) -> None:
+        self._started = self._complete = True
+        length = (b"content-length", str(len(body)).encode())
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def begin_stream(self) -> None:
+        self._started = True
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def write(self, body: bytes, *, more: bool = True) -> None:
+        self._complete = not more
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def error(self, error: RequestError) -> None:
+        """As a response, or as the last event of a stream that has begun."""
+        body = error_body(error)
+        if self._started:
+            await self.write(b"data: " + encode_json(body) + b"\n\n", more=False)
+        else:
+            await self.json(body, error.status)
+
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class Endpoint:
+    """An ASGI application out of a handler: the boundary at which every failure of a request ends."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        try:
+            await self._handler(exchange)
+        except ClientGoneError:
+            logger.info("%s: the client left", exchange.request_id)
+        except RequestError as error:
+            await exchange.error(error)
+        except Exception:
+            logger.exception("%s: failed", exchange.request_id)
+            await exchange.error(RequestError("internal server error", status=500, code="internal_error"))
+
+
+class RequestIds:
+    """Gives every request its `x-request-id`, the client's own where it is a decent one, and sends it back."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        decent = 0 < len(given) <= 128 and all(32 < byte < 127 for byte in given)
+        request_id = given if decent else uuid.uuid4().hex.encode()
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class ApiKey:
+    """401 for requests without the key, but for what monitoring reads."""
+
+    OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version"})
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in self.OPEN_PATHS:
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not hmac.compare_digest(given, self._expected):
+                error = RequestError("missing or wrong API key", status=401, code="invalid_api_key")
+                await Exchange(scope, receive, send).error(error)
+                return
+        await self._app(scope, receive, send)
+
+
+def error_body(error: RequestError) -> ErrorResponse:
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return ErrorResponse(ErrorBody(str(error), kind, error.param, error.code))
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(f"the body is larger than the limit of {max_bytes} bytes", status=413, code="request_too_large")

@@ -1,0 +1,89 @@
+"""What one sequence has said so far: tokens in, text out. Knows no HTTP and no other sequence."""
+
+from triptych.core import FinishReason, InstanceId, RequestId, SamplingParams, TokenLogprobs
+from triptych.messages import TokenUpdate
+from triptych.model.token_stream import TokenStream
+from triptych.server.stopping import StopFilter
+
+
+class Output:
+    """One choice of an answer. `take_*` hands over what came since the last call, so that a slow client gets fewer,
+    larger pieces and never a queue.
+    """
+
+    __slots__ = (
+        "_new_text",
+        "_new_tokens",
+        "_stop_filter",
+        "_token_stream",
+        "finish",
+        "holders",
+        "index",
+        "last_token_at",
+        "num_tokens",
+        "request_id",
+        "sampling",
+        "stop_reason",
+    )
+
+    def __init__(
+        self,
+        index: int,
+        request_id: RequestId,
+        sampling: SamplingParams,
+        stop: tuple[str, ...],
+        token_stream: TokenStream,
+        holders: set[InstanceId],
+    ) -> None:
+        self.index = index  # among all choices of the client's request
+        self.request_id = request_id
+        self.sampling = sampling
+        self.holders = holders  # every instance that may hold a part of it: where an abort goes
+        self.num_tokens = 0
+        self.finish: FinishReason | None = None
+        self.stop_reason: int | str | None = None  # the stop token or stop string, None for end-of-sequence
+        self.last_token_at = 0.0
+        self._token_stream = token_stream
+        self._stop_filter = StopFilter(stop) if stop else None
+        self._new_text: list[str] = []
+        self._new_tokens: list[tuple[int, TokenLogprobs]] = []
+
+    def push(self, update: TokenUpdate) -> None:
+        """Takes one token. Sets `finish` when it is the last one, or when it completes a stop string."""
+        self.num_tokens += 1
+        if update.logprobs is not None:
+            self._new_tokens.append((update.token_id, update.logprobs))
+        if update.finish is FinishReason.STOP:
+            text = self._token_stream.flush()  # the token that ended it is no part of the text
+            if update.token_id in self.sampling.stop_token_ids:
+                self.stop_reason = update.token_id
+        else:
+            text = self._token_stream.push(update.token_id)
+            if update.finish is not None:
+                text += self._token_stream.flush()
+        self.finish = update.finish
+        if self._stop_filter is not None:
+            text = self._until_stop(self._stop_filter, text)
+        if text:
+            self._new_text.append(text)
+
+    def take_text(self) -> str:
+        text = "".join(self._new_text)
+        self._new_text.clear()
+        return text
+
+    def take_tokens(self) -> list[tuple[int, TokenLogprobs]]:
+        """Tokens with their log-probabilities; empty unless the request asked for them."""
+        tokens, self._new_tokens = self._new_tokens, []
+        return tokens
+
+    def _until_stop(self, stop_filter: StopFilter, text: str) -> str:
+        if self.num_tokens <= self.sampling.min_tokens and self.finish is None:
+            return text
+        text, stop = stop_filter.push(text)
+        if stop is not None:
+            self.finish = FinishReason.STOP
+            self.stop_reason = stop
+        elif self.finish is not None:
+            text += stop_filter.flush()
+        return text

@@ -1,0 +1,143 @@
+"""From the bytes of a body to a checked request. Every error names the field that is to blame and what it may be."""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import TypeVar
+
+import msgspec
+from msgspec.inspect import FloatType, IntType, StructType, Type, UnionType, type_info
+
+from triptych.errors import RequestError
+from triptych.server.schema import GenerateRequest
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_PLACE = re.compile(r"^(?P<text>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
+_UNKNOWN_VALUE = re.compile(r"Invalid (?:enum )?value '?(.*?)'?$", re.DOTALL)
+
+
+def decode_body(body: bytes, kind: type[T]) -> T:
+    """Raises RequestError naming the field."""
+    try:
+        decoder: msgspec.json.Decoder[T] = _decoder(kind)
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _explained(str(error), kind) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        path = _non_finite_field(body)
+        if path is not None:
+            raise _out_of_range(path, "JSON knows no NaN and no Infinity", kind) from error
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+
+
+@functools.cache
+def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
+    return msgspec.json.Decoder(kind)
+
+
+def check_supported(request: GenerateRequest) -> None:
+    """Raises RequestError for a field that would change the answer in a way this server cannot."""
+    name = request.refused_field()
+    if name is not None:
+        raise unsupported(name)
+    if request.skip_special_tokens is False:
+        raise unsupported("skip_special_tokens")
+    if request.response_format is not None and request.response_format.type != "text":
+        raise unsupported("response_format", "only the type 'text' is")
+
+
+def unsupported(field: str, hint: str = "") -> RequestError:
+    text = f"{field} is not supported by this server" + (f"; {hint}" if hint else "")
+    return RequestError(text, param=field, code="unsupported_parameter")
+
+
+# ---- what to tell the client
+
+
+def _explained(message: str, kind: type[msgspec.Struct]) -> RequestError:
+    match = _PLACE.match(message)
+    assert match is not None
+    text, path = match["text"], match["path"] or ""
+    missing = _MISSING.match(text)
+    if missing is not None:
+        path = f"{path}.{missing[1]}".lstrip(".")
+        return RequestError(f"{path}: this field is required", param=path, code="missing_field")
+    unknown = _UNKNOWN_VALUE.match(text)
+    if unknown is not None:
+        return _unknown_value(path, unknown[1])
+    if text == "Expected `array` of length >= 1":
+        text = "must not be empty"
+    elif path.endswith("].content"):
+        text = "expected a string or a list of content parts"
+    return _out_of_range(path, text, kind)
+
+
+def _unknown_value(path: str, value: str) -> RequestError:
+    if path.endswith(".type"):
+        part = path.removesuffix(".type")
+        text = f"{part}: content of type {value!r} is not supported by this model; supported are 'text' and 'image_url'"
+        return RequestError(text, param=part, code="unsupported_content")
+    if path.endswith(".role"):
+        text = f"{path}: {value!r} is no role; roles are 'system', 'developer', 'user' and 'assistant'"
+        return RequestError(text, param=path, code="invalid_value")
+    return RequestError(f"{path}: {value!r} is not a valid value", param=path, code="invalid_value")
+
+
+def _out_of_range(path: str, text: str, kind: type[msgspec.Struct]) -> RequestError:
+    valid = _valid_range(kind, path)
+    place = f"{path}: " if path else ""
+    message = f"{place}{text}" + (f" (valid: {valid})" if valid else "")
+    return RequestError(message, param=path or None, code="invalid_value")
+
+
+def _valid_range(kind: type[msgspec.Struct], path: str) -> str | None:
+    """In words, for a numeric field at the top level of `kind`."""
+    info = type_info(kind)
+    assert isinstance(info, StructType)
+    for field in info.fields:
+        if field.encode_name == path:
+            bounds = [_bounds(option) for option in _options(field.type)]
+            return next((text for text in bounds if text), None)
+    return None
+
+
+def _options(kind: Type) -> Iterator[Type]:
+    if isinstance(kind, UnionType):
+        for option in kind.types:
+            yield from _options(option)
+    elif isinstance(kind, msgspec.inspect.Metadata):
+        yield from _options(kind.type)
+    else:
+        yield kind
+
+
+def _bounds(kind: Type) -> str:
+    if not isinstance(kind, IntType | FloatType):
+        return ""
+    lower = f"at least {kind.ge:g}" if kind.ge is not None else f"more than {kind.gt:g}" if kind.gt is not None else ""
+    upper = f"at most {kind.le}" if kind.le is not None else ""
+    return " and ".join(bound for bound in (lower, upper) if bound)
+
+
+def _non_finite_field(body: bytes) -> str | None:
+    """The path of the first NaN or Infinity in a body that is JSON but for those, else None."""
+    try:
+        tree = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return next(_non_finite_paths(tree, ""), None)
+
+
+def _non_finite_paths(node: object, path: str) -> Iterator[str]:
+    if isinstance(node, float) and not math.isfinite(node):
+        yield path
+    elif isinstance(node, dict):
+        for name, child in node.items():
+            yield from _non_finite_paths(child, f"{path}.{name}".lstrip("."))
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _non_finite_paths(child, f"{path}[{index}]")

@@ -1,0 +1,43 @@
+"""Runs the application under uvicorn on a socket that was bound before, so that the port is known before it serves."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+
+class HttpServer(uvicorn.Server):
+    """Leaves signals to whoever started it: set `should_exit` to end `serve(sockets=[...])`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def make_http_server(app: ASGIApp, *, shutdown_s: int = 2) -> HttpServer:
+    """Requests that are still running `shutdown_s` after the server was told to exit are cancelled."""
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        backlog=2048,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=shutdown_s,
+    )
+    return HttpServer(config)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Port 0: one that is free. Raises OSError if the address is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((host, port))
+    return bound

@@ -1,0 +1,73 @@
+"""From the fields of a request to the sampling parameters that travel to the instances."""
+
+import secrets
+
+from triptych.core import SamplingParams
+from triptych.errors import RequestError
+from triptych.server.schema import MAX_SEED, GenerateRequest
+
+
+def sampling_params(
+    request: GenerateRequest,
+    *,
+    num_prompt_tokens: int,
+    max_model_len: int,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_field: str,
+) -> SamplingParams:
+    """Raises RequestError if prompt and answer together are longer than the model can take.
+
+    `max_tokens` None: as many as there is room for. The seed is drawn here, so that a retry elsewhere gives the same.
+    """
+    room = max_model_len - num_prompt_tokens
+    if room < 1:
+        raise RequestError(
+            f"{prompt_field}: this model's maximum context length is {max_model_len} tokens, but the prompt has "
+            f"{num_prompt_tokens} and the answer needs at least one; please shorten the prompt",
+            param=prompt_field,
+            code="context_length_exceeded",
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise RequestError(
+            f"max_tokens: this model's maximum context length is {max_model_len} tokens, but {num_prompt_tokens} in "
+            f"the prompt and {max_tokens} in the answer were asked for ({max_tokens} > {max_model_len} - "
+            f"{num_prompt_tokens}); please lower one of them",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    max_tokens = room if max_tokens is None else max_tokens
+    min_tokens = request.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise RequestError(
+            f"min_tokens: {min_tokens} is more than max_tokens, {max_tokens}", param="min_tokens", code="invalid_value"
+        )
+    return SamplingParams(
+        max_tokens=max_tokens,
+        seed=secrets.randbelow(MAX_SEED) if request.seed is None else request.seed,
+        temperature=_default(request.temperature, 1.0),
+        top_p=_default(request.top_p, 1.0),
+        top_k=max(request.top_k or 0, 0),
+        min_p=request.min_p or 0.0,
+        min_tokens=min_tokens,
+        ignore_eos=bool(request.ignore_eos),
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=_default(request.repetition_penalty, 1.0),
+        logprobs=logprobs,
+    )
+
+
+def stop_strings(request: GenerateRequest) -> tuple[str, ...]:
+    """Raises RequestError for an empty one, which would stop everything."""
+    stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    for index, stop in enumerate(stops):
+        if not stop:
+            field = "stop" if isinstance(request.stop, str) else f"stop[{index}]"
+            raise RequestError(f"{field}: must not be empty", param=field, code="invalid_value")
+    return stops
+
+
+def _default(value: float | None, default: float) -> float:
+    return default if value is None else value

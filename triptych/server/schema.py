@@ -1,0 +1,313 @@
+"""Bodies of requests and responses, as OpenAI spells them, with vLLM's extra sampling fields.
+
+Ranges stand here once: decoding enforces them, error texts and the OpenAPI document read them. Fields that nobody
+knows are ignored, as OpenAI does; fields that would change the answer and are not supported are refused (`Refused`).
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+MAX_SEED = (1 << 63) - 1
+
+Unsupported = Annotated[Any, Meta(description="Not supported: refused with 400 unless null or neutral.")]
+PositiveCount = Annotated[int, Meta(ge=1, le=1 << 31)]
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+Logprobs = Annotated[int, Meta(ge=0, le=20)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+# ---- requests
+
+
+class StreamOptions(Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ResponseFormat(Struct):
+    type: str
+
+
+class Refused(Struct, kw_only=True):
+    """Known fields that change the answer in ways this server cannot. `NEUTRAL` values change nothing."""
+
+    NEUTRAL: ClassVar[tuple[object, ...]] = (None, False, "", [], {}, "none", "auto", ["text"])
+
+    tools: Unsupported = None
+    tool_choice: Unsupported = None
+    functions: Unsupported = None
+    function_call: Unsupported = None
+    modalities: Unsupported = None
+    audio: Unsupported = None
+    prediction: Unsupported = None
+    web_search_options: Unsupported = None
+    logit_bias: Unsupported = None
+    logits_processors: Unsupported = None
+    bad_words: Unsupported = None
+    allowed_token_ids: Unsupported = None
+    use_beam_search: Unsupported = None
+    prompt_logprobs: Unsupported = None
+    include_stop_str_in_output: Unsupported = None
+    truncate_prompt_tokens: Unsupported = None
+    structured_outputs: Unsupported = None
+    guided_json: Unsupported = None
+    guided_regex: Unsupported = None
+    guided_choice: Unsupported = None
+    guided_grammar: Unsupported = None
+    mm_processor_kwargs: Unsupported = None
+    chat_template: Unsupported = None
+    documents: Unsupported = None
+    suffix: Unsupported = None
+    kv_transfer_params: Unsupported = None
+    ec_transfer_params: Unsupported = None
+
+    def refused_field(self) -> str | None:
+        """The first field that asks for something unsupported."""
+        for name in Refused.__struct_fields__:
+            if getattr(self, name) not in self.NEUTRAL:
+                return name
+        return None
+
+
+class GenerateRequest(Refused, kw_only=True):
+    """What chat completions and completions have in common."""
+
+    model: str | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    max_tokens: PositiveCount | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 31, description="-1 and 0: all tokens")] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+
+
+class ImageUrl(Struct):
+    url: str
+    detail: str | None = None
+
+
+class TextPart(Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class ImagePart(Struct, tag_field="type", tag="image_url"):
+    image_url: ImageUrl | str
+
+
+class ChatMessage(Struct):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart | ImagePart] | None = None
+    tool_calls: Unsupported = None
+
+
+Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
+
+
+class ChatRequest(GenerateRequest, kw_only=True):
+    messages: Messages
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    max_completion_tokens: PositiveCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+
+
+class CompletionRequest(GenerateRequest, kw_only=True):
+    prompt: str | list[str | TokenId | list[TokenId]]
+    echo: bool | None = None
+    logprobs: Logprobs | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    add_special_tokens: bool | None = None
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    """Either `prompt` or `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+# ---- responses
+
+
+class Usage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    content: list[ChatTokenLogprob]
+
+
+class AnswerMessage(Struct, frozen=True):
+    role: str
+    content: str
+
+
+class ChatChoice(Struct, frozen=True):
+    index: int
+    message: AnswerMessage
+    finish_reason: str | None
+    logprobs: ChatLogprobs | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatResponse(Struct, frozen=True, kw_only=True):
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(Struct, frozen=True, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Struct, frozen=True, gc=False):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | UnsetType | None = UNSET
+
+
+class ChatChunk(Struct, frozen=True, kw_only=True, gc=False):
+    id: str
+    object: str = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class CompletionLogprobs(Struct, frozen=True):
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(Struct, frozen=True, gc=False):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class CompletionResponse(Struct, frozen=True, kw_only=True, gc=False):
+    """Also the shape of a chunk of a stream."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ModelCard(Struct, frozen=True, kw_only=True):
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "triptych"
+    root: str
+    parent: str | None = None
+    max_model_len: int
+
+
+class ModelList(Struct, frozen=True, kw_only=True):
+    object: str = "list"
+    data: list[ModelCard]
+
+
+class TokenizeResponse(Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(Struct, frozen=True):
+    prompt: str
+
+
+class VersionResponse(Struct, frozen=True):
+    version: str
+
+
+class PoolView(Struct, frozen=True):
+    total: int
+    free: int
+    used: int
+    cached: int
+
+
+class InstanceView(Struct, frozen=True, kw_only=True):
+    """One instance as `GET /cluster` shows it. Cached blocks are reusable: neither used nor leaked."""
+
+    id: str
+    pid: int | None
+    role: str
+    state: str
+    queues: dict[str, int]
+    pools: dict[str, PoolView]
+
+
+class ClusterView(Struct, frozen=True):
+    placement: str
+    instances: list[InstanceView]
+
+
+class ErrorBody(Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(Struct, frozen=True):
+    error: ErrorBody

@@ -1,0 +1,77 @@
+"""What the stages have in common: where their effects go, and what they are told about their surroundings."""
+
+from dataclasses import dataclass, field
+
+from triptych.core import FinishReason, InstanceId, LeaseId, RequestId, Sequence, UnitHash
+from triptych.messages import FRONTEND, AnyMessage, Failed, Release, Ticket, TokenUpdate
+from triptych.routing import RoutingTable
+
+USUAL_ANSWER_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Read the ticket's blocks into own blocks of the same region. `key` comes back when no byte lands any more."""
+
+    key: UnitHash | RequestId
+    ticket: Ticket
+    blocks: list[int]
+
+
+@dataclass(slots=True)
+class Outbox:
+    """What a stage wants to happen. The engine carries it out after each step, the simulator on its own time."""
+
+    messages: list[tuple[InstanceId, AnyMessage]] = field(default_factory=list)
+    pulls: list[Pull] = field(default_factory=list)
+    tokens: list[TokenUpdate] = field(default_factory=list)
+
+    def send(self, to: InstanceId, message: AnyMessage) -> None:
+        self.messages.append((to, message))
+
+    def release(self, ticket: Ticket) -> None:
+        self.send(ticket.holder, Release(ticket.lease))
+
+    def fail(self, request_id: RequestId, message: str, status: int, code: str | None = None) -> None:
+        self.send(FRONTEND, Failed(request_id, message, status, code))
+
+
+@dataclass(slots=True)
+class Surroundings:
+    """What the stages of one instance share: its name, its incarnation, the newest routing table, the outbox."""
+
+    instance: InstanceId
+    epoch: str
+    eos_token_ids: frozenset[int] = frozenset()
+    max_model_len: int = 1 << 30
+    table: RoutingTable = field(default_factory=RoutingTable)
+    decode_loads: dict[InstanceId, float] = field(default_factory=dict)  # seconds of work; last report + sent since
+    decode_pace_s: float = 0.0  # predicted seconds per decoded token, as the decode instances report it
+    out: Outbox = field(default_factory=Outbox)
+
+    def ticket(self, lease: LeaseId, region: str, blocks: list[int], num_tokens: int) -> Ticket:
+        return Ticket(self.instance, self.epoch, lease, region, blocks, num_tokens)
+
+    def is_stale(self, ticket: Ticket) -> bool:
+        """Whether the holder died or was restarted since: pulling from it is pointless."""
+        if ticket.holder == self.instance:
+            return ticket.epoch != self.epoch
+        peer = self.table.peers.get(ticket.holder)
+        return peer is not None and peer.epoch != ticket.epoch
+
+    def finish_of(self, sequence: Sequence) -> FinishReason | None:
+        """Whether the newest token ends the sequence. Stop strings are the frontend's business."""
+        sampling, token = sequence.sampling, sequence.token_ids[-1]
+        if sequence.num_output_tokens >= sampling.min_tokens:
+            if token in self.eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP
+            if token in sampling.stop_token_ids:
+                return FinishReason.STOP
+        full = len(sequence.token_ids) >= self.max_model_len
+        return FinishReason.LENGTH if full or sequence.num_output_tokens >= sampling.max_tokens else None
+
+
+def foreseen_tokens(sequence: Sequence) -> int:
+    """Tokens that a sequence is expected to decode: what it may, but never more than a usual answer, because most
+    requests leave `max_tokens` at the rest of the model's length and stop long before."""
+    return min(sequence.sampling.max_tokens - sequence.num_output_tokens, USUAL_ANSWER_TOKENS)

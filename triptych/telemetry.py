@@ -1,0 +1,152 @@
+"""Metrics under vLLM's names where they exist, and the set-up of logging. Knows no messages: it takes plain numbers."""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from triptych.core import FinishReason
+
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+_E2E_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+
+@dataclass(frozen=True)
+class InstanceSample:
+    """What one instance last said about itself: its queues, pools as (total, free, used, cached), running totals."""
+
+    role: str
+    queues: Mapping[str, int]
+    pools: Mapping[str, tuple[int, int, int, int]]
+    counters: Mapping[str, float]
+
+
+class Telemetry:
+    """All metrics of one server, in a registry of their own."""
+
+    def __init__(self, model_name: str) -> None:
+        self._registry = CollectorRegistry()
+        self._instances = _InstanceCollector(model_name)
+        self._registry.register(self._instances)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            family = Histogram(name, text, ("model_name",), registry=self._registry, buckets=buckets)
+            return family.labels(model_name)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ("model_name",), registry=self._registry).labels(model_name)
+
+        self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token", _TTFT_BUCKETS)
+        self._itl = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a sequence", _ITL_BUCKETS)
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token", _E2E_BUCKETS)
+        self._prompt_sizes = histogram("vllm:request_prompt_tokens", "Prompt tokens of a sequence", _TOKEN_BUCKETS)
+        self._output_sizes = histogram("vllm:request_generation_tokens", "Tokens of an answer", _TOKEN_BUCKETS)
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of sequences that began to answer")
+        self._output_tokens = counter("vllm:generation_tokens", "Tokens sampled")
+        self._failures = counter("triptych:request_failure", "Sequences that ended with an error")
+        finished = Counter(
+            "vllm:request_success",
+            "Sequences that ended, by the reason",
+            labelnames=("model_name", "finished_reason"),
+            registry=self._registry,
+        )
+        self._finished = {reason: finished.labels(model_name, reason.value) for reason in FinishReason}
+
+    def first_token(self, after_s: float, num_prompt_tokens: int) -> None:
+        self._ttft.observe(after_s)
+        self._prompt_tokens.inc(num_prompt_tokens)
+        self._output_tokens.inc()
+
+    def next_token(self, gap_s: float) -> None:
+        self._itl.observe(gap_s)
+        self._output_tokens.inc()
+
+    def finished(self, reason: FinishReason, after_s: float, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        self._finished[reason].inc()
+        self._e2e.observe(after_s)
+        self._prompt_sizes.observe(num_prompt_tokens)
+        self._output_sizes.observe(num_output_tokens)
+
+    def aborted(self) -> None:
+        """The client left before the answer was complete."""
+        self._finished[FinishReason.ABORT].inc()
+
+    def failed(self) -> None:
+        self._failures.inc()
+
+    def instances(self, samples: dict[str, InstanceSample]) -> None:
+        """Replaces what is known about all instances; called before an exposition."""
+        self._instances.samples = samples
+
+    def exposition(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _InstanceCollector(Collector):
+    """Turns the newest samples into metrics at the time they are asked for."""
+
+    def __init__(self, model_name: str) -> None:
+        self.samples: dict[str, InstanceSample] = {}
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        running, waiting, used, total = 0, 0, 0, 0
+        for sample in self.samples.values():
+            running += sum(count for name, count in sample.queues.items() if name.endswith("running"))
+            waiting += sum(count for name, count in sample.queues.items() if name.endswith("waiting"))
+            if "kv" in sample.pools:
+                pool = sample.pools["kv"]
+                total, used = total + pool[0], used + pool[2]
+        yield self._gauge("vllm:num_requests_running", "Sequences and units in batches, all instances", running)
+        yield self._gauge("vllm:num_requests_waiting", "Sequences and units in queues, all instances", waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Used share of all KV blocks (0 to 1)", used / max(total, 1))
+        yield from self._per_instance()
+
+    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _per_instance(self) -> Iterator[Metric]:
+        labels = ["model_name", "instance", "role"]
+        queues = GaugeMetricFamily("triptych:queue_length", "Entries of a queue", labels=[*labels, "queue"])
+        blocks = GaugeMetricFamily(
+            "triptych:pool_blocks", "Blocks of a pool by state", labels=[*labels, "pool", "state"]
+        )
+        totals: dict[str, CounterMetricFamily] = {}
+        for instance, sample in self.samples.items():
+            values = [self._model_name, instance, sample.role]
+            for queue, count in sample.queues.items():
+                queues.add_metric([*values, queue], count)
+            for pool, counts in sample.pools.items():
+                for state, count in zip(("total", "free", "used", "cached"), counts, strict=True):
+                    blocks.add_metric([*values, pool, state], count)
+            for name, value in sample.counters.items():
+                name = name.removesuffix("_total")
+                family = totals.setdefault(
+                    name, CounterMetricFamily(f"triptych:{name}", f"Running total of {name}", labels=labels)
+                )
+                family.add_metric(values, value)
+        yield queues
+        yield blocks
+        yield from totals.values()
+
+
+def set_up_logging(level: str = "INFO", process: str = "") -> None:
+    """Logs of this process to stderr, one line each. Called once per process, by its entry point."""
+    logging.basicConfig(
+        level=level.upper(),
+        stream=sys.stderr,
+        format=f"%(asctime)s %(levelname)s {process or '-'} %(name)s: %(message)s",
+        force=True,
+    )
+    for noisy in ("httpcore", "httpx", "urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
