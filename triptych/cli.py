@@ -1,8 +1,9 @@
 """The command line: turns flags into validated options. Heavy imports happen inside the commands."""
 
 import json
+import signal
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +11,9 @@ from triptych import __version__
 from triptych.config import GIB, MemoryConfig, ModelConfig, SchedulingConfig, ServerConfig, require
 from triptych.core import Placement
 from triptych.errors import ConfigError, TriptychError
+
+if TYPE_CHECKING:
+    from triptych.serve import ServeOptions
 
 app = typer.Typer(
     help="Serve large multimodal models in three stages: encode, prefill, decode.",
@@ -86,7 +90,6 @@ def serve(
     import asyncio
 
     from triptych.serve import ServeOptions
-    from triptych.serve import serve as run
     from triptych.telemetry import set_up_logging
 
     for field, value, valid in (
@@ -150,7 +153,19 @@ def serve(
         transfer=transfer,
         threads=threads,
     )
-    asyncio.run(run(options))
+    asyncio.run(_serve(options))
+
+
+async def _serve(options: "ServeOptions") -> None:
+    """Serves until SIGINT or SIGTERM; announces the address in the one line of standard output."""
+    import asyncio
+
+    from triptych.serve import serve
+
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await serve(options, stop, lambda address: typer.echo(f"Triptych ready on {address}"))
 
 
 def _limits(text: str) -> dict[str, int]:

@@ -2,23 +2,20 @@
 
 import asyncio
 import contextlib
-import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import uvicorn
 import zmq
 import zmq.asyncio
+from starlette.applications import Starlette
 
 from triptych.cluster.local import LocalCluster
 from triptych.config import InstanceConfig, MemoryConfig, ModelConfig, SchedulingConfig, ServerConfig
@@ -31,12 +28,10 @@ from triptych.model.processor import Processor
 from triptych.server.app import create_app
 from triptych.server.frontend import Frontend
 from triptych.server.operations import InstanceStatus
+from triptych.server.running import bind, make_http_server
 from triptych.telemetry import Telemetry
 
-logger = logging.getLogger(__name__)
-
 START_TIMEOUT_S = 600.0
-SHUTDOWN_S = 2  # for responses that are being sent
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,82 +67,84 @@ def instance_configs(options: ServeOptions, run_dir: Path) -> list[InstanceConfi
     ]
 
 
-async def serve(options: ServeOptions) -> None:
-    """Runs until SIGINT or SIGTERM. Raises ConfigError or InstanceError if an instance cannot start."""
-    listener = _listen(options.server.host, options.server.port)
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    with _run_dir() as run_dir, listener:
+async def serve(options: ServeOptions, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
+    """Runs until `stop` is set, or until an instance cannot start: then raises ConfigError or InstanceError.
+
+    `on_ready` gets the address once, when every stage has an active instance.
+    """
+    with _run_dir() as run_dir, _listen(options.server.host, options.server.port) as listener:
         context = zmq.asyncio.Context()
         inbox = context.socket(zmq.PULL)
         inbox.set(zmq.RCVHWM, 0)
         inbox.bind(f"ipc://{run_dir}/frontend")
         post = Post(zmq.Context(context))
         try:
-            await _serve(options, run_dir, inbox, post, listener, stop)
+            await _Running(options, run_dir, inbox, post, listener).until(stop, on_ready)
         finally:
             post.close()
             inbox.close(linger=0)
             context.term()
 
 
-async def _serve(
-    options: ServeOptions,
-    run_dir: Path,
-    inbox: zmq.asyncio.Socket,
-    post: Post,
-    listener: socket.socket,
-    stop: asyncio.Event,
-) -> None:
-    """Starts the workers first, because they take longest, then everything that lives in this process."""
-    telemetry = Telemetry(options.model.name)
-    controller = Controller(LocalCluster(), post)
-    starting = asyncio.create_task(controller.start(instance_configs(options, run_dir), START_TIMEOUT_S))
-    tasks: list[asyncio.Task[Any]] = [starting]
-    try:
-        processor = await asyncio.to_thread(Processor.load, options.model.path, revision=options.model.revision)
-        frontend = Frontend(processor, controller, telemetry)
-        controller.on_table, controller.on_lost = frontend.handle, frontend.instance_lost
-        tasks.append(asyncio.create_task(_read(inbox, controller, frontend)))
-        directory = partial(_statuses, controller)
-        app = create_app(
-            frontend, processor, options.server, telemetry, model_root=options.model.path, directory=directory
-        )
-        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S))
-        serving = asyncio.create_task(server.serve([listener]))
-        stopping = asyncio.create_task(stop.wait())
-        tasks += [serving, stopping]
-        await asyncio.wait([starting, serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-            _announce(options, listener)
-            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-        frontend.close()
-        server.should_exit = True
-        await serving
-    finally:
-        await controller.stop()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+class _Running:
+    """The parts of one server, and the tasks that keep them going."""
 
+    def __init__(
+        self, options: ServeOptions, run_dir: Path, inbox: zmq.asyncio.Socket, post: Post, listener: socket.socket
+    ) -> None:
+        self._options = options
+        self._inbox = inbox
+        self._listener = listener
+        self._controller = Controller(LocalCluster(), post)
+        # The workers take longest, so they start while this process is still loading its own part.
+        configs = instance_configs(options, run_dir)
+        self._starting = asyncio.create_task(self._controller.start(configs, START_TIMEOUT_S))
+        self._tasks: list[asyncio.Task[Any]] = [self._starting]
 
-class _Server(uvicorn.Server):
-    """uvicorn without signal handlers: one place decides when the whole server stops."""
+    async def until(self, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
+        try:
+            frontend, app = await self._build_app()
+            http = make_http_server(app)
+            serving = self._task(http.serve([self._listener]))
+            stopping = self._task(stop.wait())
+            await asyncio.wait([self._starting, serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if self._starting.done():
+                self._starting.result()
+                on_ready(_address(self._listener))
+                await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            frontend.close()
+            http.should_exit = True
+            await serving
+        finally:
+            await self._controller.stop()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    async def _build_app(self) -> tuple[Frontend, Starlette]:
+        model, server = self._options.model, self._options.server
+        processor = await asyncio.to_thread(Processor.load, model.path, revision=model.revision)
+        telemetry = Telemetry(model.name)
+        frontend = Frontend(processor, self._controller, telemetry)
+        self._controller.on_table, self._controller.on_lost = frontend.handle, frontend.instance_lost
+        self._task(self._read(frontend))
+        directory = partial(_statuses, self._controller)
+        app = create_app(frontend, processor, server, telemetry, model_root=model.path, directory=directory)
+        return frontend, app
 
+    async def _read(self, frontend: Frontend) -> None:
+        """Hands every message of an instance to whom it concerns."""
+        while True:
+            message = decode(await self._inbox.recv())
+            if isinstance(message, Ready):
+                self._controller.ready(message)
+            else:
+                frontend.handle(message)
 
-def _announce(options: ServeOptions, listener: socket.socket) -> None:
-    """The one line on standard output that scripts wait for."""
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    logger.info("serving %s as %s", options.model.path, options.placement)
-    sys.stdout.write(f"Triptych ready on http://{shown}:{port}\n")
-    sys.stdout.flush()
+    def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        return task
 
 
 def _statuses(controller: Controller) -> dict[InstanceId, InstanceStatus]:
@@ -157,14 +154,9 @@ def _statuses(controller: Controller) -> dict[InstanceId, InstanceStatus]:
     }
 
 
-async def _read(inbox: zmq.asyncio.Socket, controller: Controller, frontend: Frontend) -> None:
-    """Hands every message of an instance to whom it concerns."""
-    while True:
-        message = decode(await inbox.recv())
-        if isinstance(message, Ready):
-            controller.ready(message)
-        else:
-            frontend.handle(message)
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _device(device: str, index: int) -> str:
@@ -182,13 +174,9 @@ def _device(device: str, index: int) -> str:
 def _listen(host: str, port: int) -> socket.socket:
     """Bound before anything is loaded, so that a port in use is told at once."""
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        return bind(host, port)
     except OSError as error:
         raise ConfigError(f"host, port: cannot listen on {host}:{port}: {error.strerror}") from error
-    return listener
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ from triptych.core import (
     SampledToken,
     SamplingParams,
     Stage,
-    UnitHash,
 )
 from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
@@ -69,7 +68,8 @@ class Ask:
 class Scenario:
     placement: str
     asks: tuple[Ask, ...]
-    kv_blocks: int = 12
+    kv_blocks: int = 12  # room for one longest sequence
+    more_kv_blocks: int = 0  # at most this many more, differently at every instance
     embedding_blocks: int = 8  # of each share
     max_num_seqs: int = 4
     budget: int = 16
@@ -120,7 +120,7 @@ class Instance:
         self.near = Surroundings(self.id, "1", frozenset({EOS}), scenario.max_model_len)
         self.near.decode_pace_s = 1.0  # so that sequences are handed to the instance with less to do
         self.leases = Leases()
-        self.kv = KVCache(scenario.kv_blocks, BLOCK_TOKENS)
+        self.kv = KVCache(scenario.kv_blocks + rng.randint(0, scenario.more_kv_blocks), BLOCK_TOKENS)
         shares = (Stage.ENCODE in role.stages) + (Stage.PREFILL in role.stages)
         self.cache = EmbeddingCache(scenario.embedding_blocks * shares, BLOCK_TOKENS)
         self.kv_content: dict[int, object] = {}  # slot -> (request, position, token)
@@ -404,6 +404,8 @@ class Cluster:
     def _submit(self, index: int, ask: Ask) -> None:
         units = tuple(picture(number) for number in ask.pictures)
         token_ids, spans = make_prompt(units, ask.text)
+        if self.scenario.more_kv_blocks and len(token_ids) >= self.scenario.max_model_len:
+            return  # refused here; without more blocks, prefill itself has to
         prefill = pick(self.table, Stage.PREFILL, self.sent[Stage.PREFILL]).id
         self.sent[Stage.PREFILL][prefill] += len(token_ids)
         encoders = assign_units(self.table, units, self.sent[Stage.ENCODE], 1.0)
@@ -475,7 +477,7 @@ class Cluster:
 
     def fits(self, answer: Answer) -> bool:
         rows = {unit.hash: -(-unit.num_tokens // BLOCK_TOKENS) for unit in answer.submit.units}
-        kv = len(answer.submit.token_ids) + 1 <= self.scenario.max_model_len
+        kv = answer.submit.num_prompt_tokens + 1 <= self.instances[answer.prefill].kv.max_tokens
         return kv and sum(rows.values()) <= self.scenario.embedding_blocks
 
     def check_answers(self) -> None:
@@ -514,6 +516,3 @@ def _slots(block: int) -> range:
 def _slot(blocks: list[int], index: int) -> int:
     return blocks[index // BLOCK_TOKENS] * BLOCK_TOKENS + index % BLOCK_TOKENS
 
-
-def hash_of(number: int) -> UnitHash:
-    return picture(number).hash

@@ -28,6 +28,7 @@ def scenarios(draw, failures: bool):
         placement=draw(st.sampled_from(PLACEMENTS)),
         asks=tuple(draw(st.lists(asks, min_size=1, max_size=12))),
         kv_blocks=draw(st.integers(8, 24)),
+        more_kv_blocks=draw(st.sampled_from([0, 0, 3, 12])),
         embedding_blocks=draw(st.integers(4, 12)),
         max_num_seqs=draw(st.integers(1, 6)),
         budget=draw(st.integers(4, 40)),

@@ -97,7 +97,7 @@ class FakeCluster:
         for id in roles:
             queues = {"prefill_waiting": 1, "prefill_running": 2} if id == P else {}
             pools = {"kv": PoolUsage(10, 5, 3, 2)} if id != E else {"embedding": PoolUsage(4, 4, 0, 0)}
-            frontend.handle(Load(id, queues, pools, {}, {"encode_units_total": 7.0} if id == E else {}))
+            frontend.handle(Load(id, queues, pools, {}, {"encode_units_total": 7.0} if id == E else {}, {}))
 
     @property
     def idle(self) -> bool:

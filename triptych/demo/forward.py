@@ -21,19 +21,35 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 _FORBIDDEN = -1e9
 
 
+_LENGTHS = (24, 40, 48, MAX_PATCHES)  # pictures are padded to the next of these, and computed together
+
+
 def see(visual: nn.Module, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
     """uint8 [pictures, MAX_PATCHES, values] -> [pictures, MAX_TOKENS, width]; tokens after a picture's last one are junk."""
+    order: list[int] = []
+    parts = []
+    for shorter, length in zip((0, *_LENGTHS), _LENGTHS, strict=False):
+        chosen = [i for i, (rows, columns) in enumerate(grids) if shorter < rows * columns <= length]
+        if chosen:
+            tokens = _see_equal(visual, patches[chosen, :length], [grids[i] for i in chosen])
+            parts.append(F.pad(tokens, (0, 0, 0, MAX_TOKENS - tokens.shape[1])))
+            order += chosen
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def _see_equal(visual: nn.Module, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """The same for pictures that are padded to one length: [pictures, length, values] -> [pictures, tokens, width]."""
     weight = visual.patch_embed.proj.weight.sum(2).flatten(1)  # the picture's two copies in time are equal
     hidden = _normalised(patches).to(weight.dtype) @ weight.t()
     num_pictures, length, width = hidden.shape
-    cos, sin, bias = (part.to(hidden) for part in _picture_tables(visual, grids))
+    cos, sin, bias = (part.to(hidden) for part in _picture_tables(visual, grids, length))
     for block in visual.blocks:
         heads = block.attn.qkv(block.norm1(hidden)).view(num_pictures, length, 3, block.attn.num_heads, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = _attend(_turn(query, cos, sin), _turn(key, cos, sin), value, bias)
         hidden = hidden + block.attn.proj(mixed.transpose(1, 2).reshape(num_pictures, length, width))
         hidden = hidden + block.mlp(block.norm2(hidden))
-    return visual.merger(hidden).view(num_pictures, MAX_TOKENS, -1)
+    return visual.merger(hidden).view(num_pictures, length // MERGE**2, -1)
 
 
 def think(model: Qwen2VLForConditionalGeneration, embeds: Tensor, positions: Tensor, allowed: Tensor) -> list[Tensor]:
@@ -87,13 +103,13 @@ def _normalised(patches: Tensor) -> Tensor:
     return ((patches.float().unflatten(-1, (3, -1)) - mean) / std).flatten(-2)
 
 
-def _picture_tables(visual: nn.Module, grids: Sequence[Grid]) -> tuple[Tensor, Tensor, Tensor]:
-    """cos and sin [pictures, 1, MAX_PATCHES, size], and the bias that hides the padding [pictures, 1, 1, MAX_PATCHES]."""
-    positions = torch.stack([_patch_positions(*grid) for grid in grids])
+def _picture_tables(visual: nn.Module, grids: Sequence[Grid], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """cos and sin [pictures, 1, length, size], and the bias that hides the padding [pictures, 1, 1, length]."""
+    positions = torch.stack([_patch_positions(*grid)[:length] for grid in grids])
     angles = positions[..., None].float() * visual.rotary_pos_emb.inv_freq.float().cpu()
     angles = angles.flatten(-2).repeat(1, 1, 2)[:, None]
     lengths = torch.tensor([rows * columns for rows, columns in grids])
-    hidden = torch.arange(MAX_PATCHES) >= lengths[:, None]
+    hidden = torch.arange(length) >= lengths[:, None]
     return angles.cos(), angles.sin(), (hidden * _FORBIDDEN)[:, None, None]
 
 

@@ -217,8 +217,7 @@ def _spans(starts: list[int], runs: list[int], unit_tokens: list[int]) -> tuple[
 
 def _fingerprint(image_processor: BaseImageProcessor, image_arguments: Mapping[str, object], identity: str) -> bytes:
     """128 bits over everything but the media that decides what an encoder makes of a picture."""
-    arguments = [image_processor.to_dict(), dict(image_arguments), identity]
-    text = json.dumps(arguments, sort_keys=True, default=str)
+    text = json.dumps([image_processor.to_json_string(), dict(image_arguments), identity])
     return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES).digest()
 
 

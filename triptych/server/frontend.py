@@ -25,9 +25,7 @@ from triptych.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-# Work that was sent but not yet reported is guessed with these until the next `Load` of the instance arrives.
-ROW_COST_S = 2e-4  # one embedding row
-TOKEN_COST_S = 1e-4  # one prompt token
+UNKNOWN_PACE_S = 1e-4  # per token or row, of an instance that has not reported its own yet
 
 
 class Wire(Protocol):
@@ -49,6 +47,10 @@ class PreparedPrompt:
     spans: tuple[Span, ...] = ()
     media: dict[UnitHash, bytes] = field(default_factory=dict)
     fields: dict[UnitHash, str] = field(default_factory=dict)
+
+    @property
+    def distinct_units(self) -> list[EncodeUnit]:
+        return list({unit.hash: unit for unit in self.units}.values())
 
 
 class Generation:
@@ -168,7 +170,7 @@ class Frontend:
             raise RequestError("not every stage has an instance at the moment", status=503, code="unavailable")
         generation = Generation(self, prompts, time.monotonic())
         for prompt, sampling in zip(prompts, samplings, strict=True):
-            prefill = pick(self.table, Stage.PREFILL, self._busy_s(Stage.PREFILL)).id
+            prefill = pick(self.table, Stage.PREFILL, self._busy_s()).id
             encoders = self._assign(prompt, prefill)
             for choice in range(n):
                 output = Output(
@@ -260,12 +262,13 @@ class Frontend:
 
     def _assign(self, prompt: PreparedPrompt, prefill: InstanceId) -> dict[UnitHash, InstanceId]:
         """Picks an encode instance for each distinct unit, and notes what everybody has to do now."""
-        self._add_work(prefill, len(prompt.token_ids) * TOKEN_COST_S)
+        self._add_work(prefill, Stage.PREFILL, len(prompt.token_ids))
         if not prompt.units:
             return {}
-        encoders = assign_units(self.table, prompt.units, self._busy_s(Stage.ENCODE), ROW_COST_S)
-        for unit in {unit.hash: unit for unit in prompt.units}.values():
-            self._add_work(encoders[unit.hash], unit.num_tokens * ROW_COST_S)
+        paces = [self._pace_s(peer.id, Stage.ENCODE) for peer in self.table.serving(Stage.ENCODE)]
+        encoders = assign_units(self.table, prompt.units, self._busy_s(), max(paces, default=UNKNOWN_PACE_S))
+        for unit in prompt.distinct_units:
+            self._add_work(encoders[unit.hash], Stage.ENCODE, unit.num_tokens)
         return encoders
 
     def _send_orders(
@@ -282,7 +285,7 @@ class Frontend:
                 output.sampling,
             ),
         )
-        for unit in {unit.hash: unit for unit in prompt.units}.values():
+        for unit in prompt.distinct_units:
             order = Encode(output.request_id, unit, prompt.media[unit.hash], prefill)
             self._wire.send(encoders[unit.hash], order)
 
@@ -322,14 +325,18 @@ class Frontend:
         for instance in output.holders:
             self._wire.send(instance, Abort(output.request_id))
 
-    def _busy_s(self, stage: Stage) -> dict[InstanceId, float]:
-        return {
-            peer.id: (self.loads[peer.id].work_s.get(stage, 0.0) if peer.id in self.loads else 0.0)
-            + self._unreported_s.get(peer.id, 0.0)
-            for peer in self.table.serving(stage)
-        }
+    def _busy_s(self) -> dict[InstanceId, float]:
+        """Predicted work of each instance, all stages together (one loop does them all), with what it has not
+        reported yet."""
+        reported = {id: sum(load.work_s.values()) for id, load in self.loads.items()}
+        return {id: reported.get(id, 0.0) + self._unreported_s.get(id, 0.0) for id in self.table.peers}
 
-    def _add_work(self, instance: InstanceId, seconds: float) -> None:
+    def _pace_s(self, instance: InstanceId, stage: Stage) -> float:
+        load = self.loads.get(instance)
+        return UNKNOWN_PACE_S if load is None else load.pace_s.get(stage, UNKNOWN_PACE_S)
+
+    def _add_work(self, instance: InstanceId, stage: Stage, num_tokens: int) -> None:
+        seconds = num_tokens * self._pace_s(instance, stage)
         self._unreported_s[instance] = self._unreported_s.get(instance, 0.0) + seconds
 
     def _new_id(self) -> RequestId:

@@ -1,0 +1,344 @@
+"""Prompts and tensors are those of the family's own processor; what a client may send is refused with a reason."""
+
+import io
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.reference import reference_inputs
+from triptych.core import UnitHash
+from triptych.errors import ConfigError, RequestError
+from triptych.model.processor import Processor
+
+torch.set_num_threads(1)
+
+WORDS = ["What colour?", "Look:\n", "\n\n and 你好 ", " 😀", "a\tb  c ", "{'type': 'image'}", "<b>1 < 2</b>"]
+OLD_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: make_checkpoint(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def processors(checkpoints: dict[str, Path]) -> dict[str, Processor]:
+    return {family: Processor.load(folder) for family, folder in checkpoints.items()}
+
+
+def make_picture(width: int, height: int, seed: int = 0) -> bytes:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(values), "PNG")
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def make_conversation(rng: random.Random, num_pictures: int) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """System message or none, several turns, text before, between and after the pictures."""
+    pictures = [make_picture(rng.randint(4, 150), rng.randint(4, 150), seed) for seed in range(num_pictures)]
+    left = list(pictures)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Be brief.\n"}] if rng.random() < 0.5 else []
+    while True:
+        parts: list[dict[str, Any]] = [text_part(rng.choice(WORDS))] if rng.random() < 0.5 else []
+        for _ in range(rng.randint(0, 3)):
+            parts += [{"type": "image", "image": left.pop(0)}] if left else []
+            parts += [text_part(rng.choice(WORDS))] if rng.random() < 0.5 else []
+        messages.append({"role": "user", "content": [*parts, text_part(rng.choice(WORDS))]})
+        if not left and rng.random() < 0.6:
+            return messages, pictures
+        messages.append({"role": "assistant", "content": rng.choice(WORDS)})
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def as_sent(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same conversation as a client writes it."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else message
+        | {
+            "content": [
+                {"type": "image_url", "image_url": {"url": "data:"}} if part["type"] == "image" else part
+                for part in message["content"]
+            ]
+        }
+        for message in messages
+    ]
+
+
+# ---- the same inputs as transformers'
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_and_tensors_are_those_of_the_families_own_processor(
+    checkpoints: dict[str, Path], processors: dict[str, Processor], family: str
+) -> None:
+    processor, rng = processors[family], random.Random(family)
+    tiles_axis = 1 if "pixel_attention_mask" in processor.family.tensors else 0
+    for num_pictures in [*range(7), *range(7), 0, 1, 2]:
+        messages, pictures = make_conversation(rng, num_pictures)
+        theirs = reference_inputs(checkpoints[family], messages)
+        sizes = [processor.read_header(data)[1:] for data in pictures]
+        prompt = processor.expand(processor.render(as_sent(messages)), sizes)
+        assert prompt.token_ids == theirs["input_ids"][0].tolist()
+        tensors = [processor.pixels(data) for data in pictures]
+        for name in processor.family.tensors if pictures else ():
+            assert torch.equal(torch.cat([each[name] for each in tensors], tiles_axis), theirs[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spans_cover_every_placeholder_token_and_every_row_in_order(
+    processors: dict[str, Processor], family: str
+) -> None:
+    processor = processors[family]
+    messages, pictures = make_conversation(random.Random(3), 5)
+    prompt = processor.expand(processor.render(as_sent(messages)), [processor.read_header(d)[1:] for d in pictures])
+    covered = [at for span in prompt.spans for at in range(span.start, span.start + span.length)]
+    image_token_id = processor.family.image_token_id
+    assert covered == [at for at, token_id in enumerate(prompt.token_ids) if token_id == image_token_id]
+    rows = [(span.unit, span.offset + row) for span in prompt.spans for row in range(span.length)]
+    units = [unit for item in prompt.units for unit in item]
+    assert rows == [(index, row) for index, unit in enumerate(units) for row in range(unit.num_tokens)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_text_content_says_the_same_as_one_text_part(processors: dict[str, Processor], family: str) -> None:
+    plain = [{"role": "user", "content": "Hello there"}]
+    parts = [{"role": "user", "content": [text_part("Hello there")]}]
+    rendered = processors[family].render(plain)
+    assert "Hello there" in rendered
+    assert rendered == processors[family].render(parts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completion_prompt_is_what_the_tokenizer_makes_of_it(processors: dict[str, Processor], family: str) -> None:
+    processor = processors[family]
+    for text in ["", "Once upon a time", "\n 😀"]:
+        for special in (True, False):
+            theirs = processor.tokenizer(text, add_special_tokens=special)["input_ids"]
+            assert processor.expand(text, add_special_tokens=special).token_ids == theirs
+            assert processor.encode(text, add_special_tokens=special) == theirs
+
+
+def test_special_tokens_are_not_added_twice(processors: dict[str, Processor]) -> None:
+    gemma, llava, qwen = processors["gemma3"], processors["llava"], processors["qwen2_vl"]
+    messages = [{"role": "user", "content": "Hi"}]
+    assert gemma.expand(gemma.render(messages)).token_ids.count(gemma.tokenizer.bos_token_id) == 1
+    assert llava.expand(llava.render(messages)).token_ids.count(llava.tokenizer.bos_token_id) == 1
+    assert qwen.tokenizer.bos_token_id is None
+
+
+def test_token_ids_from_a_client_make_a_prompt(processors: dict[str, Processor]) -> None:
+    processor = processors["qwen2_vl"]
+    assert processor.from_token_ids([5, 6, 7]).token_ids == [5, 6, 7]
+    for wrong in ([-1], [len(processor.tokenizer)], [processor.family.image_token_id]):
+        with pytest.raises(RequestError):
+            processor.from_token_ids(wrong)
+
+
+# ---- chat templates of other kinds
+
+
+def test_template_that_takes_only_text_gets_the_placeholders_before_the_text(processors: dict[str, Processor]) -> None:
+    content = [text_part("What is"), {"type": "image_url", "image_url": {"url": "x"}}, text_part("this?")]
+    messages = [{"role": "user", "content": content}]
+    rendered = processors["llava"].render(messages, chat_template=OLD_TEMPLATE)
+    assert rendered == "user: <image>\nWhat is\nthis?\n"
+    rendered = processors["qwen2_vl"].render(messages, chat_template=OLD_TEMPLATE)
+    assert rendered.startswith("user: <|vision_start|><|image_pad|><|vision_end|>\nWhat is")
+    assert len(processors["qwen2_vl"].expand(rendered, [(50, 50)]).spans) == 1
+
+
+def test_template_gets_tools_and_further_arguments(processors: dict[str, Processor]) -> None:
+    template = "{{ tools[0]['name'] }} {{ thinking }} {{ messages[0]['content'] }}"
+    messages = [{"role": "user", "content": "hi"}]
+    rendered = processors["llava"].render(messages, chat_template=template, tools=[{"name": "search"}], thinking=True)
+    assert rendered == "search True hi"
+
+
+def test_tool_call_arguments_reach_the_template_as_objects(processors: dict[str, Processor]) -> None:
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments.city }}{% endfor %}{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert processors["qwen2_vl"].render(messages, chat_template=template) == "Bern"
+
+
+def test_template_is_taken_from_a_chat_template_json_too(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints["llava"], tmp_path / "llava"))
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": OLD_TEMPLATE}))
+    assert Processor.load(folder).render([{"role": "user", "content": "hi"}]) == "user: hi\n"
+    (folder / "chat_template.json").unlink()
+    with pytest.raises(RequestError, match="no chat template"):
+        Processor.load(folder).render([{"role": "user", "content": "hi"}])
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("qwen2_vl", "<|image_pad|>"),
+        ("qwen2_5_vl", "a <|video_pad|> b"),
+        ("gemma3", "<start_of_image>"),
+        ("gemma3", "<image_soft_token>"),
+        ("internvl", "x<IMG_CONTEXT>"),
+        ("idefics3", "<image>"),
+    ],
+)
+def test_text_that_stands_for_media_is_refused_naming_the_field(
+    processors: dict[str, Processor], family: str, text: str
+) -> None:
+    for content, field in [
+        (text, "messages[1].content"),
+        ([text_part("a"), text_part(text)], "messages[1].content[1].text"),
+    ]:
+        messages = [{"role": "user", "content": "Hi"}, {"role": "user", "content": content}]
+        with pytest.raises(RequestError) as caught:
+            processors[family].render(messages)
+        assert (caught.value.status, caught.value.param) == (400, field)
+    with pytest.raises(RequestError):
+        processors[family].expand(text)
+
+
+def test_prompt_with_more_or_fewer_placeholders_than_pictures_is_refused(processors: dict[str, Processor]) -> None:
+    for text, sizes in [("<image>", []), ("hi", [(9, 9)]), ("<image> <image>", [(9, 9)])]:
+        with pytest.raises(RequestError, match="placeholders") as caught:
+            processors["llava"].expand(text, sizes)
+        assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ([{"type": "video_url", "video_url": {"url": "x"}}], "messages[0].content[0].type"),
+        (["text"], "messages[0].content[0].type"),
+        ([{"type": "text"}], "messages[0].content[0].text"),
+        ([{"type": "text", "text": 3}], "messages[0].content[0].text"),
+        (17, "messages[0].content"),
+    ],
+)
+def test_content_that_is_not_understood_is_refused_naming_the_field(
+    processors: dict[str, Processor], content: Any, field: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        processors["qwen2_vl"].render([{"role": "user", "content": content}])
+    assert (caught.value.status, caught.value.param) == (400, field)
+
+
+def test_what_the_template_refuses_is_a_bad_request(processors: dict[str, Processor]) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(RequestError, match="roles must alternate") as caught:
+        processors["gemma3"].render(messages)
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+    with pytest.raises(RequestError, match="chat template"):
+        processors["qwen2_vl"].render([{"role": "user", "content": "a"}], chat_template="{{ nothing.at.all }}")
+
+
+def test_checkpoint_with_a_missing_or_broken_part_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for name in ["config.json", "tokenizer.json", "preprocessor_config.json"]:
+        folder = Path(shutil.copytree(checkpoints["llava"], tmp_path / name))
+        (folder / name).unlink()
+        with pytest.raises(ConfigError):
+            Processor.load(folder)
+    folder = Path(shutil.copytree(checkpoints["llava"], tmp_path / "broken"))
+    (folder / "processor_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"processor_config\.json"):
+        Processor.load(folder)
+    with pytest.raises(ConfigError):
+        Processor.load(tmp_path / "nowhere")
+
+
+# ---- end of sequence, unit hashes
+
+
+def test_end_of_sequence_tokens_are_those_of_generation_config_and_tokenizer(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoints["gemma3"], tmp_path / "gemma3"))
+    eos = Processor.load(folder).tokenizer.eos_token_id
+    assert Processor.load(folder).eos_token_ids == {eos}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    assert Processor.load(folder).eos_token_ids == {3, 5, eos}
+    (folder / "generation_config.json").unlink()
+    assert Processor.load(folder).eos_token_ids == {eos}
+
+
+def test_unit_hash_is_the_same_in_every_process_and_changes_with_everything_it_is_over(
+    checkpoints: dict[str, Path],
+) -> None:
+    folder, media = checkpoints["qwen2_vl"], bytes(range(16))
+    processor = Processor.load(folder, revision="a")
+    hashes = [
+        processor.unit_hash(media, 0),
+        processor.unit_hash(media, 1),
+        processor.unit_hash(bytes([1, *range(1, 16)]), 0),
+        Processor.load(folder, revision="b").unit_hash(media, 0),
+        Processor.load(checkpoints["qwen2_5_vl"], revision="a").unit_hash(media, 0),
+        Processor.load(folder, revision="a", image_arguments={"image_mean": [0.5, 0.5, 0.5]}).unit_hash(media, 0),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert {len(each) for each in hashes} == {16}
+    assert Processor.load(folder, revision="a").unit_hash(media, 0) == hashes[0]
+
+
+def test_encode_units_carry_hash_rows_and_grid_of_every_item(processors: dict[str, Processor]) -> None:
+    processor = processors["qwen2_vl"]
+    prompt = processor.expand("<|image_pad|> <|image_pad|>", [(64, 64), (32, 64)])
+    units = processor.encode_units(prompt, [b"a" * 16, b"b" * 16])
+    assert [unit.hash for unit in units] == [processor.unit_hash(media, 0) for media in (b"a" * 16, b"b" * 16)]
+    assert [(unit.modality, unit.num_tokens, unit.grid) for unit in units] == [
+        ("image", 16, (1, 8, 8)),
+        ("image", 8, (1, 8, 4)),
+    ]
+    assert all(isinstance(unit.hash, bytes) for unit in units)
+    assert UnitHash(units[0].hash) != units[1].hash
+
+
+# ---- text out
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_streamed_text_is_the_decoded_text_and_never_half_a_character(
+    processors: dict[str, Processor], data: st.DataObject
+) -> None:
+    processor = processors["qwen2_vl"]
+    text = data.draw(st.text(max_size=30))
+    stream, pieces = processor.token_stream(), []
+    for token_id in processor.encode(text):
+        pieces.append(stream.push(token_id))
+        assert not pieces[-1].endswith("\N{REPLACEMENT CHARACTER}")
+    assert "".join([*pieces, stream.flush()]) == processor.decode(processor.encode(text)) == text
+    assert stream.flush() == ""
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_stream_of_any_tokens_is_the_decoded_text(processors: dict[str, Processor], data: st.DataObject) -> None:
+    processor = processors["qwen2_vl"]
+    token_ids = data.draw(st.lists(st.integers(0, len(processor.tokenizer) - 1), max_size=40))
+    for skips in (True, False):
+        stream = processor.token_stream(skip_special_tokens=skips)
+        text = "".join(map(stream.push, token_ids)) + stream.flush()
+        assert text == processor.decode(token_ids, skip_special_tokens=skips)
