@@ -291,9 +291,11 @@ def _idefics3(config_class: type[PreTrainedConfig]) -> Callable[[Text, TokenId],
 # ---- chat templates, each in the manner of its family's own
 
 _QWEN_PARTS = """{% if message['content'] is string %}{{ message['content'] }}<|im_end|>
-{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}\
+{% else %}{% for content in message['content'] %}\
+{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}\
 <|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content %}\
-<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>
+<|vision_start|><|video_pad|><|vision_end|>\
+{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
@@ -314,11 +316,14 @@ _QWEN3_TEMPLATE = (
 _INTERNVL_TEMPLATE = """{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}\
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}\
 {% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'video' %}{{ '<video>\n' }}\
-{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>\n'}}{% endfor %}\
+{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}\
+{{'<|im_end|>\n'}}{% endfor %}\
 {% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"""
 
-_LLAVA_TEMPLATE = """{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}\
-{% endif %}{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}\
+_LLAVA_TEMPLATE = """{% for message in messages %}\
+{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}\
+{% endif %}{# Render all images first #}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}\
 {{ '<image>\n' }}{% endfor %}{# Render all text next #}\
 {% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}\
 {% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""

@@ -4,6 +4,7 @@ Nothing of Triptych is imported here. The processor classes are the families' ow
 need torchvision.
 """
 
+import base64
 import inspect
 import io
 import json
@@ -40,7 +41,7 @@ def reference_tokens(folder: Path, messages: Messages, max_new_tokens: int) -> l
 
 
 def reference(folder: Path, messages: Messages, max_new_tokens: int) -> Reference:
-    """`messages` have OpenAI roles; a picture is {"type": "image", "image": a PIL image or encoded bytes}."""
+    """`messages` as a client sends them, pictures as data: URLs; or {"type": "image", "image": PIL image or bytes}."""
     inputs = reference_inputs(folder, messages)
     model = reference_model(folder)
     prompt_len = inputs["input_ids"].shape[1]
@@ -67,16 +68,10 @@ def reference_inputs(folder: Path, messages: Messages) -> Any:
         processor, _hugging_face(messages), tokenize=False, add_generation_prompt=True
     )
     bos = processor.tokenizer.bos_token
-    images = [
-        part["image"]
-        for message in messages
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part["type"] == "image"
-    ]
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
     return processor(
         text=[template],
-        images=[upright(image) for image in images] or None,
+        images=[upright(_picture(part)) for part in parts if part["type"] != "text"] or None,
         return_tensors="pt",
         add_special_tokens=not (bos and template.startswith(bos)),  # as its apply_chat_template(tokenize=True) does
     )
@@ -89,6 +84,12 @@ def upright(image: Image.Image | bytes) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
+def _picture(part: dict[str, Any]) -> Image.Image | bytes:
+    if part["type"] == "image":
+        return part["image"]
+    return base64.b64decode(part["image_url"]["url"].partition(",")[2])
+
+
 @lru_cache(maxsize=16)
 def reference_model(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder)
@@ -98,8 +99,11 @@ def reference_model(folder: Path) -> Any:
 
 @lru_cache(maxsize=16)
 def reference_processor(folder: Path) -> ProcessorMixin:
-    """Built by hand, because AutoProcessor asks for the video half too. Not for `apply_chat_template(tokenize=True)`."""
-    arguments = json.loads((folder / "processor_config.json").read_text())
+    """Built by hand, because AutoProcessor asks for the video half too."""
+    file = next(
+        folder / name for name in ("processor_config.json", "tokenizer_config.json") if (folder / name).exists()
+    )
+    arguments = json.loads(file.read_text())
     full_class = getattr(transformers, arguments.pop("processor_class"))
     takes = inspect.signature(full_class).parameters
     return _without_video(full_class)(
@@ -130,4 +134,4 @@ def _hugging_face(messages: Messages) -> Messages:
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return [{"type": "image"} if part["type"] == "image" else part for part in content]
+    return [part if part["type"] == "text" else {"type": "image"} for part in content]

@@ -20,7 +20,8 @@ def test_a_placement_is_printed_as_it_was_written(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "epd", "1", "1x", "1pe1d", "1e 1p1d", "1e1p1d ", "-1epd", "1e,1p,1d", "1E1P1D", "1.5epd", "1e1p1d1", "1epde"]
+    "text",
+    ["", "epd", "1", "1x", "1pe1d", "1e 1p1d", "1e1p1d ", "-1epd", "1e,1p,1d", "1E1P1D", "1.5epd", "1e1p1d1", "1epde"],
 )
 def test_text_that_is_no_placement_is_refused_with_an_example(text):
     with pytest.raises(ConfigError, match="expected counts and roles"):

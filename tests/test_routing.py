@@ -65,7 +65,10 @@ def test_an_instance_that_prefills_and_decodes_keeps_a_sequence_unless_a_pure_de
 
 def test_no_circle_of_instances_can_hand_sequences_to_each_other():
     table = make_table(p0="p", p1="p", pd0="pd", pd1="pd", epd0="epd", d0="d", ed0="ed")
-    rank = {id: (Stage.PREFILL not in peer.role.stages) + (Stage.DECODE in peer.role.stages) for id, peer in table.peers.items()}
+    rank = {
+        id: (Stage.PREFILL not in peer.role.stages) + (Stage.DECODE in peer.role.stages)
+        for id, peer in table.peers.items()
+    }
     decoders = table.serving(Stage.DECODE)
     for prefill in table.serving(Stage.PREFILL):
         for idle in decoders:

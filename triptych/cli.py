@@ -186,3 +186,7 @@ def _bytes(field: str, gib: float | None) -> int | None:
 def _say(error: TriptychError, code: int) -> int:
     typer.echo(f"triptych: {error}", err=True)
     return code
+
+
+if __name__ == "__main__":
+    main()

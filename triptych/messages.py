@@ -101,10 +101,14 @@ class Release(Message, frozen=True):
 
 
 class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """One more token of one sequence. `finish` is set on the last one."""
+    """One more token of one sequence: the one at `index` of its output. `finish` is set on the last one.
+
+    The index is what orders them: the first comes from P, the others from D, and D's may overtake P's.
+    """
 
     request_id: RequestId
     token_id: int
+    index: int
     finish: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
 

@@ -104,7 +104,7 @@ class _Running:
     async def until(self, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
         try:
             frontend, app = await self._build_app()
-            http = make_http_server(app)
+            http = make_http_server(app, shutdown_s=1)
             serving = self._task(http.serve([self._listener]))
             stopping = self._task(stop.wait())
             await asyncio.wait([self._starting, serving, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -223,7 +223,9 @@ class Instance:
         assert chunk.start + chunk.length <= len(sequence.token_ids)
         for span in sequence.spans:
             unit = sequence.units[span.unit]
-            for position in range(max(span.start, chunk.start), min(span.start + span.length, chunk.start + chunk.length)):
+            for position in range(
+                max(span.start, chunk.start), min(span.start + span.length, chunk.start + chunk.length)
+            ):
                 row = span.offset + position - span.start
                 found = self.row_content.get(_slot(chunk.embedding_blocks[span.unit], row))
                 assert found == (unit.hash, row), f"row {row} of {unit.hash!r}: found {found} at {self.id}"
@@ -250,7 +252,7 @@ class Instance:
         longest = max([span.length for chunk in chunks for span in chunk.sequence.spans], default=0)
         assert total <= max(budget, 0) + (longest if self.scenario.whole_spans else 0)
         for chunk in chunks:
-            assert 0 < chunk.length
+            assert chunk.length > 0
             if self.scenario.whole_spans:
                 end = chunk.start + chunk.length
                 assert not any(span.start < end < span.start + span.length for span in chunk.sequence.spans)
@@ -281,7 +283,7 @@ class Answer:
     prefill: InstanceId
     holders: set[InstanceId]
     tokens: list[int] = field(default_factory=list)
-    overtook: list[messages.TokenUpdate] = field(default_factory=list)  # came before the first token
+    ahead: dict[int, messages.TokenUpdate] = field(default_factory=dict)  # came before an earlier token
     finish: FinishReason | None = None
     failure: Failed | None = None
     aborted: bool = False
@@ -453,14 +455,12 @@ class Cluster:
                 self._send(FRONTEND, instance, Abort(update.request_id))
             return
         answer.holders.add(instance)
-        if not answer.tokens and instance != answer.prefill:
-            answer.overtook.append(update)  # the first token comes from prefill, on another wire
-            return
-        for each in [update, *answer.overtook]:
+        assert update.index not in answer.ahead
+        answer.ahead[update.index] = update  # the first token comes from prefill, on another wire than the rest
+        while (following := answer.ahead.pop(len(answer.tokens), None)) is not None:
             assert answer.finish is None, f"{update.request_id} goes on after its end"
-            answer.tokens.append(each.token_id)
-            answer.finish = each.finish
-        answer.overtook.clear()
+            answer.tokens.append(following.token_id)
+            answer.finish = following.finish
 
     # ---- oracles
 
@@ -515,4 +515,3 @@ def _slots(block: int) -> range:
 
 def _slot(blocks: list[int], index: int) -> int:
     return blocks[index // BLOCK_TOKENS] * BLOCK_TOKENS + index % BLOCK_TOKENS
-

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.reference import reference_inputs
 from triptych.core import UnitHash
 from triptych.errors import ConfigError, RequestError
-from triptych.model.processor import Processor
+from triptych.model.processor import Processor, TokenStream
 
 torch.set_num_threads(1)
 
@@ -269,6 +271,34 @@ def test_checkpoint_with_a_missing_or_broken_part_is_refused(checkpoints: dict[s
         Processor.load(tmp_path / "nowhere")
 
 
+def test_checkpoint_with_an_image_only_processor_class_and_no_processor_config_is_read(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoints["qwen2_vl"], tmp_path / "qwen2_vl"))
+    (folder / "processor_config.json").unlink()
+    for name, change in [
+        ("tokenizer_config.json", {"processor_class": "PaddleOCRVLProcessor"}),
+        ("preprocessor_config.json", {"processor_class": "PaddleOCRVLProcessor"}),
+        ("config.json", {"video_token_id": 151656}),  # not in this vocabulary
+    ]:
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    processor = Processor.load(folder)
+    messages, pictures = make_conversation(random.Random(4), 2)
+    sizes = [processor.read_header(data)[1:] for data in pictures]
+    expected = reference_inputs(checkpoints["qwen2_vl"], messages)["input_ids"][0].tolist()
+    assert processor.expand(processor.render(as_sent(messages)), sizes).token_ids == expected
+
+
+def test_truncation_and_padding_saved_with_a_tokenizer_are_ignored(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoints["llava"], tmp_path / "llava"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert len(Processor.load(folder).encode("one two three four five six")) > 4
+
+
 # ---- end of sequence, unit hashes
 
 
@@ -342,3 +372,43 @@ def test_stream_of_any_tokens_is_the_decoded_text(processors: dict[str, Processo
         stream = processor.token_stream(skip_special_tokens=skips)
         text = "".join(map(stream.push, token_ids)) + stream.flush()
         assert text == processor.decode(token_ids, skip_special_tokens=skips)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"]), max_size=30))
+def test_stream_of_a_tokenizer_with_byte_tokens_is_the_text_too(text: str) -> None:
+    tokenizer = make_byte_fallback_tokenizer()
+    token_ids = tokenizer.encode(text).ids
+    stream = TokenStream(tokenizer)
+    pieces = [stream.push(token_id) for token_id in token_ids]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(token_ids)
+    assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for piece in pieces)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 269), max_size=30))
+def test_bytes_that_are_no_text_do_not_stop_what_follows(token_ids: list[int]) -> None:
+    tokenizer = make_byte_fallback_tokenizer()
+    stream = TokenStream(tokenizer)
+    word = [tokenizer.token_to_id(token) for token in ("b", "a")]
+    text = "".join(map(stream.push, [*token_ids, *word]))
+    assert text.endswith("ba")
+    assert stream.flush() == ""
+
+
+@cache
+def make_byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2 and Gemma have them: words with their leading space, and bytes for what is no word."""
+    words = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *["▁", "a", "b", "é", "▁a", "▁b", "▁éa", "你", "!", "\n", ".", ",", "c"],
+    ]
+    tokenizer = Tokenizer(
+        models.BPE({word: index for index, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 from openai import OpenAI
@@ -56,10 +56,15 @@ def ids(text: str) -> list[int]:
     return processor().encode(text, add_special_tokens=False)
 
 
+def script(order: Submit) -> list[int]:
+    return ids(ANSWER)
+
+
 def end_id() -> int:
     return min(processor().eos_token_ids)
 
 
+M = TypeVar("M")
 Answer = Callable[[Submit], list[int]]
 
 
@@ -119,8 +124,9 @@ class FakeCluster:
                 if instance == D:
                     self.decoding.pop(message.request_id, None)
 
-    def num_sent(self, kind: type[AnyMessage]) -> int:
-        return sum(isinstance(message, kind) for _, message in self.sent)
+    def orders(self, kind: type[M]) -> list[M]:
+        """What was sent since `sent` was cleared."""
+        return [message for _, message in self.sent if isinstance(message, kind)]
 
     def _encode(self, order: Encode) -> None:
         if self.frozen:
@@ -163,6 +169,7 @@ class FakeCluster:
 
     def _sample(self, job: Job) -> TokenUpdate:
         sampling = job.order.sampling
+        index = len(self.answer(job.order)) - len(job.script)
         token = job.script.popleft() if job.script else self.end_id
         num_left = sampling.max_tokens - len(self.answer(job.order)) + len(job.script)
         finish = None
@@ -174,7 +181,7 @@ class FakeCluster:
         if sampling.logprobs is not None:
             top = [token, (token + 1) % 256][: sampling.logprobs]
             scores = TokenLogprobs(-0.5, top, [-0.5, -1.5][: sampling.logprobs])
-        return TokenUpdate(job.order.request_id, token, finish, scores)
+        return TokenUpdate(job.order.request_id, token, index, finish, scores)
 
     def _tell(self, message: AnyMessage) -> None:
         assert self._frontend is not None
@@ -184,11 +191,11 @@ class FakeCluster:
 class Stack:
     """A whole server in a thread: real HTTP, frontend and processor, fake instances."""
 
-    def __init__(self, answer: Answer | None = None, *, step_s: float = 0.0, **changes: Any) -> None:
+    def __init__(self, answer: Answer = script, *, step_s: float = 0.0, **changes: Any) -> None:
         """`changes` go into the server's configuration."""
         self.config = ServerConfig(**({"served_model_names": ("fake",), "max_model_len": 512} | changes))
         self.telemetry = Telemetry("fake")
-        self.cluster = FakeCluster(answer or (lambda order: ids(ANSWER)), step_s)
+        self.cluster = FakeCluster(answer, step_s)
         self.frontend = Frontend(processor(), self.cluster, self.telemetry)
         app = create_app(self.frontend, processor(), self.config, self.telemetry, model_root="/models/fake")
         self._server = make_http_server(app)

@@ -11,7 +11,7 @@ from multiprocessing.context import ForkServerProcess
 from triptych.config import InstanceConfig
 from triptych.engine.worker import work
 
-PRELOAD = ["triptych.engine.worker"]  # imported once by the fork server: an instance then starts without that cost
+PRELOAD = ["triptych.cluster.preload"]  # imported once by the fork server: an instance then starts without that cost
 
 
 class LocalWorker:

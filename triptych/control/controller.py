@@ -14,7 +14,7 @@ from triptych.messages import AnyMessage, Ready, Shutdown, Table
 
 logger = logging.getLogger(__name__)
 
-STOP_GRACE_S = 2.0
+STOP_GRACE_S = 1.5  # for a worker to leave its loop; then it is killed
 EXIT_REFUSED = 2
 
 

@@ -6,8 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
+import torch.nn.functional as functional
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
@@ -26,10 +25,9 @@ class Answers:
     targets: Tensor  # [tokens]
     places: Tensor  # [tokens, 2] row and column
     states: list[Tensor]  # after each layer [rows, length, width]
-    is_picture: Tensor  # bool [rows, length]
 
     def loss(self) -> Tensor:
-        return F.cross_entropy(self.logits.float(), self.targets)
+        return functional.cross_entropy(self.logits.float(), self.targets)
 
 
 def answer(model: Qwen2VLForConditionalGeneration, batch: Batch, features: Tensor | None) -> Answers:
@@ -43,7 +41,7 @@ def answer(model: Qwen2VLForConditionalGeneration, batch: Batch, features: Tenso
     states = think(model, embeds, batch.positions.to(device), batch.allowed.to(device))
     places = batch.learn.nonzero().to(device)
     rows, columns = places.unbind(1)
-    return Answers(model.lm_head(states[-1][rows, columns - 1]), ids[rows, columns], places, states, is_picture)
+    return Answers(model.lm_head(states[-1][rows, columns - 1]), ids[rows, columns], places, states)
 
 
 def exact_scores(answers: Iterable[tuple[Batch, Answers]]) -> Scores:

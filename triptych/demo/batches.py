@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from triptych.demo.facts import Facts
+from triptych.demo.facts import NUM_FACTS, Facts
 from triptych.demo.pool import MERGE, Grid
 from triptych.demo.questions import Question, ask
 from triptych.demo.tokenizer import IMAGE
@@ -47,7 +47,10 @@ class Batch:
     positions: Tensor  # [3, rows, length]
     branches: Tensor  # [rows, length], 0 for what all branches see, _PADDING after the end
     learn: Tensor  # bool [rows, length]: answer tokens
-    about: Tensor  # [rows, length], which picture a picture token belongs to, or the last token of a prompt asks for; or -1
+    points_to: Tensor  # [rows, length], the number of the picture that this token should know of, or -1
+    from_layer: Tensor  # [rows, length], after which layer it should know
+    seekers: Tensor  # [questions, 2] row and column of the last token of each prompt that names facts
+    sought: Tensor  # [questions, facts], the facts that it names, summing to 1
     scenes: list[Scene]  # in the order of their tokens, row by row
     questions: list[list[Question]]  # per row; question i of a row is branch i + 1, unless the row is a conversation
 
@@ -67,7 +70,9 @@ class _Row:
     branches: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)
     learn: list[bool] = field(default_factory=list)
-    about: list[int] = field(default_factory=list)
+    points_to: list[int] = field(default_factory=list)
+    from_layer: list[int] = field(default_factory=list)
+    sought: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by place in the row
     next_position: int = 0
 
     def add_text(self, ids: Sequence[int], branch: int, learn: bool = False) -> None:
@@ -79,7 +84,7 @@ class _Row:
         start = self.next_position
         places = [(start, start + i, start + j) for i in range(rows) for j in range(columns)]
         self._add([image_id] * len(places), 0, places, False)
-        self.about[-len(places) :] = [number] * len(places)
+        self.points_to[-len(places) :] = [number] * len(places)
         self.next_position += max(rows, columns)
 
     def _add(self, ids: Sequence[int], branch: int, positions: list[tuple[int, int, int]], learn: bool) -> None:
@@ -87,7 +92,8 @@ class _Row:
         self.branches += [branch] * len(ids)
         self.positions += positions
         self.learn += [learn] * len(ids)
-        self.about += [_NONE] * len(ids)
+        self.points_to += [_NONE] * len(ids)
+        self.from_layer += [0] * len(ids)
 
 
 class Packer:
@@ -168,7 +174,11 @@ class Packer:
 
     def _answer(self, row: _Row, question: Question, branch: int) -> None:
         self._text(row, "<|im_end|>\n<|im_start|>assistant\n", branch)
-        row.about[-1] = _NONE if question.picture is None else question.picture
+        if question.picture is not None:
+            row.points_to[-1] = question.picture
+            row.from_layer[-1] = 1 if question.names_picture else 2
+        if question.sought:
+            row.sought[len(row.ids) - 1] = question.sought
         row.add_text(self._encode(question.answer + "<|im_end|>"), branch, learn=True)
 
     def _text(self, row: _Row, text: str, branch: int = 0) -> None:
@@ -187,11 +197,28 @@ class Packer:
         branches = np.full((len(rows), length), _PADDING)
         positions = np.zeros((3, len(rows), length), np.int64)
         learn = np.zeros((len(rows), length), bool)
-        about = np.full((len(rows), length), _NONE)
+        points_to = np.full((len(rows), length), _NONE)
+        from_layer = np.zeros((len(rows), length), np.int64)
         for i, row in enumerate(rows):
             end = len(row.ids)
             ids[i, :end], branches[i, :end], learn[i, :end] = row.ids, row.branches, row.learn
-            about[i, :end] = row.about
             positions[:, i, :end] = np.array(row.positions).T
-        arrays = (torch.from_numpy(array) for array in (ids, positions, branches, learn, about))
-        return Batch(*arrays, scenes=scenes, questions=questions)
+            points_to[i, :end], from_layer[i, :end] = row.points_to, row.from_layer
+        return Batch(
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(positions),
+            branches=torch.from_numpy(branches),
+            learn=torch.from_numpy(learn),
+            points_to=torch.from_numpy(points_to),
+            from_layer=torch.from_numpy(from_layer),
+            seekers=torch.tensor([(i, place) for i, row in enumerate(rows) for place in row.sought]),
+            sought=torch.stack([_even(facts) for row in rows for facts in row.sought.values()] or [_even(())]),
+            scenes=scenes,
+            questions=questions,
+        )
+
+
+def _even(facts: Sequence[int]) -> Tensor:
+    shares = torch.zeros(NUM_FACTS)
+    shares[list(facts)] = 1 / max(1, len(facts))
+    return shares

@@ -76,13 +76,13 @@ class _Canvas:
         self._short, self._long = min(image.size), max(image.size)
 
     def one(self, thing: Thing) -> None:
-        diameter = self._short * self._rng.uniform(0.4, 0.78)
+        diameter = self._short * self._rng.uniform(0.5, 0.8)
         self._paint(thing, self._anywhere(diameter), diameter)
 
     def pair(self, things: tuple[Thing, ...]) -> None:
         """Side by side along the longer axis, in random order."""
         flat = self._width >= self._height
-        diameter = min(self._short * 0.8, self._long * 0.43) * self._rng.uniform(0.75, 1)
+        diameter = min(self._short * 0.8, self._long * 0.43) * self._rng.uniform(0.85, 1)
         for i, thing in enumerate(self._rng.sample(things, 2)):
             along = self._long * ((i + 0.5) / 2 + self._rng.uniform(-0.02, 0.02))
             across = diameter / 2 + self._rng.uniform(0.2, 0.8) * (self._short - diameter)
@@ -90,7 +90,7 @@ class _Canvas:
 
     def many(self, thing: Thing, count: int) -> None:
         area = self._width * self._height
-        diameter = min(self._short * 0.6, 0.56 * math.sqrt(area / count)) * self._rng.uniform(0.78, 1)
+        diameter = min(self._short * 0.6, 0.56 * math.sqrt(area / count)) * self._rng.uniform(0.86, 1)
         spots: list[Point] = []
         while len(spots) < count:
             spots = self._scatter(count, diameter)
@@ -99,7 +99,7 @@ class _Canvas:
             self._paint(thing, spot, diameter / 0.95)
 
     def digit(self, digit: int, colour: str) -> None:
-        font = _font(self._rng.choice(_FONTS), int(self._short * self._rng.uniform(0.7, 1.1)))
+        font = _font(self._rng.choice(_FONTS), int(self._short * self._rng.uniform(0.85, 1.2)))
         left, top, right, bottom = self._pen.textbbox((0, 0), str(digit), font=font)
         x = self._rng.uniform(0.08, 0.92) * (self._width - (right - left))
         y = self._rng.uniform(0.08, 0.92) * (self._height - (bottom - top))

@@ -1,4 +1,4 @@
-"""Writes the Hugging Face folder that plain `transformers` loads: weights, tokenizer, chat template, image processor."""
+"""Writes the Hugging Face folder that plain `transformers` loads: weights, tokenizer, template, image processor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def export(model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenize
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Larger pictures shrink to what training has seen: 4 to 16 tokens each.
+    # Pictures of any size are brought to what training has seen: 9 to 16 tokens each.
     sizes = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
     Qwen2VLImageProcessorPil(size=sizes).save_pretrained(folder)
     for name in ("tokenizer_config.json", "preprocessor_config.json"):

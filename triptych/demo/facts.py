@@ -78,16 +78,32 @@ def random_facts(rng: random.Random) -> Facts:
 def fact_vector(facts: Facts) -> NDArray[np.float32]:
     """[NUM_FACTS] of 0 and 1: which shapes, which colours, which of both together, the digit, the count."""
     vector = np.zeros(NUM_FACTS, np.float32)
-    at = group_slices()
     for thing in facts.things:
-        sign, colour = _SIGNS.index(thing.shape), COLOURS.index(thing.colour)
-        vector[at["shapes"].start + sign] = 1
-        vector[at["colours"].start + colour] = 1
-        vector[at["pairs"].start + sign * len(COLOURS) + colour] = 1
+        vector[[shape_fact(thing.shape), colour_fact(thing.colour), pair_fact(thing)]] = 1
     if facts.digit is not None:
-        vector[at["digit"].start + facts.digit] = 1
-    vector[at["count"].start + COUNTS.index(facts.count)] = 1
+        vector[digit_fact(facts.digit)] = 1
+    vector[count_fact(facts.count)] = 1
     return vector
+
+
+def shape_fact(shape: str) -> int:
+    return group_slices()["shapes"].start + _SIGNS.index(shape)
+
+
+def colour_fact(colour: str) -> int:
+    return group_slices()["colours"].start + COLOURS.index(colour)
+
+
+def pair_fact(thing: Thing) -> int:
+    return group_slices()["pairs"].start + _SIGNS.index(thing.shape) * len(COLOURS) + COLOURS.index(thing.colour)
+
+
+def digit_fact(digit: int) -> int:
+    return group_slices()["digit"].start + digit
+
+
+def count_fact(count: int) -> int:
+    return group_slices()["count"].start + COUNTS.index(count)
 
 
 @functools.cache

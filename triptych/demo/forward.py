@@ -1,4 +1,4 @@
-"""The arithmetic of transformers' Qwen2-VL forward, written for fast training: fixed shapes, batched pictures, packed prompts.
+"""The arithmetic of transformers' Qwen2-VL forward, for fast training: few shapes, batched pictures, packed prompts.
 
 Uses the modules of the given model; a test holds it equal to the library's own forward. Does not know the data.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch.nn.functional as functional
+from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
 from triptych.demo.pool import MAX_PATCHES, MERGE, Grid
@@ -24,20 +25,20 @@ _FORBIDDEN = -1e9
 _LENGTHS = (24, 40, 48, MAX_PATCHES)  # pictures are padded to the next of these, and computed together
 
 
-def see(visual: nn.Module, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """uint8 [pictures, MAX_PATCHES, values] -> [pictures, MAX_TOKENS, width]; tokens after a picture's last one are junk."""
+def see(visual: Any, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """uint8 [pictures, MAX_PATCHES, values] -> [pictures, MAX_TOKENS, width]; its tokens first, then junk."""
     order: list[int] = []
     parts = []
     for shorter, length in zip((0, *_LENGTHS), _LENGTHS, strict=False):
         chosen = [i for i, (rows, columns) in enumerate(grids) if shorter < rows * columns <= length]
         if chosen:
             tokens = _see_equal(visual, patches[chosen, :length], [grids[i] for i in chosen])
-            parts.append(F.pad(tokens, (0, 0, 0, MAX_TOKENS - tokens.shape[1])))
+            parts.append(functional.pad(tokens, (0, 0, 0, MAX_TOKENS - tokens.shape[1])))
             order += chosen
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
-def _see_equal(visual: nn.Module, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+def _see_equal(visual: Any, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
     """The same for pictures that are padded to one length: [pictures, length, values] -> [pictures, tokens, width]."""
     weight = visual.patch_embed.proj.weight.sum(2).flatten(1)  # the picture's two copies in time are equal
     hidden = _normalised(patches).to(weight.dtype) @ weight.t()
@@ -49,7 +50,8 @@ def _see_equal(visual: nn.Module, patches: Tensor, grids: Sequence[Grid]) -> Ten
         mixed = _attend(_turn(query, cos, sin), _turn(key, cos, sin), value, bias)
         hidden = hidden + block.attn.proj(mixed.transpose(1, 2).reshape(num_pictures, length, width))
         hidden = hidden + block.mlp(block.norm2(hidden))
-    return visual.merger(hidden).view(num_pictures, length // MERGE**2, -1)
+    tokens: Tensor = visual.merger(hidden)
+    return tokens.view(num_pictures, length // MERGE**2, -1)
 
 
 def think(model: Qwen2VLForConditionalGeneration, embeds: Tensor, positions: Tensor, allowed: Tensor) -> list[Tensor]:
@@ -65,16 +67,16 @@ def think(model: Qwen2VLForConditionalGeneration, embeds: Tensor, positions: Ten
     hidden, states = embeds, []
     for layer in lm.layers:
         attention = layer.self_attn
-        normed = F.rms_norm(hidden, (width,), layer.input_layernorm.weight, eps)
+        normed = functional.rms_norm(hidden, (width,), layer.input_layernorm.weight, eps)
         query, key, value = (
             projection(normed).view(rows, length, -1, head_size).transpose(1, 2)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         mixed = _attend(_turn(query, cos, sin), _turn(key, cos, sin), value, bias)
         hidden = hidden + attention.o_proj(mixed.transpose(1, 2).reshape(rows, length, width))
-        hidden = hidden + layer.mlp(F.rms_norm(hidden, (width,), layer.post_attention_layernorm.weight, eps))
+        hidden = hidden + layer.mlp(functional.rms_norm(hidden, (width,), layer.post_attention_layernorm.weight, eps))
         states.append(hidden)
-    return [*states[:-1], F.rms_norm(hidden, (width,), lm.norm.weight, eps)]
+    return [*states[:-1], functional.rms_norm(hidden, (width,), lm.norm.weight, eps)]
 
 
 def token_mask(grids: Sequence[Grid]) -> Tensor:
@@ -90,7 +92,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     grouped = (query * size**-0.5).reshape(rows, groups, heads // groups * length, size)
     scores = (grouped @ key.transpose(-1, -2)).view(rows, heads, length, length) + bias
     weights = scores.softmax(-1).view(rows, groups, heads // groups * length, length)
-    return (weights @ value).view(rows, heads, length, size)
+    mixed: Tensor = weights @ value
+    return mixed.view(rows, heads, length, size)
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -100,10 +103,11 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _normalised(patches: Tensor) -> Tensor:
     mean, std = (torch.tensor(v, device=patches.device).view(3, 1) * 255 for v in (_MEAN, _STD))
-    return ((patches.float().unflatten(-1, (3, -1)) - mean) / std).flatten(-2)
+    by_channel = patches.float().view(*patches.shape[:-1], 3, -1)
+    return ((by_channel - mean) / std).flatten(-2)
 
 
-def _picture_tables(visual: nn.Module, grids: Sequence[Grid], length: int) -> tuple[Tensor, Tensor, Tensor]:
+def _picture_tables(visual: Any, grids: Sequence[Grid], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """cos and sin [pictures, 1, length, size], and the bias that hides the padding [pictures, 1, 1, length]."""
     positions = torch.stack([_patch_positions(*grid)[:length] for grid in grids])
     angles = positions[..., None].float() * visual.rotary_pos_emb.inv_freq.float().cpu()
@@ -118,4 +122,4 @@ def _patch_positions(rows: int, columns: int) -> Tensor:
     """[MAX_PATCHES, 2] row and column of each patch, in blocks of MERGE x MERGE."""
     grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1)
     blocks = grid.view(rows // MERGE, MERGE, columns // MERGE, MERGE, 2).transpose(1, 2).reshape(-1, 2)
-    return F.pad(blocks, (0, 0, 0, MAX_PATCHES - rows * columns))
+    return functional.pad(blocks, (0, 0, 0, MAX_PATCHES - rows * columns))

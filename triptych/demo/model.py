@@ -38,7 +38,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
         "eos_token_id": token_id("<|im_end|>"),
         "pad_token_id": token_id("<|endoftext|>"),
         "tie_word_embeddings": True,
-        # Order is read off the fast half of each head; the slow half hardly turns and compares contents at any distance.
+        # The fast half of each head tells order; the slow half hardly turns, and compares contents at any distance.
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [8, 4, 4]},
     }
     vision = {
@@ -64,7 +64,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
 
 @torch.no_grad()
 def _set_first_weights(model: Qwen2VLForConditionalGeneration) -> None:
-    """Normal with std fan_in^-0.5, halved where a layer adds to the residual stream (the usual 0.02 is too small here)."""
+    """Normal with std fan_in^-0.5, half of it where a layer adds to the residual stream; 0.02 is too small here."""
     for name, weight in model.named_parameters():
         if "embed_tokens" in name:
             weight.normal_(0, 0.1)

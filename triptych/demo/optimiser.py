@@ -15,7 +15,9 @@ _CLIP = 1.0
 
 
 class Optimiser:
-    """`compute` is the copy to run; `module` holds the exact weights."""
+    """`compute` is the copy to run, Any because transformers has no types; `module` holds the exact weights."""
+
+    compute: Any
 
     def __init__(self, module: nn.Module, device: torch.device, slow: str = "", slow_by: float = 1.0) -> None:
         """Parameters whose name starts with `slow` get `slow_by` times the learning rate."""

@@ -20,7 +20,7 @@ from triptych.demo.drawing import draw
 from triptych.demo.facts import NUM_FACTS, Facts, fact_vector, random_facts
 
 PATCH, MERGE = 14, 2
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 112 * 112
+MIN_PIXELS, MAX_PIXELS = 84 * 84, 112 * 112
 MAX_PATCHES = MAX_PIXELS // PATCH**2
 PATCH_VALUES = 3 * PATCH * PATCH
 SHARD_PICTURES = 5000
@@ -33,6 +33,7 @@ class Pool:
     """Pictures as arrays; row i of each belongs to picture i."""
 
     patches: list[NDArray[np.uint8]]  # per shard [pictures, MAX_PATCHES, PATCH_VALUES], zeros after the last patch
+    shard_pictures: int
     grids: NDArray[np.int16]  # [pictures, 2], in patches
     facts: list[Facts]
     vectors: NDArray[np.float32]  # [pictures, NUM_FACTS]
@@ -41,23 +42,25 @@ class Pool:
         return len(self.facts)
 
     def gather(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        rows = (self.patches[i // SHARD_PICTURES][i % SHARD_PICTURES] for i in indices)
+        rows = (self.patches[i // self.shard_pictures][i % self.shard_pictures] for i in indices)
         return np.stack(list(rows))
 
 
-def ensure_pool(folder: Path, num_shards: int, first_seed: int, processes: int) -> Pool:
+def ensure_pool(
+    folder: Path, num_shards: int, first_seed: int, processes: int, shard_pictures: int = SHARD_PICTURES
+) -> Pool:
     """Draws the shards that are missing, then opens all of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = [(folder / f"{first_seed + i}", first_seed + i) for i in range(num_shards)]
+    shards = [(folder / f"{first_seed + i}", first_seed + i, shard_pictures) for i in range(num_shards)]
     missing = [shard for shard in shards if not shard[0].with_suffix(".rows.npy").exists()]
     if missing:
         with multiprocessing.get_context("spawn").Pool(processes) as workers:
             workers.starmap(_draw_shard, missing, chunksize=1)
-    patches = [np.load(path.with_suffix(".patches.npy"), mmap_mode="r") for path, _ in shards]
-    rows = np.concatenate([np.load(path.with_suffix(".rows.npy")) for path, _ in shards])
+    patches = [np.load(path.with_suffix(".patches.npy"), mmap_mode="r") for path, *_ in shards]
+    rows = np.concatenate([np.load(path.with_suffix(".rows.npy")) for path, *_ in shards])
     facts = [Facts.from_row(row[2:]) for row in rows.tolist()]
     vectors = np.stack([fact_vector(f) for f in facts]) if facts else np.zeros((0, NUM_FACTS), np.float32)
-    return Pool(patches, rows[:, :2], facts, vectors)
+    return Pool(patches, shard_pictures, rows[:, :2], facts, vectors)
 
 
 def cut_patches(image: Image.Image) -> tuple[NDArray[np.uint8], Grid]:
@@ -71,11 +74,11 @@ def cut_patches(image: Image.Image) -> tuple[NDArray[np.uint8], Grid]:
     return ordered, (rows, columns)
 
 
-def _draw_shard(path: Path, seed: int) -> None:
+def _draw_shard(path: Path, seed: int, num_pictures: int) -> None:
     rng = random.Random(seed)
-    patches = np.zeros((SHARD_PICTURES, MAX_PATCHES, PATCH_VALUES), np.uint8)
-    rows = np.zeros((SHARD_PICTURES, 8), np.int16)
-    for i in range(SHARD_PICTURES):
+    patches = np.zeros((num_pictures, MAX_PATCHES, PATCH_VALUES), np.uint8)
+    rows = np.zeros((num_pictures, 8), np.int16)
+    for i in range(num_pictures):
         facts = random_facts(rng)
         cut, grid = cut_patches(draw(facts, rng))
         patches[i, : len(cut)] = cut

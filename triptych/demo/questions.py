@@ -9,7 +9,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from triptych.demo.facts import SHAPES, Facts, Thing
+from triptych.demo.facts import (
+    SHAPES,
+    Facts,
+    Thing,
+    colour_fact,
+    count_fact,
+    digit_fact,
+    pair_fact,
+    shape_fact,
+)
 from triptych.demo.wordings import (
     CLOSERS,
     HELD_OUT,
@@ -40,7 +49,13 @@ class Question:
     kind: str
     text: str
     answer: str
-    picture: int | None = None  # the one that the wording names, counted from 0
+    picture: int | None = None  # the one that it is about, counted from 0
+    sought: tuple[int, ...] = ()  # the facts that its words name, for example those of "a red circle"
+
+    @property
+    def names_picture(self) -> bool:
+        """Whether the wording says which picture it is about; otherwise the answer does."""
+        return self.kind != "which"
 
 
 def ask(pictures: Sequence[Facts], rng: random.Random, held_out: bool = False) -> Question:
@@ -61,6 +76,7 @@ class _Subject:
     picture: int
     slots: dict[str, str]
     answer: str
+    sought: tuple[int, ...] = ()
 
 
 def describe(facts: Facts) -> str:
@@ -87,7 +103,8 @@ def _choose(kind: str, pictures: Sequence[Facts], rng: random.Random) -> _Subjec
     if kind == "colour":
         many = facts.count > 1
         verbs = {"is": "are", "does": "do", "has": "have"} if many else {"is": "is", "does": "does", "has": "has"}
-        return _Subject(picture, {"s": _plural(thing.shape) if many else thing.shape, **verbs}, thing.colour)
+        slots = {"s": _plural(thing.shape) if many else thing.shape, **verbs}
+        return _Subject(picture, slots, thing.colour, (shape_fact(thing.shape),))
     answers = {
         "shape": thing.shape,
         "shape by colour": thing.shape,
@@ -95,7 +112,9 @@ def _choose(kind: str, pictures: Sequence[Facts], rng: random.Random) -> _Subjec
         "digit": str(facts.digit),
         "describe": describe(facts),
     }
-    return _Subject(picture, {"ss": _plural(thing.shape), "c": thing.colour}, answers[kind])
+    sought = {"count": (shape_fact(thing.shape),), "shape by colour": (colour_fact(thing.colour),)}
+    slots = {"ss": _plural(thing.shape), "c": thing.colour}
+    return _Subject(picture, slots, answers[kind], sought.get(kind, ()))
 
 
 def _fits(kind: str, facts: Facts) -> bool:
@@ -111,30 +130,30 @@ def _choose_which(pictures: Sequence[Facts], rng: random.Random) -> _Subject | N
     picture = rng.randrange(len(pictures))
     sights = [_sights(facts) for facts in pictures]
     unique = [
-        (what, wording)
-        for what, wording in sights[picture].items()
-        if sum(what in other for other in sights) == 1 and len(pictures) > 1
+        (facts, wording)
+        for facts, wording in sights[picture].items()
+        if sum(facts in other for other in sights) == 1 and len(pictures) > 1
     ]
     if not unique:
         return None
-    _, wording = rng.choice(unique)
-    return _Subject(picture, {"x": wording}, f"picture {picture + 1}")
+    sought, wording = rng.choice(unique)
+    return _Subject(picture, {"x": wording}, f"picture {picture + 1}", sought)
 
 
-def _sights(facts: Facts) -> dict[tuple[str, ...], str]:
+def _sights(facts: Facts) -> dict[tuple[int, ...], str]:
     """Everything a picture shows -> how to say it. Equal keys mean that both pictures answer the question."""
-    sights: dict[tuple[str, ...], str] = {}
+    sights: dict[tuple[int, ...], str] = {}
     for thing in facts.things:
-        sights["colour", thing.colour] = f"something {thing.colour}"
+        sights[(colour_fact(thing.colour),)] = f"something {thing.colour}"
         if facts.digit is not None:
-            sights["digit", str(facts.digit)] = f"the digit {facts.digit}"
+            sights[(digit_fact(facts.digit),)] = f"the digit {facts.digit}"
             continue
         shape = thing.shape if facts.count == 1 else _plural(thing.shape)
         article = "a " if facts.count == 1 else ""
-        sights["shape", thing.shape] = f"{article}{shape}"
-        sights["thing", thing.shape, thing.colour] = f"{article}{thing.colour} {shape}"
+        sights[(shape_fact(thing.shape),)] = f"{article}{shape}"
+        sights[(pair_fact(thing),)] = f"{article}{thing.colour} {shape}"
         if facts.count > 1:
-            sights["count", thing.shape, str(facts.count)] = f"{_COUNT_WORDS[facts.count]} {shape}"
+            sights[shape_fact(thing.shape), count_fact(facts.count)] = f"{_COUNT_WORDS[facts.count]} {shape}"
     return sights
 
 
@@ -143,8 +162,8 @@ def _worded(kind: str, pictures: Sequence[Facts], subject: _Subject, rng: random
     if len(pictures) == 1 and rng.random() < 0.25:
         template = template.replace(" in {p}", "", 1) if kind in ("colour", "count") else template
     text = template.format(p=_name(subject.picture, len(pictures), rng), **subject.slots)
-    named = subject.picture if "{p}" in template else None
-    return Question(kind, _loosened(text[0].upper() + text[1:], rng), subject.answer, named)
+    about = None if kind == "pictures" else subject.picture
+    return Question(kind, _loosened(text[0].upper() + text[1:], rng), subject.answer, about, subject.sought)
 
 
 def _name(picture: int, num_pictures: int, rng: random.Random) -> str:

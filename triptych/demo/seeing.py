@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from triptych.demo.facts import fact_directions, group_slices
@@ -34,7 +34,7 @@ class FactReader:
         self._weights = self._weights.to(device)
 
     def loss(self, tokens: Tensor, mask: Tensor, truth: Tensor) -> Tensor:
-        """tokens [pictures, MAX_TOKENS, width], truth [pictures, facts]: each token and their mean should tell all facts."""
+        """tokens [pictures, MAX_TOKENS, width], truth [pictures, facts]: their mean and each should tell all."""
         tokens = tokens.float()
         told = tokens @ self._directions.t()
         each = self._wrongness(told, truth[:, None].expand_as(told))
@@ -47,7 +47,7 @@ class FactReader:
 
     def _wrongness(self, told: Tensor, truth: Tensor) -> Tensor:
         logits = _SHARPNESS * (told - 0.5)
-        return F.binary_cross_entropy_with_logits(logits, truth, reduction="none") @ self._weights
+        return functional.binary_cross_entropy_with_logits(logits, truth, reduction="none") @ self._weights
 
 
 class SeeingStage:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import random
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
 from triptych.demo.answering import Answers, answer, exact_scores
 from triptych.demo.batches import Batch, Packer, Shares
-from triptych.demo.facts import MAX_PICTURES, number_directions
+from triptych.demo.facts import MAX_PICTURES, fact_directions, number_directions
 from triptych.demo.loop import Scores
 from triptych.demo.model import WIDTH
 from triptych.demo.optimiser import Optimiser
 from triptych.demo.symbols import Symbols, random_scenes
 
-# Up to this progress, these shares of conversations have so many pictures. "Picture k" is learned on few pictures first.
+# Up to this progress, these shares of conversations have so many pictures: "picture k" is learned on few ones first.
 CURRICULUM: tuple[tuple[float, Shares], ...] = (
     (0.05, {0: 1, 1: 10, 2: 10}),
-    (0.3, {0: 1, 1: 2, 2: 6, 3: 6, 4: 6}),
+    (0.1, {0: 1, 1: 2, 2: 6, 3: 6, 4: 6}),
     (1.0, {0: 1, 1: 2, 2: 3, 3: 3, 4: 3, 5: 3, 6: 3, 7: 3, 8: 4}),
 )
 
 
-_POINTING_SHARPNESS, _POINTING_WEIGHT = 2.0, 0.3
+_HINT_SHARPNESS, _HINT_WEIGHT = 2.0, 0.3
+_SEEKING_LAYER = 1
 
 
 class TellingStage:
@@ -41,13 +42,13 @@ class TellingStage:
         model.model.visual.requires_grad_(False)
         self.optimiser = Optimiser(model, device)
         self._packer, self._symbols, self._batch_tokens = Packer(tokenizer), Symbols(device), batch_tokens
-        self._numbers = torch.from_numpy(number_directions(WIDTH)).to(device)
+        self._hints = Hints(device)
 
     def loss(self, rng: random.Random, progress: float) -> Tensor:
         num_pictures = pick(CURRICULUM, progress, rng)
         batch = symbolic_batch(self._packer, num_pictures, self._batch_tokens, rng)
         answers = self._answers(batch, rng)
-        return answers.loss() + pointing_loss(answers, batch, self._numbers)
+        return answers.loss() + self._hints.loss(answers, batch)
 
     @torch.no_grad()
     def scores(self) -> Scores:
@@ -58,26 +59,41 @@ class TellingStage:
                 scenes = [random_scenes(num_pictures, rng) for _ in range(12)]
                 batch = self._packer.pack(scenes, 8, rng, held_out=held_out, only_branches=True)
                 told.append((batch, self._answers(batch, rng)))
-        return exact_scores(told[:MAX_PICTURES]) | {"held_out": exact_scores(told[MAX_PICTURES:])["all"]}
+        return {**exact_scores(told[:MAX_PICTURES]), "held_out": exact_scores(told[MAX_PICTURES:])["all"]}
 
     def _answers(self, batch: Batch, rng: random.Random) -> Answers:
         features = self._symbols.tokens(batch.scenes, rng) if batch.scenes else None
         return answer(self.optimiser.compute, batch, features)
 
 
-def pointing_loss(answers: Answers, batch: Batch, numbers: Tensor) -> Tensor:
-    """Early layers should know, in the same directions, a picture token's number and the number that is asked for.
+class Hints:
+    """What early layers should know, in the directions in which picture tokens tell it: a loss beside that on answers.
 
-    Left to itself the model finds this out late, and only then starts to learn on more than one picture.
+    A picture token should know its picture's number; the last token of a prompt should know what is sought and which
+    picture it is about. Left to itself the model finds this out late, and only then learns on more than one picture.
     """
-    about = batch.about.to(numbers.device)
-    known, owned = about >= 0, answers.is_picture
-    total = torch.zeros((), device=numbers.device)
-    for layer, chosen in ((0, known & owned), (1, known & ~owned)):
-        if chosen.any():
-            logits = _POINTING_SHARPNESS * answers.states[layer][chosen].float() @ numbers.t()
-            total = total + F.cross_entropy(logits, about[chosen])
-    return _POINTING_WEIGHT * total
+
+    def __init__(self, device: torch.device) -> None:
+        self._numbers = torch.from_numpy(number_directions(WIDTH)).to(device)
+        self._facts = torch.from_numpy(fact_directions(WIDTH)).to(device)
+
+    def loss(self, answers: Answers, batch: Batch) -> Tensor:
+        device = self._numbers.device
+        points_to, from_layer = batch.points_to.to(device), batch.from_layer.to(device)
+        total = torch.zeros((), device=device)
+        for layer, states in enumerate(answers.states[:-1]):
+            chosen = (points_to >= 0) & (from_layer == layer)
+            if chosen.any():
+                total = total + functional.cross_entropy(_told(states[chosen], self._numbers), points_to[chosen])
+        if len(batch.seekers):
+            rows, columns = batch.seekers.to(device).unbind(1)
+            told = _told(answers.states[_SEEKING_LAYER][rows, columns], self._facts)
+            total = total + functional.cross_entropy(told, batch.sought.to(device))
+        return _HINT_WEIGHT * total
+
+
+def _told(states: Tensor, directions: Tensor) -> Tensor:
+    return _HINT_SHARPNESS * states.float() @ directions.t()
 
 
 def symbolic_batch(packer: Packer, num_pictures: int, batch_tokens: int, rng: random.Random) -> Batch:

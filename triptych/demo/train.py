@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shards", type=int, default=Settings.num_shards, help="of 5,000 pictures each")
+    parser.add_argument("--shards", type=int, default=18, help="of 5,000 pictures each")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's number of steps")
     parser.add_argument("--only", choices=[*STAGES, "export"], help="one stage instead of all")
     options = parser.parse_args(arguments)

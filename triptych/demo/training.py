@@ -1,4 +1,4 @@
-"""The whole training: draw a pool, stages 1 and 2 side by side, stage 3, export. Each part picks up where it stopped."""
+"""The whole training: draw a pool, stages 1 and 2 side by side, stage 3, export. Each picks up where it stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from triptych.demo.export import export
 from triptych.demo.joining import JoiningStage
 from triptych.demo.loop import Plan, Stage, load_weights, run_stage
 from triptych.demo.model import new_model
-from triptych.demo.pool import Pool, ensure_pool
+from triptych.demo.pool import SHARD_PICTURES, Pool, ensure_pool
 from triptych.demo.seeing import SeeingStage
 from triptych.demo.telling import TellingStage
 from triptych.demo.tokenizer import new_tokenizer
@@ -35,7 +35,8 @@ class Settings:
     device: str = "cpu"
     threads: int = 2
     seed: int = 0
-    num_shards: int = 18  # of 5,000 pictures each
+    num_shards: int = 18
+    shard_pictures: int = SHARD_PICTURES
     scale: float = 1.0  # of every stage's number of steps
     seeing_pictures: int = 64  # per step
     telling_tokens: int = 4000
@@ -60,7 +61,7 @@ def train(settings: Settings) -> None:
 
 def train_stage(name: str, settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
-    run_stage(_new_stage(name, settings), settings.plan(name), settings.work, settings.seed)
+    run_stage(new_stage(name, settings), settings.plan(name), settings.work, settings.seed)
 
 
 def export_model(settings: Settings) -> None:
@@ -70,7 +71,7 @@ def export_model(settings: Settings) -> None:
     export(model, tokenizer, settings.out)
 
 
-def _new_stage(name: str, settings: Settings) -> Stage:
+def new_stage(name: str, settings: Settings) -> Stage:
     tokenizer, model = _new_model(settings)
     device = torch.device(settings.device)
     if name == "telling":
@@ -92,8 +93,8 @@ def _new_model(settings: Settings) -> tuple[PreTrainedTokenizerFast, Qwen2VLForC
 def _open_pools(settings: Settings) -> tuple[Pool, Pool]:
     """-> pictures to train on, and pictures to score on."""
     folder = settings.work / "pool"
-    pool = ensure_pool(folder, settings.num_shards, first_seed=1, processes=settings.threads)
-    return pool, ensure_pool(folder, 1, first_seed=_HELD_OUT_SEED, processes=1)
+    pool = ensure_pool(folder, settings.num_shards, 1, settings.threads, settings.shard_pictures)
+    return pool, ensure_pool(folder, 1, _HELD_OUT_SEED, 1, settings.shard_pictures)
 
 
 def _side_by_side(settings: Settings, names: tuple[str, ...]) -> None:

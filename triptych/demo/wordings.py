@@ -1,6 +1,7 @@
 """The ways to ask: data only. `SEEN` is used in training, `HELD_OUT` never is, though all its words are.
 
-Slots: {p} names one picture, {s} a thing, {ss} things, {c} a colour, {x} what to look for; {is}, {does}, {has} agree with {s}.
+Slots: {p} names one picture, {s} a thing, {ss} things, {c} a colour, {x} what to look for; {is}, {does} and {has}
+agree with {s}.
 """
 
 from __future__ import annotations
@@ -214,7 +215,16 @@ ONLY_NAMES = ("the picture", "the image", "the photo", "this picture", "this ima
 NOUNS = ("picture", "picture", "image", "photo")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
-OPENERS = ("Please tell me: ", "Can you tell me: ", "Question: ", "Now, ", "Hello! ", "Look: ", "One question: ", "And ")
+OPENERS = (
+    "Please tell me: ",
+    "Can you tell me: ",
+    "Question: ",
+    "Now, ",
+    "Hello! ",
+    "Look: ",
+    "One question: ",
+    "And ",
+)
 CLOSERS = (" Thanks!", " Thank you.", " Please.", " Say it in short.", " Answer shortly.")
 SYSTEMS = ("You are a helpful assistant.", "Answer shortly.", "You look at pictures and answer questions.")
 

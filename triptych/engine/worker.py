@@ -45,7 +45,8 @@ def work(config: InstanceConfig, failures: Connection) -> None:
         text = traceback.format_exc()
         logger.error("instance %s ends:\n%s", config.id, text)
         failures.send(text)
-        os._exit(EXIT_FAILED)  # threads of transports may hang; the kernel frees what the process held
+        os._exit(EXIT_FAILED)
+    os._exit(0)  # tearing down an interpreter full of libraries takes a second; the kernel does it at once
 
 
 def _run(config: InstanceConfig, began: float) -> None:

@@ -7,6 +7,7 @@ each row stands; it is made once per forward, handed down by keyword and shared 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,10 @@ PAGED_ATTENTION = "triptych_paged"
 # Towers with packed segments hand them over whole (`cu_seq_lens_q`) only to a name that contains "flash".
 SEGMENT_ATTENTION = "triptych_flash_segments"
 
+_GATHER_BYTES = 2 << 20  # of one group of decode rows: short ones are not padded to the length of long ones
+
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
@@ -46,13 +50,13 @@ class SequenceRows:
 
 
 @dataclass(slots=True)
-class _DecodePlan:
-    """What all layers with one window gather: per layer the pages of K and V, padded to the longest sequence."""
+class _DecodeGroup:
+    """Rows [first, last) that are gathered together, and per layer the pages of their K and V, padded to the longest."""
 
-    pages: list[Tensor]  # per layer [2 * num_decodes * width]
-    width: int  # blocks per sequence
-    kv_len: int  # tokens that the longest sequence sees; the rest of its last block is cut off
-    mask: Tensor | None  # [num_decodes, 1, 1, kv_len], 0 or -inf; None if every row sees all of it
+    first: int
+    last: int
+    pages: tuple[Tensor, ...]  # per layer [2 * rows * kv_heads * blocks]
+    mask: Tensor  # [rows * kv_heads, 1, blocks * 16], 0 or -inf
 
 
 @dataclass(slots=True)
@@ -60,12 +64,9 @@ class _Chunk:
     """One sequence's rows [row, row + length) with its context."""
 
     row: int
+    length: int
     rows: SequenceRows
-    pages: Tensor  # [1, 1, blocks] pages of K of layer 0
-
-    @property
-    def length(self) -> int:
-        return self.rows.end - self.rows.start
+    pages: Tensor | None  # [2, kv_heads, blocks] of layer 0; None if all that it sees are its own rows
 
 
 class AttentionBatch:
@@ -74,44 +75,46 @@ class AttentionBatch:
     The first `num_decodes` sequences have one row each; every other one is a chunk. Valid for one forward.
     """
 
-    def __init__(self, region: KVRegion, sequences: Sequence[SequenceRows], num_decodes: int, dtype: torch.dtype) -> None:
+    def __init__(self, region: KVRegion, sequences: Sequence[SequenceRows], num_decodes: int) -> None:
+        layout = region.layout
         self.region = region
-        self.num_decodes = num_decodes
         self.sequences = sequences
-        self.dtype = dtype
+        self.num_decodes = num_decodes
         self._decodes = sequences[:num_decodes]
-        self._plans: dict[int | None, _DecodePlan] = {}
+        self._groups: dict[int | None, list[_DecodeGroup]] = {}
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-        layers = region.layout.num_layers
-        self._pages_per_block = 2 * layers
-        self.write_slots = self._write_slots()
-        row = num_decodes
+        self._pages_per_layer = 2 * layout.kv_heads
+        self._pages_per_block = self._pages_per_layer * layout.num_layers
+        block_bytes = self._pages_per_layer * KV_BLOCK_TOKENS * layout.head_dim * layout.dtype.itemsize
+        self._group_blocks = _GATHER_BYTES // block_bytes
+        self._slots = self._write_slots()
         self.chunks: list[_Chunk] = []
+        row = num_decodes
         for rows in sequences[num_decodes:]:
-            used = rows.blocks[: -(-rows.end // KV_BLOCK_TOKENS)]
-            self.chunks.append(_Chunk(row, rows, self._to_device(used * self._pages_per_block)))
+            pages = self._context_pages(rows) if rows.start else None
+            self.chunks.append(_Chunk(row, rows.end - rows.start, rows, pages))
             row += rows.end - rows.start
-        self.num_rows = row
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Stores keys and values [num_rows, kv_heads, head_dim] of all rows."""
-        slots = self.region.slots
-        slots.index_copy_(0, self.write_slots[2 * layer], key)
-        slots.index_copy_(0, self.write_slots[2 * layer + 1], value)
+        """Stores keys and values [rows, kv_heads, head_dim]."""
+        slots, head_dim = self.region.slots, key.shape[2]
+        slots.index_copy_(0, self._slots[2 * layer], key.reshape(-1, head_dim))
+        slots.index_copy_(0, self._slots[2 * layer + 1], value.reshape(-1, head_dim))
 
-    def decode_plan(self, window: int | None) -> _DecodePlan:
-        plan = self._plans.get(window)
-        if plan is None:
-            plan = self._plans[window] = self._make_decode_plan(window)
-        return plan
+    def decode_groups(self, window: int | None) -> list[_DecodeGroup]:
+        """All decode rows, in groups that are gathered and attended to together."""
+        groups = self._groups.get(window)
+        if groups is None:
+            groups = self._groups[window] = self._make_decode_groups(window)
+        return groups
 
     def context(self, layer: int, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         """Keys and values [1, kv_heads, end, head_dim] of a chunk's sequence, its own rows included."""
-        layout = self.region.layout
-        pages = torch.cat((chunk.pages + 2 * layer, chunk.pages + (2 * layer + 1)))
-        both = self.region.pages.index_select(0, pages).view(2, 1, -1, layout.kv_heads, layout.head_dim)
-        both = both[:, :, : chunk.rows.end].transpose(2, 3)
-        return both[0], both[1]
+        assert chunk.pages is not None
+        pages = (chunk.pages + layer * self._pages_per_layer).view(-1)
+        both = self.region.gather(pages)
+        both = both.view(2, 1, self.region.layout.kv_heads, -1, self.region.layout.head_dim)
+        return both[0, :, :, : chunk.rows.end], both[1, :, :, : chunk.rows.end]
 
     def chunk_mask(self, chunk: _Chunk, window: int | None) -> Tensor | None:
         """What rows of a chunk see of [0, end): [length, end], 0 or -inf; None if that is plain causal from token 0."""
@@ -121,61 +124,79 @@ class AttentionBatch:
         return self._masks[key]
 
     def _write_slots(self) -> tuple[Tensor, ...]:
-        """Per layer and K or V, the slot of every row: 2 * layers tensors [num_rows]."""
-        stride = self._pages_per_block * KV_BLOCK_TOKENS
-        last = [rows.end - 1 for rows in self._decodes]
-        parts = [
-            np.array(
-                [
-                    int(rows.blocks[i // KV_BLOCK_TOKENS]) * stride + i % KV_BLOCK_TOKENS
-                    for rows, i in zip(self._decodes, last, strict=True)
-                ],
-                np.int64,
-            )
-        ]
-        for rows in self.sequences[self.num_decodes :]:
-            tokens = np.arange(rows.start, rows.end)
-            parts.append(rows.blocks[tokens // KV_BLOCK_TOKENS] * stride + tokens % KV_BLOCK_TOKENS)
-        base = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        pages = np.arange(self._pages_per_block)[:, None] * KV_BLOCK_TOKENS
-        return self._to_device(base[None] + pages).unbind(0)
+        """Per layer, for K and for V, the slots of all rows and heads: 2 * layers tensors [rows * kv_heads]."""
+        pages, offsets = [], []
+        for rows in self.sequences:
+            if rows.end - rows.start == 1:
+                block, offset = divmod(rows.start, KV_BLOCK_TOKENS)
+                pages.append(rows.blocks[block : block + 1])
+                offsets.append((offset,))
+            else:
+                tokens = np.arange(rows.start, rows.end)
+                pages.append(rows.blocks[tokens // KV_BLOCK_TOKENS])
+                offsets.append(tokens % KV_BLOCK_TOKENS)
+        first = np.concatenate(pages) * self._pages_per_block
+        heads = np.arange(self.region.layout.kv_heads) * KV_BLOCK_TOKENS
+        slots = (first * KV_BLOCK_TOKENS + np.concatenate(offsets))[:, None] + heads
+        parts = np.arange(2 * self.region.layout.num_layers) * (self.region.layout.kv_heads * KV_BLOCK_TOKENS)
+        return self._to_device(slots.reshape(1, -1) + parts[:, None]).unbind(0)
 
-    def _make_decode_plan(self, window: int | None) -> _DecodePlan:
-        ends = np.array([rows.end for rows in self._decodes], np.int64)
-        first_seen = np.maximum(ends - window, 0) if window else np.zeros_like(ends)
-        first_block = first_seen // KV_BLOCK_TOKENS
-        first = first_block * KV_BLOCK_TOKENS  # position of the first gathered token
-        lengths = ends - first
-        kv_len = int(lengths.max())
-        width = -(-kv_len // KV_BLOCK_TOKENS)
-        table = np.zeros((len(ends), width), np.int64)
-        for row, rows, begin in zip(table, self._decodes, first_block.tolist(), strict=True):
-            seen = rows.blocks[begin : -(-rows.end // KV_BLOCK_TOKENS)]
-            row[: len(seen)] = seen
-        offsets = np.arange(self._pages_per_block).reshape(-1, 2, 1)
-        pages = self._to_device((table.reshape(1, 1, -1) * self._pages_per_block + offsets).reshape(-1, 2 * table.size))
-        mask = None
-        if (lengths != kv_len).any() or (first_seen != first).any():
-            position = np.arange(kv_len)
-            seen = (position < lengths[:, None]) & (position >= (first_seen - first)[:, None])
-            mask = self._additive(seen)[:, None, None]
-        return _DecodePlan(list(pages.unbind(0)), width, kv_len, mask)
+    def _make_decode_groups(self, window: int | None) -> list[_DecodeGroup]:
+        first_seen = [max(0, rows.end - window) if window else 0 for rows in self._decodes]
+        first_block = [seen // KV_BLOCK_TOKENS for seen in first_seen]
+        blocks = [-(-rows.end // KV_BLOCK_TOKENS) - b for rows, b in zip(self._decodes, first_block, strict=True)]
+        groups, start, longest = [], 0, 0
+        for row, count in enumerate(blocks):
+            longest = max(longest, count)
+            if row > start and longest * (row + 1 - start) > self._group_blocks:
+                groups.append(self._make_decode_group(start, row, first_seen, first_block))
+                start, longest = row, count
+        groups.append(self._make_decode_group(start, len(blocks), first_seen, first_block))
+        return groups
+
+    def _make_decode_group(self, first: int, last: int, first_seen: list[int], first_block: list[int]) -> _DecodeGroup:
+        layout = self.region.layout
+        tables = [
+            rows.blocks[begin : -(-rows.end // KV_BLOCK_TOKENS)]
+            for rows, begin in zip(self._decodes[first:last], first_block[first:last], strict=True)
+        ]
+        table = np.zeros((last - first, max(map(len, tables))), np.int64)
+        for row, blocks in zip(table, tables, strict=True):
+            row[: len(blocks)] = blocks
+        heads = np.arange(layout.kv_heads)[:, None]
+        pages = (table[:, None] * self._pages_per_block + heads).reshape(-1)  # K of layer 0
+        parts = np.arange(2 * layout.num_layers) * layout.kv_heads
+        per_layer = self._to_device(pages + parts[:, None]).view(layout.num_layers, -1)
+        # Positions count from the first gathered token.
+        origin = np.array(first_block[first:last]) * KV_BLOCK_TOKENS
+        position = np.arange(table.shape[1] * KV_BLOCK_TOKENS)
+        ends = np.array([rows.end for rows in self._decodes[first:last]]) - origin
+        begins = np.array(first_seen[first:last]) - origin
+        seen = (position < ends[:, None]) & (position >= begins[:, None])
+        mask = self._additive(seen.repeat(layout.kv_heads, 0))[:, None]
+        return _DecodeGroup(first, last, per_layer.unbind(0), mask)
+
+    def _context_pages(self, rows: SequenceRows) -> Tensor:
+        used = rows.blocks[: -(-rows.end // KV_BLOCK_TOKENS)] * self._pages_per_block
+        heads = np.arange(2 * self.region.layout.kv_heads).reshape(2, -1, 1)
+        return self._to_device(used + heads)
 
     def _make_chunk_mask(self, rows: SequenceRows, window: int | None) -> Tensor | None:
         if rows.start == 0 and rows.last_visible is None and not (window and window < rows.end):
             return None
         query = np.arange(rows.start, rows.end)[:, None]
         key = np.arange(rows.end)[None]
-        last = query if rows.last_visible is None else rows.last_visible[:, None]
-        seen = key <= last
+        seen: Bools = key <= (query if rows.last_visible is None else rows.last_visible[:, None])
         if window:
             seen &= key > query - window
         return self._additive(seen)
 
-    def _additive(self, seen: npt.NDArray[np.bool_]) -> Tensor:
+    def _additive(self, seen: Bools) -> Tensor:
         """Made once here; from a boolean mask SDPA would make it again in every layer."""
         hidden = self._to_device(~seen)
-        return torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        return torch.zeros(hidden.shape, dtype=self.region.layout.dtype, device=hidden.device).masked_fill_(
+            hidden, float("-inf")
+        )
 
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.region.device, non_blocking=True)
@@ -189,7 +210,7 @@ def paged_attention(
     attention_mask: None,
     *,
     batch: AttentionBatch,
-    scaling: float | None = None,
+    scaling: float,
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
@@ -198,23 +219,26 @@ def paged_attention(
     batch.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     if query.is_cuda and attention_triton is not None:
         return attention_triton.attend(batch, layer, query, scaling, sliding_window), None
-    parts = []
+    parts: list[Tensor] = []
     if batch.num_decodes:
-        parts.append(_attend_decodes(batch, layer, query, scaling, sliding_window))
+        parts += _attend_decodes(batch, layer, query, scaling, sliding_window)
     for chunk in batch.chunks:
         parts.append(_attend_chunk(batch, layer, chunk, query, key, value, scaling, sliding_window))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
 
 
-def _attend_decodes(batch: AttentionBatch, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
-    layout, plan, count = batch.region.layout, batch.decode_plan(window), batch.num_decodes
-    both = batch.region.pages.index_select(0, plan.pages[layer])
-    both = both.view(2, count, plan.width * KV_BLOCK_TOKENS, layout.kv_heads, layout.head_dim)
-    keys, values = both[:, :, : plan.kv_len].transpose(2, 3).unbind(0)
-    # The query heads that share a KV head ride as query rows: nothing is repeated.
-    queries = query[0, :, :count].transpose(0, 1).reshape(count, layout.kv_heads, -1, layout.head_dim)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=plan.mask, scale=scale)
-    return out.reshape(1, count, -1, layout.head_dim)
+def _attend_decodes(batch: AttentionBatch, layer: int, query: Tensor, scale: float, window: int | None) -> list[Tensor]:
+    """One row per sequence. Two batched products: with one query row each, SDPA's blocking only costs (3x in bfloat16)."""
+    head_dim, parts = query.shape[3], []
+    rows = query[0].transpose(0, 1)
+    for group in batch.decode_groups(window):
+        both = batch.region.gather(group.pages[layer]).view(2, group.mask.shape[0], -1, head_dim)
+        keys, values = both.unbind(0)  # [rows * kv_heads, kv_len, head_dim], contiguous: else the products copy them
+        # The query heads that share a KV head ride as query rows: nothing is repeated.
+        queries = rows[group.first : group.last].reshape(len(keys), -1, head_dim)
+        scores = torch.baddbmm(group.mask, queries, keys.transpose(1, 2), alpha=scale)
+        parts.append(torch.bmm(scores.softmax(-1), values).view(1, group.last - group.first, -1, head_dim))
+    return parts
 
 
 def _attend_chunk(
@@ -224,12 +248,12 @@ def _attend_chunk(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: float | None,
+    scale: float,
     window: int | None,
 ) -> Tensor:
     rows = slice(chunk.row, chunk.row + chunk.length)
     mask = batch.chunk_mask(chunk, window)
-    if chunk.rows.start == 0:
+    if chunk.pages is None:
         keys, values = key[:, :, rows], value[:, :, rows]
     else:
         keys, values = batch.context(layer, chunk)
@@ -256,7 +280,9 @@ def segment_attention(
     outputs = []
     for length, rows in plan.groups:
         q, k, v = (x[0] if rows is None else x[0].index_select(1, rows) for x in (query, key, value))
-        q, k, v = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v))  # [segments, heads, length, head_dim]
+        q, k, v = (
+            x.unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v)
+        )  # [segments, heads, length, head_dim]
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         outputs.append(out.transpose(1, 2).reshape(-1, heads, head_dim))
     if plan.restore is None:
@@ -267,15 +293,8 @@ def segment_attention(
 def use_segment_attention(model: PreTrainedModel) -> None:
     """Switches the towers that pack segments of several pictures into one row axis to `segment_attention`."""
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module is not model and _packs_segments(module):
+        if isinstance(module, PreTrainedModel) and module is not model and "grid_thw" in signature(module.forward).parameters:
             module.config._attn_implementation = SEGMENT_ATTENTION
-
-
-def _packs_segments(module: PreTrainedModel) -> bool:
-    parameters = type(module).forward.__code__.co_varnames
-    wrapped = getattr(type(module).forward, "__wrapped__", None)
-    names = wrapped.__code__.co_varnames if wrapped is not None else parameters
-    return "grid_thw" in names
 
 
 @dataclass(frozen=True)

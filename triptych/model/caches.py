@@ -1,6 +1,6 @@
 """The tensors over an instance's slab: the KV region and the embedding region, cut into blocks.
 
-    KV region         [num_blocks, layers, 2, 16, kv_heads, head_dim]    one block = one contiguous run over all layers
+    KV region         [num_blocks, layers, 2, kv_heads, 16, head_dim]    one block = one contiguous run over all layers
     embedding region  [num_blocks, 16, row_width]                        row_width = hidden * (1 + deepstack layers)
 
 Knows nothing of who owns which block; block ids come from outside.
@@ -27,7 +27,7 @@ class KVLayout:
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        return (self.num_layers, 2, KV_BLOCK_TOKENS, self.kv_heads, self.head_dim)
+        return (self.num_layers, 2, self.kv_heads, KV_BLOCK_TOKENS, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
@@ -71,21 +71,31 @@ class _Layout(Protocol):
 class KVRegion:
     """A slab's KV part as tensors. All are views of the same bytes.
 
-    blocks  [num_blocks, layers, 2, 16, kv_heads, head_dim]
-    pages   [num_blocks * layers * 2, 16 * kv_heads * head_dim]   page (block, layer, k|v) is row (block * layers + layer) * 2 + k|v
-    slots   [num_blocks * layers * 2 * 16, kv_heads, head_dim]    slot is page * 16 + token within the block
+    blocks  [num_blocks, layers, 2, kv_heads, 16, head_dim]
+    pages   [num_blocks * layers * 2 * kv_heads, 16 * head_dim]    the tokens of a block, of one head's keys or values in one layer
+    slots   [num_blocks * layers * 2 * kv_heads * 16, head_dim]    one token of a page
+
+    A gather of pages gives [.., kv_heads, tokens, head_dim] without a further copy: what batched products want.
     """
 
     def __init__(self, buffer: Tensor, layout: KVLayout, num_blocks: int) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.blocks = _carve(buffer, layout, num_blocks)
-        self.pages = self.blocks.view(num_blocks * layout.num_layers * 2, -1)
-        self.slots = self.blocks.view(-1, layout.kv_heads, layout.head_dim)
+        self.pages = self.blocks.view(-1, KV_BLOCK_TOKENS * layout.head_dim)
+        self.slots = self.blocks.view(-1, layout.head_dim)
+        self._gathered = self.pages[:0]
 
     @property
     def device(self) -> torch.device:
         return self.blocks.device
+
+    def gather(self, pages: Tensor) -> Tensor:
+        """Copies of pages [len(pages), 16 * head_dim], in one buffer that lives on: valid until the next call."""
+        count = pages.shape[0]
+        if self._gathered.shape[0] < count:
+            self._gathered = self.pages.new_empty(count + count // 4, self.pages.shape[1])
+        return torch.index_select(self.pages, 0, pages, out=self._gathered[:count])
 
     @classmethod
     def allocate(cls, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu") -> "KVRegion":
@@ -107,7 +117,9 @@ class EmbeddingRegion:
         return self.blocks.device
 
     @classmethod
-    def allocate(cls, layout: EmbeddingLayout, num_blocks: int, device: torch.device | str = "cpu") -> "EmbeddingRegion":
+    def allocate(
+        cls, layout: EmbeddingLayout, num_blocks: int, device: torch.device | str = "cpu"
+    ) -> "EmbeddingRegion":
         """A region with memory of its own, for tests and measurements."""
         return cls(torch.zeros(num_blocks * layout.block_bytes, dtype=torch.uint8, device=device), layout, num_blocks)
 

@@ -61,7 +61,7 @@ class ChatTemplate:
         except _TEMPLATE_ERRORS as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
 
-    def _apply(self, template: str, conversation: list[Message], add_generation_prompt: bool, **kwargs: Any) -> str:
+    def _apply(self, template: str, conversation: list[Message], add_generation_prompt: bool, /, **kwargs: Any) -> str:
         text: str = self._tokenizer.apply_chat_template(
             conversation,
             chat_template=template,

@@ -36,25 +36,30 @@ def read_header(data: bytes) -> tuple[str, int, int]:
     Raises RequestError for bytes that are no picture, or one of a format that is not served.
     """
     image = _open(data)
-    width, height = image.size
+    width, height = _upright_size(image, _orientation(image))
     if width < 1 or height < 1:
         raise _invalid(f"its header says {width} x {height} pixels")
-    if _orientation(image) in _SWAPS_SIDES:
-        width, height = height, width
     return str(image.format), width, height
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The upright picture (of an animation the first frame) in RGB. Raises RequestError if it is broken anywhere."""
+    """The upright picture (of an animation the first frame) in RGB, of the size that its header says.
+
+    Raises RequestError if it is broken anywhere.
+    """
     image = _open(data)
     orientation = _orientation(image)
+    size = _upright_size(image, orientation)
     try:
         image.load()
         if orientation in _TRANSPOSE:
             image = image.transpose(_TRANSPOSE[orientation])
-        return _on_white(image)
+        image = _on_white(image)
     except Exception as error:  # Pillow's readers raise almost anything on broken data
         raise _invalid(str(error) or type(error).__name__) from error
+    if image.size != size:  # the prompt was laid out for the size in the header
+        raise _invalid(f"its header says {size} pixels, but it has {image.size}")
+    return image
 
 
 def _open(data: bytes) -> Image.Image:
@@ -77,6 +82,11 @@ def _orientation(image: Image.Image) -> int:
         return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     except Exception:  # it may be any garbage, and the picture is still good
         return 1
+
+
+def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if orientation in _SWAPS_SIDES else (width, height)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -55,7 +55,6 @@ class LanguageRunner:
         self._embeddings = embedding_region
         self._eos_token_ids = tuple(eos_token_ids)
         self._hidden = self._embed.weight.shape[1]
-        self._dtype = self._embed.weight.dtype
         self._device = self._embed.weight.device
         self._deepstack = num_deepstack_layers(model.config)
 
@@ -65,12 +64,13 @@ class LanguageRunner:
 
         A chunk's KV is in its sequence's blocks when this returns; `rope_delta` of a sequence is set with its first chunk.
         """
-        ordered = sorted(chunks, key=lambda chunk: chunk.length > 1)  # decodes first; stable
+        # Decodes first, the longest first: neighbours are gathered together and padded to the longest of them.
+        ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, -chunk.start))
         num_decodes = sum(chunk.length == 1 for chunk in ordered)
         for chunk in ordered:
             self._check(chunk)
         rows = [self._rows(chunk) for chunk in ordered]
-        batch = AttentionBatch(self._kv, rows, num_decodes, self._dtype)
+        batch = AttentionBatch(self._kv, rows, num_decodes)
         inputs, extra = self._inputs(ordered)
         hidden = self._decoder(
             inputs_embeds=inputs[None],
@@ -202,7 +202,9 @@ def _place_spans(chunk: Chunk, first_row: int, places: list[Ints], sources: list
         blocks = np.array(chunk.embedding_blocks[span.unit], np.int64)
         unit_rows = np.arange(low, high) - span.start + span.offset
         places.append(np.arange(low, high) - start + first_row)
-        sources.append(blocks[unit_rows // EMBEDDING_BLOCK_TOKENS] * EMBEDDING_BLOCK_TOKENS + unit_rows % EMBEDDING_BLOCK_TOKENS)
+        sources.append(
+            blocks[unit_rows // EMBEDDING_BLOCK_TOKENS] * EMBEDDING_BLOCK_TOKENS + unit_rows % EMBEDDING_BLOCK_TOKENS
+        )
 
 
 def _last_visible(sequence: Sequence) -> Ints:

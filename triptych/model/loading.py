@@ -20,7 +20,7 @@ from triptych.config import ModelConfig
 from triptych.core import Role
 from triptych.errors import ConfigError
 from triptych.model.attention import PAGED_ATTENTION, use_segment_attention
-from triptych.model.tuning import tune
+from triptych.model.tuning import PackedLinear, tune
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOWER_ATTENTION = "sdpa"
@@ -97,7 +97,9 @@ def load_model(config: ModelConfig, role: Role) -> PreTrainedModel:
         options["device_map"] = config.device  # straight to the device, without a copy of the part in host memory
     cls = _role_class(full_class(hf_config), role)
     with _quiet_transformers():
-        model = _random_model(cls, config, options) if config.load_format == "dummy" else _read_model(cls, config, options)
+        model = (
+            _random_model(cls, config, options) if config.load_format == "dummy" else _read_model(cls, config, options)
+        )
     model.to(config.device).eval().requires_grad_(False)
     if role.encodes:
         use_segment_attention(model)
@@ -114,7 +116,9 @@ def meta_model(hf_config: PreTrainedConfig, role: Role) -> PreTrainedModel:
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of parameters and buffers; tensors that share storage (tied embeddings) count once."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    plain = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    packed = [module.packed_bytes for module in model.modules() if isinstance(module, PackedLinear)]
+    return sum(plain.values()) + sum(packed)
 
 
 def full_class(hf_config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -21,6 +21,7 @@ from triptych.errors import ConfigError, RequestError
 from triptych.model.chat import ChatTemplate
 from triptych.model.families import Family, ItemLayout, UnitLayout, family_for
 from triptych.model.images import decode_image, read_header
+from triptych.model.pixel_table import tabulate
 from triptych.model.token_stream import TokenStream
 
 __all__ = ["Processor", "Prompt", "TokenStream", "read_header"]
@@ -60,7 +61,7 @@ class Processor:
             tokenizer,
             chat_template,
             markup=self._images.markup,
-            reserved={self._images.placeholder, *tokenizer.convert_ids_to_tokens(sorted(family.reserved_token_ids))},
+            reserved=family.reserved_texts(tokenizer) | {self._images.placeholder},
         )
         self.fingerprint = _fingerprint(image_processor, family.image_arguments, identity)
 
@@ -80,6 +81,9 @@ class Processor:
             raise ConfigError(f"model {folder}: {error}") from error
         if not tokenizer.is_fast:
             raise ConfigError(f"model {folder}: needs a tokenizer.json")
+        tokenizer.backend_tokenizer.no_truncation()  # some checkpoints were saved with either switched on
+        tokenizer.backend_tokenizer.no_padding()
+        tabulate(image_processor)
         return cls(
             family,
             tokenizer,
@@ -133,8 +137,9 @@ class Processor:
 
     def from_token_ids(self, token_ids: Sequence[int]) -> Prompt:
         """A prompt that the client tokenised, without pictures. Raises RequestError for ids that no text has."""
-        if any(not 0 <= token_id < len(self.tokenizer) for token_id in token_ids):
-            raise RequestError(f"token ids must be between 0 and {len(self.tokenizer) - 1}", param="prompt")
+        vocab_size = len(self.tokenizer)
+        if any(not 0 <= token_id < vocab_size for token_id in token_ids):
+            raise RequestError(f"token ids must be between 0 and {vocab_size - 1}", param="prompt")
         return self._repeat(list(token_ids), [])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

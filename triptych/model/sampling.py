@@ -19,7 +19,7 @@ _NUCLEUS_GUESS = 512  # most nuclei are smaller; only larger ones pay for sortin
 def sample(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: Seq[int]) -> list[SampledToken]:
     """One token per row of logits [len(sequences), vocab]. `logits` may be changed."""
     if all(_is_plain_greedy(sequence) for sequence in sequences):
-        return [SampledToken(token) for token in logits.argmax(-1).tolist()]
+        return [SampledToken(token) for token in _best(logits)]
     logits = logits.float()
     raw = logits.clone() if any(s.sampling.logprobs is not None for s in sequences) else logits
     for row, sequence in zip(logits, sequences, strict=True):
@@ -49,6 +49,12 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
     return value ^ (value >> 31)
+
+
+def _best(logits: Tensor) -> list[int]:
+    if logits.is_cuda:
+        return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
+    return logits.float().numpy().argmax(-1).tolist()  # type: ignore[no-any-return]  # 10 times as fast as torch's
 
 
 def _is_plain_greedy(sequence: Sequence) -> bool:

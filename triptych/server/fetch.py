@@ -7,7 +7,7 @@ server answers later cannot matter. TLS still verifies the name. Knows no reques
 import asyncio
 import ipaddress
 import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import urljoin, urlsplit
 
 import httpcore
@@ -32,10 +32,10 @@ def is_public(address: str) -> bool:
 
 
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Opens connections to public addresses only, unless told otherwise."""
+    """Opens connections to allowed addresses only."""
 
-    def __init__(self, allow_private: bool) -> None:
-        self._allow_private = allow_private
+    def __init__(self, is_allowed: Callable[[str], bool]) -> None:
+        self._is_allowed = is_allowed
         self._network = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -72,8 +72,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         except (OSError, UnicodeError) as error:
             raise RequestError(f"cannot resolve host {host!r}", code="media_unreachable") from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        forbidden = [] if self._allow_private else [address for address in addresses if not is_public(address)]
-        if forbidden or not addresses:
+        if not addresses or not all(map(self._is_allowed, addresses)):
             raise RequestError(
                 f"host {host!r} is not on the public internet; private, loopback and link-local addresses are refused",
                 code="media_forbidden",
@@ -84,14 +83,14 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
 class Fetcher:
     """GET with a bound on redirects, size and total time. `close` when the server stops."""
 
-    def __init__(self, *, max_bytes: int, timeout_s: float, allow_private: bool) -> None:
+    def __init__(self, *, max_bytes: int, timeout_s: float, is_allowed: Callable[[str], bool] = is_public) -> None:
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.create_default_context(),
             max_connections=64,
             max_keepalive_connections=0,  # a kept connection would skip the check of a later name
-            network_backend=CheckedNetwork(allow_private),
+            network_backend=CheckedNetwork(is_allowed),
         )
 
     async def get(self, url: str) -> bytes:

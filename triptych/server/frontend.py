@@ -235,12 +235,14 @@ class Frontend:
                     self._wire.send(message.instance, Abort(update.request_id))
                 continue
             output, generation = live
-            output.push(update)
             output.holders.add(message.instance)
-            self._observe(output, generation, now)
-            if output.finish is not None:
-                self._finish(output, generation, by_instance=update.finish is not None, now=now)
-            generation.notify(output)
+            for due in output.in_order(update):
+                output.push(due)
+                self._observe(output, generation, now)
+                generation.notify(output)
+                if output.finish is not None:
+                    self._finish(output, generation, by_instance=due.finish is not None, now=now)
+                    break
 
     def _located(self, message: Located) -> None:
         live = self._live.get(message.request_id)

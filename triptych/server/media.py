@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 from triptych.config import ServerConfig
 from triptych.errors import RequestError
 from triptych.model.images import read_header
-from triptych.server.fetch import Fetcher
+from triptych.server.fetch import Fetcher, is_public
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class MediaLoader:
         self._fetcher = Fetcher(
             max_bytes=config.max_media_bytes,
             timeout_s=config.media_fetch_timeout_s,
-            allow_private=config.allow_private_media_hosts,
+            is_allowed=(lambda address: True) if config.allow_private_media_hosts else is_public,
         )
 
     async def load(self, sources: list[tuple[str, str]]) -> list[MediaItem]:

@@ -30,7 +30,7 @@ def openapi_document(operations: list[Operation]) -> Json:
     by_kind: References = dict(zip(kinds, references, strict=True))
     paths: dict[str, Json] = {}
     for op in operations:
-        paths.setdefault(op.path, {})[op.method.lower()] = _describe(op, by_kind)
+        paths.setdefault(op.path.replace(":path}", "}"), {})[op.method.lower()] = _describe(op, by_kind)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Triptych", "version": triptych.__version__},
@@ -49,6 +49,6 @@ def _describe(op: Operation, references: References) -> Json:
         body = {"application/json": {"schema": references[op.request]}}
         described["requestBody"] = {"required": True, "content": body}
     if "{" in op.path:
-        name = op.path.partition("{")[2].partition("}")[0]
+        name = op.path.partition("{")[2].partition(":")[0]
         described["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]
     return described

@@ -1,5 +1,7 @@
 """What one sequence has said so far: tokens in, text out. Knows no HTTP and no other sequence."""
 
+from collections.abc import Iterator
+
 from triptych.core import FinishReason, InstanceId, RequestId, SamplingParams, TokenLogprobs
 from triptych.messages import TokenUpdate
 from triptych.model.token_stream import TokenStream
@@ -12,6 +14,7 @@ class Output:
     """
 
     __slots__ = (
+        "_early",
         "_new_text",
         "_new_tokens",
         "_stop_filter",
@@ -45,8 +48,19 @@ class Output:
         self.last_token_at = 0.0
         self._token_stream = token_stream
         self._stop_filter = StopFilter(stop) if stop else None
+        self._early: dict[int, TokenUpdate] = {}  # came before an earlier one
         self._new_text: list[str] = []
         self._new_tokens: list[tuple[int, TokenLogprobs]] = []
+
+    def in_order(self, update: TokenUpdate) -> Iterator[TokenUpdate]:
+        """The updates that can be pushed now that this one is here: none while an earlier one is missing.
+
+        Decode's first token may overtake prefill's. One that was here before is dropped.
+        """
+        if update.index >= self.num_tokens:
+            self._early[update.index] = update
+        while self.num_tokens in self._early:
+            yield self._early.pop(self.num_tokens)
 
     def push(self, update: TokenUpdate) -> None:
         """Takes one token. Sets `finish` when it is the last one, or when it completes a stop string."""

@@ -1,8 +1,9 @@
 """What the stages have in common: where their effects go, and what they are told about their surroundings."""
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from triptych.core import FinishReason, InstanceId, LeaseId, RequestId, Sequence, UnitHash
+from triptych.core import FinishReason, InstanceId, LeaseId, RequestId, Sequence, TokenLogprobs, UnitHash
 from triptych.messages import FRONTEND, AnyMessage, Failed, Release, Ticket, TokenUpdate
 from triptych.routing import RoutingTable
 
@@ -34,6 +35,23 @@ class Outbox:
 
     def fail(self, request_id: RequestId, message: str, status: int, code: str | None = None) -> None:
         self.send(FRONTEND, Failed(request_id, message, status, code))
+
+
+class Gone:
+    """Requests that left a stage, so that what arrives late for them is given back. Forgets the oldest."""
+
+    MAX_REMEMBERED = 10_000  # far more than can have something on its way
+
+    def __init__(self) -> None:
+        self._ids: OrderedDict[RequestId, None] = OrderedDict()
+
+    def add(self, request_id: RequestId) -> None:
+        self._ids[request_id] = None
+        if len(self._ids) > self.MAX_REMEMBERED:
+            self._ids.popitem(last=False)
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._ids
 
 
 @dataclass(slots=True)
@@ -75,3 +93,8 @@ def foreseen_tokens(sequence: Sequence) -> int:
     """Tokens that a sequence is expected to decode: what it may, but never more than a usual answer, because most
     requests leave `max_tokens` at the rest of the model's length and stop long before."""
     return min(sequence.sampling.max_tokens - sequence.num_output_tokens, USUAL_ANSWER_TOKENS)
+
+
+def token_update(sequence: Sequence, finish: FinishReason | None, logprobs: TokenLogprobs | None) -> TokenUpdate:
+    """What the frontend is told about the newest token of a sequence."""
+    return TokenUpdate(sequence.request_id, sequence.token_ids[-1], sequence.num_output_tokens - 1, finish, logprobs)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from triptych.core import Chunk, RequestId, SampledToken, Sequence, Status
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import Prefilled, Ticket, TokenUpdate
-from triptych.stages.base import Pull, Surroundings, foreseen_tokens
+from triptych.messages import Prefilled, Ticket
+from triptych.stages.base import Gone, Pull, Surroundings, foreseen_tokens, token_update
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ class DecodeStage:
         self._here: deque[Sequence] = deque()  # KV complete, waiting for a place in the batch
         self._running: dict[RequestId, Sequence] = {}  # in the order of arrival
         self._offloaded: deque[Sequence] = deque()  # oldest first
+        self._gone = Gone()  # aborted, perhaps before their KV was handed over
         self.num_offloads = 0
 
     @property
@@ -53,6 +54,9 @@ class DecodeStage:
 
     def admit(self, order: Prefilled) -> None:
         ticket = order.ticket
+        if order.request_id in self._gone:
+            self._near.out.release(ticket)
+            return
         if ticket.holder == self._near.instance:
             sequence = self._leases.claim(ticket.lease)
             if isinstance(sequence, Sequence):  # else it was aborted on the way
@@ -91,6 +95,7 @@ class DecodeStage:
             )
 
     def abort(self, request_id: RequestId) -> None:
+        self._gone.add(request_id)
         for sequence, ticket in self._waiting:
             if sequence.request_id == request_id:
                 self._near.out.release(ticket)
@@ -113,8 +118,10 @@ class DecodeStage:
         plan = DecodePlan()
         self._offload_until_all_can_grow(plan)
         self._restore(plan)
+        self._reserve_growth()
         self._pull_waiting()
         self._join(plan)
+        self._reserve_growth()  # what prefill may take in this very step leaves room for those that just joined
         plan.chunks = [Chunk(s, len(s.token_ids) - 1, 1) for s in self._running.values()]
         return plan
 
@@ -128,7 +135,7 @@ class DecodeStage:
             sequence.num_computed += 1
             sequence.token_ids.append(token.token_id)
             finish = near.finish_of(sequence)
-            near.out.tokens.append(TokenUpdate(sequence.request_id, token.token_id, finish, token.logprobs))
+            near.out.tokens.append(token_update(sequence, finish, token.logprobs))
             if finish is not None:
                 del self._running[sequence.request_id]
                 self._end(sequence)
@@ -170,7 +177,6 @@ class DecodeStage:
                 self._offload(self._youngest(), plan)
             if sequence.status is Status.RUNNING:
                 self._kv.hold(sequence, len(sequence.token_ids))
-        self._reserve_growth()
 
     def _youngest(self) -> Sequence:
         if self._here:
@@ -192,7 +198,6 @@ class DecodeStage:
                 break
             self._run(self._offloaded.popleft())
             plan.restores.append((sequence, self._kv.computed_blocks(sequence)))
-        self._reserve_growth()
 
     def _reserve_growth(self) -> None:
         """What newcomers must leave alone: one block per running sequence, and the way back of the oldest offloaded."""

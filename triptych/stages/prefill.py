@@ -1,6 +1,6 @@
 """Prefill: prompt to KV cache and first token, in chunks, over the prefix whose embeddings have arrived."""
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,11 +9,9 @@ from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import FRONTEND, Embedded, Located, Prefilled, Submit, Ticket, TokenUpdate
+from triptych.messages import FRONTEND, Embedded, Located, Prefilled, Submit, Ticket
 from triptych.routing import pick_decode
-from triptych.stages.base import Pull, Surroundings, foreseen_tokens
-
-MAX_REMEMBERED = 10_000  # requests; far more than can have an embedding on its way
+from triptych.stages.base import Gone, Pull, Surroundings, foreseen_tokens, token_update
 
 
 @dataclass(slots=True)
@@ -56,9 +54,7 @@ class PrefillStage:
         self._started: dict[RequestId, PrefillJob] = {}  # in arrival order
         self._early: dict[RequestId, list[Embedded]] = {}  # announced before their request was submitted
         self._pulling: dict[UnitHash, Ticket] = {}
-        self._gone: OrderedDict[RequestId, None] = (
-            OrderedDict()
-        )  # requests that left, so late embeddings are given back
+        self._gone = Gone()
 
     @property
     def queues(self) -> dict[str, int]:
@@ -82,7 +78,7 @@ class PrefillStage:
             self._waiting.append(PrefillJob(sequence, tickets, set(tickets)))
             return
         self._near.out.fail(order.request_id, refusal, status=400, code="request_too_large")
-        self._remember(order.request_id)
+        self._gone.add(order.request_id)
         for message in early:
             self._near.out.release(message.ticket)
 
@@ -118,7 +114,7 @@ class PrefillStage:
                 self.abort(job.sequence.request_id)
 
     def abort(self, request_id: RequestId) -> None:
-        self._remember(request_id)
+        self._gone.add(request_id)
         for message in self._early.pop(request_id, []):
             self._near.out.release(message.ticket)
         job = self._started.pop(request_id, None)
@@ -270,13 +266,13 @@ class PrefillStage:
     def _complete(self, job: PrefillJob, token: SampledToken) -> None:
         """The prompt is computed and its first token sampled: report it, and hand the KV on unless this was all."""
         sequence = job.sequence
-        self._remember(sequence.request_id)
+        self._gone.add(sequence.request_id)
         self._let_go(job)
         for ticket in job.tickets.values():
             self._near.out.release(ticket)
         sequence.token_ids.append(token.token_id)
         finish = self._near.finish_of(sequence)
-        self._near.out.tokens.append(TokenUpdate(sequence.request_id, token.token_id, finish, token.logprobs))
+        self._near.out.tokens.append(token_update(sequence, finish, token.logprobs))
         if finish is None:
             self._hand_on(sequence)
         else:
@@ -309,11 +305,6 @@ class PrefillStage:
                 ticket,
             ),
         )
-
-    def _remember(self, request_id: RequestId) -> None:
-        self._gone[request_id] = None
-        if len(self._gone) > MAX_REMEMBERED:
-            self._gone.popitem(last=False)
 
     def _let_go(self, job: PrefillJob) -> None:
         for unit in _distinct(job.sequence):

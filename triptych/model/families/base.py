@@ -90,13 +90,15 @@ class Family(ABC):
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
         self.image_token_id: int = config.image_token_id
-
-    @property
-    def reserved_token_ids(self) -> frozenset[int]:
-        """Tokens that stand for media. In a prompt they are only ever where a media item was."""
+        # Tokens that stand for media. In a prompt they are only ever where a media item was.
         names = ("image_token_id", "video_token_id", "audio_token_id")
-        ids = {getattr(self.config, name, None) for name in names}
-        return frozenset(token_id for token_id in ids if token_id is not None)
+        ids = [getattr(config, name, None) for name in names]
+        self.reserved_token_ids = frozenset(token_id for token_id in ids if token_id is not None)
+
+    def reserved_texts(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+        """How those tokens are written. A config may name some that the tokenizer does not have."""
+        known = [token_id for token_id in self.reserved_token_ids if token_id < len(tokenizer)]
+        return frozenset(tokenizer.convert_ids_to_tokens(known))
 
     @abstractmethod
     def image_layout(

@@ -1,0 +1,56 @@
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triptych.bench.client import Answer
+from triptych.bench.options import BenchOptions
+from triptych.bench.report import Record, Summary, percentile
+
+
+def answer(sent_at: float, *token_times: float, tokens: int | None = None) -> Answer:
+    return Answer(
+        sent_at, 200, list(token_times), ended_at=token_times[-1] + 0.5, completion_tokens=tokens, prompt_tokens=10
+    )
+
+
+def test_a_record_has_the_times_of_its_tokens() -> None:
+    record = Record.of(4, 0.9, 10.0, answer(11.0, 11.5, 11.7, 12.0, tokens=6))
+    assert (record.index, record.scheduled_s, record.sent_s) == (4, 0.9, 1.0)
+    assert record.ttft_s == pytest.approx(0.5)
+    assert record.tpot_s == pytest.approx(0.5 / 5)
+    assert record.itl_s == pytest.approx([0.2, 0.3])
+    assert record.e2e_s == pytest.approx(1.5)
+
+
+def test_a_single_token_has_no_tpot() -> None:
+    assert Record.of(0, 0, 0, answer(0, 1, tokens=1)).tpot_s is None
+
+
+def test_failures_count_as_misses_and_as_nothing_else() -> None:
+    options = BenchOptions(slo_ttft_ms=600, slo_tpot_ms=250)
+    answers = [answer(0, 0.5, 0.7), answer(0, 0.5, 0.8), answer(0, 0.7, 0.8), Answer(0.0, error="x")]
+    records = [Record.of(i, 0, 0, a) for i, a in enumerate(answers)]
+    summary = Summary.of(options, records, duration_s=2.0, client_cpu_s=0.1)
+    assert (summary.num_requests, summary.num_failed, summary.errors) == (4, 1, {"x": 1})
+    assert summary.slo_attainment == 0.25
+    assert summary.goodput_requests_per_s == 0.5
+    assert summary.requests_per_s == 1.5
+    assert summary.output_tokens_per_s == 3
+    assert summary.ttft_ms is not None
+    assert summary.ttft_ms.p50 == pytest.approx(500)
+
+
+def test_nothing_but_failures_is_still_a_summary() -> None:
+    summary = Summary.of(BenchOptions(), [Record.of(0, 0, 0, Answer(0.0, error="x"))], 1.0, 0.0)
+    assert summary.ttft_ms is None
+    assert summary.slo_attainment is None
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=50))
+def test_percentiles_are_those_of_the_standard_library(values: list[float]) -> None:
+    ordered = sorted(values)
+    cuts = statistics.quantiles(ordered, n=100, method="inclusive")
+    for percent in (50, 90, 99):
+        assert percentile(ordered, percent) == pytest.approx(cuts[percent - 1])

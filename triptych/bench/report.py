@@ -1,0 +1,161 @@
+"""From single answers to the figures of a run: percentiles, throughput, attainment, goodput."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from triptych.bench.client import Answer
+from triptych.bench.options import BenchOptions
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One request. Times in seconds; `scheduled_s` and `sent_s` count from the start of the run.
+
+    TTFT: sent to first text. TPOT: (last text - first text) / (completion tokens - 1). ITL: between texts.
+    """
+
+    index: int
+    scheduled_s: float
+    sent_s: float
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+    itl_s: list[float] = []
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    error: str | None = None
+
+    @classmethod
+    def of(cls, index: int, scheduled_s: float, started_at: float, answer: Answer) -> "Record":
+        sent_s = answer.sent_at - started_at
+        if answer.error is not None:
+            return cls(index=index, scheduled_s=scheduled_s, sent_s=sent_s, error=answer.error)
+        times = answer.token_times
+        # A server that sends no usage: one text, one token.
+        num_tokens = answer.completion_tokens or len(times)
+        return cls(
+            index=index,
+            scheduled_s=scheduled_s,
+            sent_s=sent_s,
+            ttft_s=times[0] - answer.sent_at,
+            tpot_s=(times[-1] - times[0]) / (num_tokens - 1) if num_tokens > 1 else None,
+            e2e_s=answer.ended_at - answer.sent_at,
+            itl_s=[later - earlier for earlier, later in itertools.pairwise(times)],
+            prompt_tokens=answer.prompt_tokens,
+            completion_tokens=num_tokens,
+        )
+
+
+class Percentiles(msgspec.Struct, frozen=True):
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Percentiles | None":
+        if not values:
+            return None
+        ordered = sorted(values)
+        mean = math.fsum(ordered) / len(ordered)
+        return cls(mean, percentile(ordered, 50), percentile(ordered, 90), percentile(ordered, 99))
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of a whole run. Failed requests count as missing their objectives."""
+
+    num_requests: int
+    num_failed: int
+    duration_s: float
+    ttft_ms: Percentiles | None
+    tpot_ms: Percentiles | None
+    itl_ms: Percentiles | None
+    e2e_ms: Percentiles | None
+    requests_per_s: float
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    images_per_s: float
+    slo_attainment: float | None  # share of requests that met every objective given
+    goodput_requests_per_s: float | None  # of those only
+    send_lag_ms_p99: float  # how late the client was against its own schedule
+    client_cpu_s: float
+    errors: dict[str, int]
+
+    @classmethod
+    def of(cls, options: BenchOptions, records: Sequence[Record], duration_s: float, client_cpu_s: float) -> "Summary":
+        good = [record for record in records if record.error is None]
+        has_slo = options.slo_ttft_ms is not None or options.slo_tpot_ms is not None
+        num_met = sum(meets_objectives(record, options) for record in good)
+        lags = sorted(record.sent_s - record.scheduled_s for record in records)
+        return cls(
+            num_requests=len(records),
+            num_failed=len(records) - len(good),
+            duration_s=duration_s,
+            ttft_ms=_milliseconds([record.ttft_s for record in good]),
+            tpot_ms=_milliseconds([record.tpot_s for record in good]),
+            itl_ms=_milliseconds([gap for record in good for gap in record.itl_s]),
+            e2e_ms=_milliseconds([record.e2e_s for record in good]),
+            requests_per_s=len(good) / duration_s,
+            prompt_tokens_per_s=sum(record.prompt_tokens or 0 for record in good) / duration_s,
+            output_tokens_per_s=sum(record.completion_tokens or 0 for record in good) / duration_s,
+            images_per_s=len(good) * options.images / duration_s,
+            slo_attainment=num_met / len(records) if has_slo else None,
+            goodput_requests_per_s=num_met / duration_s if has_slo else None,
+            send_lag_ms_p99=1e3 * percentile(lags, 99),
+            client_cpu_s=client_cpu_s,
+            errors=dict(Counter(record.error for record in records if record.error is not None).most_common(20)),
+        )
+
+
+def meets_objectives(record: Record, options: BenchOptions) -> bool:
+    """Of a request that succeeded. An answer of a single token has no TPOT to miss."""
+    assert record.ttft_s is not None, f"request {record.index} failed"
+    in_time = options.slo_ttft_ms is None or record.ttft_s * 1e3 <= options.slo_ttft_ms
+    in_pace = options.slo_tpot_ms is None or record.tpot_s is None or record.tpot_s * 1e3 <= options.slo_tpot_ms
+    return in_time and in_pace
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """Of sorted values, linear between the two nearest."""
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def show(console: Console, summary: Summary) -> None:
+    """The table of a run, and under it the rates and what failed."""
+    table = Table(title=f"{summary.num_requests} requests in {summary.duration_s:.2f} s, {summary.num_failed} failed")
+    for column in ("", "mean", "p50", "p90", "p99"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = (
+        ("TTFT (ms)", summary.ttft_ms),
+        ("TPOT (ms)", summary.tpot_ms),
+        ("ITL (ms)", summary.itl_ms),
+        ("E2E (ms)", summary.e2e_ms),
+    )
+    for name, figures in rows:
+        cells = ["-"] * 4 if figures is None else [f"{value:.1f}" for value in msgspec.structs.astuple(figures)]
+        table.add_row(name, *cells)
+    console.print(table)
+    lines = [
+        f"Throughput: {summary.requests_per_s:.2f} requests/s, {summary.output_tokens_per_s:.1f} output tokens/s, "
+        f"{summary.prompt_tokens_per_s:.1f} prompt tokens/s, {summary.images_per_s:.2f} images/s"
+    ]
+    if summary.slo_attainment is not None:
+        lines.append(
+            f"SLO attainment: {summary.slo_attainment:.1%}, goodput: {summary.goodput_requests_per_s:.2f} requests/s"
+        )
+    lines.append(f"Client: {summary.client_cpu_s:.2f} s of CPU, p99 of send lag {summary.send_lag_ms_p99:.1f} ms")
+    lines += [f"{count} x {error}" for error, count in summary.errors.items()]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _milliseconds(values: Sequence[float | None]) -> Percentiles | None:
+    return Percentiles.of([value * 1e3 for value in values if value is not None])
