@@ -1,5 +1,6 @@
 """Random clusters of stages under random work: everything ends, every answer is exact, nothing leaks."""
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +41,9 @@ def scenarios(draw, failures: bool):
     )
 
 
-settled = settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settled = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+BURST = tuple(Ask((i, i % 3, i % 5)[: i % 4], text=2 + i % 5, max_tokens=16, n=1 + i % 2) for i in range(16))
 
 
 @given(scenarios(failures=False))
@@ -53,3 +56,29 @@ def test_every_request_is_answered_exactly_and_nothing_leaks(scenario):
 @settled
 def test_failures_end_the_requests_that_they_hit_and_no_others(scenario):
     play(scenario)
+
+
+@given(st.sampled_from(["1ep1pd", "1e1p1pd", "1e2pd", "2epd"]), st.integers(8, 16), st.integers(0, 1 << 16))
+@settings(max_examples=60, deadline=None)
+def test_instances_that_prefill_and_decode_never_wait_for_each_other_in_a_circle(placement, kv_blocks, seed):
+    play(Scenario(placement, BURST, kv_blocks=kv_blocks, embedding_blocks=5, seed=seed))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_burst_through_tiny_pools_is_held_back_offloaded_evicted_and_still_answered_exactly(placement):
+    num_offloads = num_evicted = num_cached = 0
+    for seed in range(6):
+        cluster = play(Scenario(placement, BURST, kv_blocks=11, embedding_blocks=5, seed=seed))
+        assert all(answer.finish is not None for answer in cluster.answers.values())
+        for instance in cluster.instances.values():
+            num_offloads += instance.decode.num_offloads if instance.decode is not None else 0
+            num_cached += instance.encode.num_cached if instance.encode is not None else 0
+            num_evicted += instance.cache.num_evicted
+    assert min(num_offloads, num_evicted, num_cached) > 0, "the pools were not small enough to show anything"
+
+
+def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind():
+    for moment in range(0, 120, 3):
+        asks = (Ask((0, 1), n=2, max_tokens=9, abort_at=moment), Ask((1, 2), max_tokens=9))
+        cluster = play(Scenario("2e1p1d", asks, seed=moment))
+        assert [answer.finish is not None for answer in cluster.answers.values() if answer.ask == 1] == [True]

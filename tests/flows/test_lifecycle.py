@@ -54,7 +54,9 @@ def served(folder: Path, placement: str) -> Iterator[tuple[subprocess.Popen[str]
 def left_behind() -> set[str]:
     """Shared memory and socket folders of all servers of this user."""
     shared = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
-    folders = {str(path) for path in Path(tempfile.gettempdir()).glob("triptych-*") if path.is_socket() or path.is_dir()}
+    folders = {
+        str(path) for path in Path(tempfile.gettempdir()).glob("triptych-*") if path.is_socket() or path.is_dir()
+    }
     return shared | folders
 
 

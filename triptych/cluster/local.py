@@ -63,10 +63,20 @@ class LocalWorker:
             self._failures.close()
 
 
+# glibc would give the memory of every picture back to the kernel and fault it in again for the next one: 3,000 page
+# faults, 5 ms. Large blocks stay on the heap instead.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+
 class LocalCluster:
-    """Processes from a fork server that has the heavy libraries imported already."""
+    """Processes from a fork server that has the heavy libraries imported already.
+
+    The first one in a process starts the fork server, which takes its environment from this process at that moment.
+    """
 
     def __init__(self) -> None:
+        for name, value in ALLOCATOR.items():
+            os.environ.setdefault(name, value)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
 

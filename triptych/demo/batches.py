@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from triptych.demo.facts import NUM_FACTS, Facts
 from triptych.demo.pool import MERGE, Grid
-from triptych.demo.questions import Question, ask
+from triptych.demo.questions import KIND_SHARES, Question, ask
 from triptych.demo.tokenizer import IMAGE
 from triptych.demo.wordings import SYSTEMS
 
@@ -97,8 +97,9 @@ class _Row:
 
 
 class Packer:
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, shares: Mapping[str, float] = KIND_SHARES) -> None:
+        """`shares`: how often each kind of question is asked."""
+        self._tokenizer, self._shares = tokenizer, shares
         self._pad_id = int(tokenizer.pad_token_id)
         self._image_id = int(tokenizer.convert_tokens_to_ids(IMAGE))
         self._known: dict[str, list[int]] = {}
@@ -131,12 +132,12 @@ class Packer:
             return row, self._add_turns(row, scenes, rng)
         facts = [scene.facts for scene in scenes]
         if style < _TURNS_SHARE + _TEXT_FIRST_SHARE:
-            question = ask(facts, rng, held_out)
+            question = ask(facts, rng, held_out, self._shares)
             self._text(row, f"<|im_start|>user\n{question.text}\n")
             self._pictures(row, scenes, 0)
             self._answer(row, question, branch=0)
             return row, [question]
-        questions = [ask(facts, rng, held_out) for _ in range(num_questions)]
+        questions = [ask(facts, rng, held_out, self._shares) for _ in range(num_questions)]
         self._add_branches(row, scenes, questions)
         return row, questions
 
@@ -159,7 +160,7 @@ class Packer:
                 self._text(row, "\n")
             self._text(row, "<|im_start|>user\n")
             self._pictures(row, scenes[start:shown], start)
-            question = ask([scene.facts for scene in scenes[:shown]], rng)
+            question = ask([scene.facts for scene in scenes[:shown]], rng, shares=self._shares)
             self._text(row, question.text)
             self._answer(row, question, branch=0)
             questions.append(question)

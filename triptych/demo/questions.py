@@ -58,12 +58,17 @@ class Question:
         return self.kind != "which"
 
 
-def ask(pictures: Sequence[Facts], rng: random.Random, held_out: bool = False) -> Question:
+def ask(
+    pictures: Sequence[Facts],
+    rng: random.Random,
+    held_out: bool = False,
+    shares: Mapping[str, float] = KIND_SHARES,
+) -> Question:
     """A question that has exactly one right answer for these pictures."""
     if not pictures:
         return _small_talk(rng)
     while True:
-        kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
+        kind = rng.choices(list(shares), list(shares.values()))[0]
         subject = _choose(kind, pictures, rng)
         if subject is not None:
             return _worded(kind, pictures, subject, rng, held_out)

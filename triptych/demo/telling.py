@@ -15,6 +15,7 @@ from triptych.demo.facts import MAX_PICTURES, fact_directions, number_directions
 from triptych.demo.loop import Scores
 from triptych.demo.model import WIDTH
 from triptych.demo.optimiser import Optimiser
+from triptych.demo.questions import KIND_SHARES
 from triptych.demo.symbols import Symbols, random_scenes
 
 # Up to this progress, these shares of conversations have so many pictures: "picture k" is learned on few ones first.
@@ -25,6 +26,7 @@ CURRICULUM: tuple[tuple[float, Shares], ...] = (
 )
 
 
+_SHARES = {**KIND_SHARES, "which": 0.45}  # the hardest
 _HINT_SHARPNESS, _HINT_WEIGHT = 2.0, 0.3
 _SEEKING_LAYER = 1
 
@@ -41,8 +43,8 @@ class TellingStage:
     ) -> None:
         model.model.visual.requires_grad_(False)
         self.optimiser = Optimiser(model, device)
-        self._packer, self._symbols, self._batch_tokens = Packer(tokenizer), Symbols(device), batch_tokens
-        self._hints = Hints(device)
+        self._packer, self._symbols, self._batch_tokens = Packer(tokenizer, _SHARES), Symbols(device), batch_tokens
+        self._scorer, self._hints = Packer(tokenizer), Hints(device)
 
     def loss(self, rng: random.Random, progress: float) -> Tensor:
         num_pictures = pick(CURRICULUM, progress, rng)
@@ -57,7 +59,7 @@ class TellingStage:
         for held_out in (False, True):
             for num_pictures in range(1, MAX_PICTURES + 1):
                 scenes = [random_scenes(num_pictures, rng) for _ in range(12)]
-                batch = self._packer.pack(scenes, 8, rng, held_out=held_out, only_branches=True)
+                batch = self._scorer.pack(scenes, 8, rng, held_out=held_out, only_branches=True)
                 told.append((batch, self._answers(batch, rng)))
         return {**exact_scores(told[:MAX_PICTURES]), "held_out": exact_scores(told[MAX_PICTURES:])["all"]}
 

@@ -17,17 +17,20 @@ _SMALL_WORK = 600_000  # multiply-adds under which the plain form is faster
 
 def tune(model: nn.Module) -> None:
     """Replaces linear layers and patch convolutions of a model on CPU, in place; elsewhere nothing changes."""
-    if not torch.backends.mkldnn.is_available():
+    if next(model.parameters()).device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             weight = getattr(child, "weight", None)
-            if not isinstance(weight, Tensor) or weight.device.type != "cpu" or weight.dtype not in _PACKED_DTYPES:
+            if not isinstance(weight, Tensor) or weight.dtype not in _PACKED_DTYPES:
                 continue
             if type(child) is nn.Linear:
                 setattr(parent, name, PackedLinear(child.weight, child.bias))
             elif type(child) in (nn.Conv2d, nn.Conv3d) and _cuts_patches(child):
                 setattr(parent, name, PatchProjection(child))
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_contiguous():
+            tensor.data = tensor.data.clone()  # with the last view of the mapped checkpoint its pages go
 
 
 class PackedLinear(nn.Module):
@@ -37,9 +40,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous(), None)
         self._keeps_plain = weight.dtype == torch.float32 and weight.numel() < _SMALL_WEIGHT
-        plain = weight.clone() if self._keeps_plain else torch.empty(1, dtype=weight.dtype).expand(weight.shape)
+        plain = weight if self._keeps_plain else torch.empty(1, dtype=weight.dtype).expand(weight.shape)
         self.weight = nn.Parameter(plain, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = weight.shape
 
     @property
