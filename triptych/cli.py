@@ -107,6 +107,11 @@ def serve(
         ("--max-body-mib", max_body_mib, 1),
     ):
         require(number >= low, name, f"{number} is below {low}")
+    require(
+        max_num_batched_tokens > max_num_seqs,
+        "--max-num-batched-tokens",
+        f"{max_num_batched_tokens} leaves no room for prefill beside --max-num-seqs {max_num_seqs} decodes",
+    )
     require(port <= 65535, "--port", f"{port} is above 65535")
     require(threads is None or threads >= 1, "--threads", f"{threads} is below 1")
     require(0 < gpu_memory_utilization <= 1, "--gpu-memory-utilization", f"{gpu_memory_utilization} is not in (0, 1]")

@@ -148,5 +148,5 @@ def set_up_logging(level: str = "INFO", process: str = "") -> None:
         format=f"%(asctime)s %(levelname)s {process or '-'} %(name)s: %(message)s",
         force=True,
     )
-    for noisy in ("httpcore", "httpx", "urllib3", "filelock"):
+    for noisy in ("httpcore", "httpx", "urllib3", "filelock", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

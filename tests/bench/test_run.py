@@ -1,6 +1,7 @@
 """The load generator against a real server, and against servers that misbehave."""
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -61,6 +62,13 @@ def test_prompt_tokens_are_found_by_asking(stack: Stack, tmp_path: Path) -> None
     result = measured(stack, tmp_path / "r.json", prompt_tokens=200)
     counts = [record["prompt_tokens"] for record in result["requests"]]
     assert sum(counts) / len(counts) == pytest.approx(200, rel=0.15)
+
+
+def test_the_cpu_time_of_the_server_and_of_others_is_told_apart(stack: Stack, tmp_path: Path) -> None:
+    result = measured(stack, tmp_path / "r.json", server_pid=os.getpid())
+    cpu_s = result["summary"]["cpu_s"]
+    assert cpu_s["server"] > 0
+    assert cpu_s["others"] >= 0
 
 
 def test_ignore_eos_is_sent_only_if_asked_for(stack: Stack, tmp_path: Path) -> None:

@@ -69,8 +69,12 @@ def make_request(family: str, index: int, new_tokens: int = 10) -> Request:
     config = load_config(folder)
     singles = [reference_inputs(folder, [_only(image)]) for image in images]
     counts = [int((single["input_ids"] == config.image_token_id).sum()) for single in singles]
-    units = tuple(_unit(single, count, index * 10 + i) for i, (single, count) in enumerate(zip(singles, counts, strict=True)))
-    pixels = [{k: v for k, v in s.items() if k in ("pixel_values", "image_grid_thw", "pixel_attention_mask")} for s in singles]
+    units = tuple(
+        _unit(single, count, index * 10 + i) for i, (single, count) in enumerate(zip(singles, counts, strict=True))
+    )
+    pixels = [
+        {k: v for k, v in s.items() if k in ("pixel_values", "image_grid_thw", "pixel_attention_mask")} for s in singles
+    ]
     spans = find_spans(answer.prompt_ids, config.image_token_id, counts)
     return Request(answer.prompt_ids, units, spans, pixels, answer.token_ids)
 
@@ -144,9 +148,7 @@ def make_language(folder: Path, embeddings: EmbeddingRegion | None, num_blocks: 
     return LanguageRunner(model, family_of(folder), region, embeddings, eos_token_ids=())
 
 
-def encode_request(
-    encoder: EncodeRunner, pixels: Pixels, blocks: Blocks, request: Request
-) -> dict[int, list[int]]:
+def encode_request(encoder: EncodeRunner, pixels: Pixels, blocks: Blocks, request: Request) -> dict[int, list[int]]:
     """Unit index -> blocks with its rows."""
     works = []
     for unit, tensors in zip(request.units, request.pixels, strict=True):
@@ -156,7 +158,9 @@ def encode_request(
     return {index: work.blocks for index, work in enumerate(works)}
 
 
-def next_chunk(sequence: Sequence, limit: int, embedding_blocks: dict[int, list[int]], whole_spans: bool = False) -> Chunk:
+def next_chunk(
+    sequence: Sequence, limit: int, embedding_blocks: dict[int, list[int]], whole_spans: bool = False
+) -> Chunk:
     """At most `limit` tokens; a picture that may not be cut is taken whole."""
     end = min(sequence.num_computed + limit, len(sequence.token_ids))
     if whole_spans:

@@ -26,7 +26,10 @@ def test_halves_of_a_model_with_mixed_chunked_batches_give_the_tokens_of_generat
     prefill, decode = make_language(folder, embeddings), make_language(folder, None)
     embedding_blocks = Blocks(128)
     prefill_blocks, decode_blocks = Blocks(128, seed=1), Blocks(128, seed=2)
-    waiting = [(request.sequence(str(i)), encode_request(encoder, pixels, embedding_blocks, request)) for i, request in enumerate(requests)]
+    waiting = [
+        (request.sequence(str(i)), encode_request(encoder, pixels, embedding_blocks, request))
+        for i, request in enumerate(requests)
+    ]
     sequences = [sequence for sequence, _ in waiting]
     running, moved, kinds = [], [], set()
     while waiting or running:
@@ -39,7 +42,9 @@ def test_halves_of_a_model_with_mixed_chunked_batches_give_the_tokens_of_generat
         run_step(prefill, chunks)
         done = [s for s, _ in running if s.num_output_tokens == 3]
         running = [pair for pair in running if pair[0] not in done]
-        for sequence in done:  # to other blocks of another instance, which learns nothing else than tokens and rope_delta
+        for (
+            sequence
+        ) in done:  # to other blocks of another instance, which learns nothing else than tokens and rope_delta
             table = decode_blocks.take(sequence.num_computed)
             decode.restore(prefill.offload(sequence.block_table), table)
             sequence.block_table, sequence.scratch = table, None

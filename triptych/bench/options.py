@@ -35,6 +35,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     slo_ttft_ms: float | None = None
     slo_tpot_ms: float | None = None
     json_path: str | None = None
+    server_pid: int | None = None  # on this machine: reports its CPU time, and how much others disturbed the run
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)

@@ -66,6 +66,14 @@ class Percentiles(msgspec.Struct, frozen=True):
         return cls(mean, percentile(ordered, 50), percentile(ordered, 90), percentile(ordered, 99))
 
 
+class CpuSeconds(msgspec.Struct, frozen=True):
+    """Of the time of the run: by the client, by the server, by everybody else on the machine. None: not known."""
+
+    client: float
+    server: float | None = None
+    others: float | None = None
+
+
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of a whole run. Failed requests count as missing their objectives."""
 
@@ -83,11 +91,11 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     slo_attainment: float | None  # share of requests that met every objective given
     goodput_requests_per_s: float | None  # of those only
     send_lag_ms_p99: float  # how late the client was against its own schedule
-    client_cpu_s: float
+    cpu_s: CpuSeconds
     errors: dict[str, int]
 
     @classmethod
-    def of(cls, options: BenchOptions, records: Sequence[Record], duration_s: float, client_cpu_s: float) -> "Summary":
+    def of(cls, options: BenchOptions, records: Sequence[Record], duration_s: float, cpu_s: CpuSeconds) -> "Summary":
         good = [record for record in records if record.error is None]
         has_slo = options.slo_ttft_ms is not None or options.slo_tpot_ms is not None
         num_met = sum(meets_objectives(record, options) for record in good)
@@ -107,7 +115,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
             slo_attainment=num_met / len(records) if has_slo else None,
             goodput_requests_per_s=num_met / duration_s if has_slo else None,
             send_lag_ms_p99=1e3 * percentile(lags, 99),
-            client_cpu_s=client_cpu_s,
+            cpu_s=cpu_s,
             errors=dict(Counter(record.error for record in records if record.error is not None).most_common(20)),
         )
 
@@ -151,7 +159,11 @@ def show(console: Console, summary: Summary) -> None:
         lines.append(
             f"SLO attainment: {summary.slo_attainment:.1%}, goodput: {summary.goodput_requests_per_s:.2f} requests/s"
         )
-    lines.append(f"Client: {summary.client_cpu_s:.2f} s of CPU, p99 of send lag {summary.send_lag_ms_p99:.1f} ms")
+    lines.append(f"Client: {summary.cpu_s.client:.2f} s of CPU, p99 of send lag {summary.send_lag_ms_p99:.1f} ms")
+    if summary.cpu_s.server is not None and summary.cpu_s.others is not None:
+        lines.append(
+            f"Server: {summary.cpu_s.server:.2f} s of CPU; others on this machine: {summary.cpu_s.others:.2f} s"
+        )
     lines += [f"{count} x {error}" for error, count in summary.errors.items()]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from triptych.bench.client import Answer, Client
+from triptych.bench.cpu import CpuMeter
 from triptych.bench.environment import environment
 from triptych.bench.options import BenchOptions
-from triptych.bench.report import Record, Summary, show
+from triptych.bench.report import CpuSeconds, Record, Summary, show
 from triptych.bench.workload import Workload
 from triptych.errors import InstanceError
 
@@ -61,11 +62,12 @@ async def _run(options: BenchOptions, console: Console) -> tuple[list[Record], S
             await _warm_up(client, workload, options)
             progress.remove_task(preparing)
             measuring = progress.add_task("measuring", total=options.requests)
-            cpu_s, started_at = time.process_time(), time.perf_counter()
+            meter, started_at = CpuMeter(options.server_pid), time.perf_counter()
             send = _open_loop if options.rate is not None else _closed_loop
             records = await send(client, requests, options, lambda: progress.advance(measuring))
             duration_s = time.perf_counter() - started_at
-        return records, Summary.of(options, records, duration_s, time.process_time() - cpu_s)
+            cpu = CpuSeconds(*meter.read())
+        return records, Summary.of(options, records, duration_s, cpu)
     finally:
         client.close()
 

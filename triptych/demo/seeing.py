@@ -21,6 +21,7 @@ from triptych.demo.pool import Grid, Pool
 
 _SHARPNESS = 12.0  # a fact is present where its direction holds more than 0.5; 12: nearly certain at 0 and 1
 _STRAY = 0.02  # weight of whatever lies in no fact's direction
+_EXCESS = 0.1  # weight of going below 0 or above 1, where the symbols of stage 2 never are
 _PER_TOKEN = 0.15  # weight of what each token tells alone, beside what their mean tells
 _WEIGHTS = {"shapes": 1.0, "colours": 0.5, "pairs": 1.0, "digit": 4.0, "count": 3.0}  # the slow ones count more
 
@@ -39,8 +40,9 @@ class FactReader:
         told = tokens @ self._directions.t()
         each = self._wrongness(told, truth[:, None].expand_as(told))
         stray = (tokens - told @ self._directions).square().sum(-1)
-        per_token = ((each + _STRAY * stray) * mask).sum() / mask.sum()
-        return self._wrongness(_mean(told, mask), truth).mean() + _PER_TOKEN * per_token
+        excess = (told - told.clamp(0, 1)).square().sum(-1)
+        per_token = ((_PER_TOKEN * each + _STRAY * stray + _EXCESS * excess) * mask).sum() / mask.sum()
+        return self._wrongness(_mean(told, mask), truth).mean() + per_token
 
     def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return _mean(tokens.float() @ self._directions.t(), mask)

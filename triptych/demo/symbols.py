@@ -29,7 +29,7 @@ _GRIDS: dict[Grid, float] = {  # mostly small ones: they cost least and teach th
     (8, 6): 1,
     (8, 8): 1,
 }
-_BLUR, _NOISE, _BLANK_SHARE = 0.12, 0.08, 0.25
+_BLUR, _TOKEN_BLUR, _NOISE, _BLANK_SHARE = 0.12, 0.15, 0.08, 0.2
 
 
 def random_scenes(num_pictures: int, rng: random.Random) -> list[Scene]:
@@ -47,8 +47,9 @@ class Symbols:
     def tokens(self, scenes: Sequence[Scene], rng: random.Random) -> Tensor:
         truth = torch.from_numpy(np.stack([fact_vector(scene.facts) for scene in scenes]))
         noise = torch.Generator().manual_seed(rng.getrandbits(48))
-        told = truth + _BLUR * torch.randn(len(scenes), NUM_FACTS, generator=noise)
+        told = (truth + _BLUR * torch.randn(len(scenes), NUM_FACTS, generator=noise))[:, None]
+        told = told + _TOKEN_BLUR * torch.randn(len(scenes), MAX_TOKENS, NUM_FACTS, generator=noise)
         strength = 0.6 + 0.7 * torch.rand(len(scenes), MAX_TOKENS, 1, generator=noise)
         strength[:, 1:] *= torch.rand(len(scenes), MAX_TOKENS - 1, 1, generator=noise) > _BLANK_SHARE
         stray = _NOISE * torch.randn(len(scenes), MAX_TOKENS, WIDTH, generator=noise)
-        return (told[:, None] * strength).to(self._device) @ self._directions + stray.to(self._device)
+        return (told * strength).to(self._device) @ self._directions + stray.to(self._device)

@@ -72,25 +72,25 @@ class Hints:
     """What early layers should know, in the directions in which picture tokens tell it: a loss beside that on answers.
 
     A picture token should know its picture's number; the last token of a prompt should know what is sought and which
-    picture it is about. Left to itself the model finds this out late, and only then learns on more than one picture.
+    picture it is about. Left to itself the model finds this out late, and only then learns on many pictures.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._numbers = torch.from_numpy(number_directions(WIDTH)).to(device)
         self._facts = torch.from_numpy(fact_directions(WIDTH)).to(device)
 
     def loss(self, answers: Answers, batch: Batch) -> Tensor:
-        device = self._numbers.device
-        points_to, from_layer = batch.points_to.to(device), batch.from_layer.to(device)
-        total = torch.zeros((), device=device)
+        points_to, from_layer = batch.points_to.to(self._device), batch.from_layer.to(self._device)
+        total = torch.zeros((), device=self._device)
         for layer, states in enumerate(answers.states[:-1]):
             chosen = (points_to >= 0) & (from_layer == layer)
             if chosen.any():
                 total = total + functional.cross_entropy(_told(states[chosen], self._numbers), points_to[chosen])
         if len(batch.seekers):
-            rows, columns = batch.seekers.to(device).unbind(1)
+            rows, columns = batch.seekers.to(self._device).unbind(1)
             told = _told(answers.states[_SEEKING_LAYER][rows, columns], self._facts)
-            total = total + functional.cross_entropy(told, batch.sought.to(device))
+            total = total + functional.cross_entropy(told, batch.sought.to(self._device))
         return _HINT_WEIGHT * total
 
 

@@ -1,6 +1,7 @@
 """From a configuration to an engine: loads the weights of the role, carves the slab, joins stages and runners."""
 
 import math
+import secrets
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ from triptych.transfer.slab import Slab, slab_bytes
 
 CPU_KV_BYTES = GIB
 EMBEDDING_BYTES = GIB // 4
-ENCODE_SHARE = 0.25  # of an embedding cache that encode and prefill use together
+ENCODE_SHARE = 0.5  # of an embedding cache that encode and prefill use together
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def build(config: InstanceConfig, context: zmq.Context[zmq.Socket[bytes]]) -> tu
 
     processor = Processor.load(config.model.path, revision=config.model.revision)
     near = Surroundings(config.id, config.epoch, processor.eos_token_ids, max_model_len)
-    leases, scheduling = Leases(), config.scheduling
+    leases, scheduling = Leases(first_id=secrets.randbits(48)), config.scheduling
     kv = KVCache(pools.num_kv_blocks, KV_BLOCK_TOKENS) if kv_region is not None else None
     embeddings = None
     encode = prefill = decode = encode_runner = language_runner = None

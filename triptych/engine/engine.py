@@ -165,12 +165,15 @@ class Engine:
         near = self._near
         if message.version <= near.table.version:
             return
-        gone = near.table.peers.keys() - {peer.id for peer in message.peers}
+        here = {(peer.id, peer.epoch) for peer in message.peers}
+        gone = [peer.id for peer in near.table.peers.values() if (peer.id, peer.epoch) not in here]
         for instance in gone:
+            if instance == near.instance:
+                continue
             self._transfers.disconnect(instance)
             self._leases.release_reader(instance)
             near.decode_loads.pop(instance, None)
-            self._post.forget(self._addresses.pop(instance))
+            self._post.forget(self._addresses.pop(instance))  # with what it never read
         near.table = RoutingTable.of(message)
         for peer in message.peers:
             if peer.id != near.instance:
@@ -205,6 +208,8 @@ class Engine:
             self._post.send(self._addresses[to], message)
         else:
             logger.warning("%s: %s is gone, dropped a %s", self._near.instance, to, type(message).__name__)
+            if isinstance(message, (Embedded, Prefilled)):
+                self._leases.release(message.ticket.lease)
 
     # ---- work
 

@@ -19,8 +19,10 @@ class Lease:
 class Leases:
     """One per instance, shared by its stages. A lease ends by `release` (content freed) or `claim` (new owner)."""
 
-    def __init__(self) -> None:
-        self._ids = itertools.count(1)
+    def __init__(self, first_id: int = 1) -> None:
+        """`first_id` differs between incarnations of an instance, so that a late release never meets a lease of the
+        next one."""
+        self._ids = itertools.count(first_id)
         self._leases: dict[LeaseId, Lease] = {}
 
     def __len__(self) -> int:

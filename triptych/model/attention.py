@@ -21,9 +21,9 @@ from triptych.config import KV_BLOCK_TOKENS
 from triptych.model.caches import KVRegion
 
 try:
-    from triptych.model import attention_triton
-except ImportError:  # Triton comes with CUDA builds of torch only
-    attention_triton = None  # type: ignore[assignment]
+    import triptych.model.attention_triton as _triton
+except ImportError:  # Triton comes with CUDA builds of torch only; without it the plain functions serve CUDA too
+    _triton = None  # type: ignore[assignment]
 
 PAGED_ATTENTION = "triptych_paged"
 # Towers with packed segments hand them over whole (`cu_seq_lens_q`) only to a name that contains "flash".
@@ -89,6 +89,7 @@ class AttentionBatch:
         block_bytes = self._pages_per_layer * KV_BLOCK_TOKENS * layout.head_dim * layout.dtype.itemsize
         self._group_blocks = _GATHER_BYTES // block_bytes
         self._slots = self._write_slots()
+        self.device_plan: Any = None  # of the CUDA backend
         self.chunks: list[_Chunk] = []
         row = num_decodes
         for rows in sequences[num_decodes:]:
@@ -218,8 +219,8 @@ def paged_attention(
     """Stores this step's keys and values, then attends over all that the block tables hold: [1, rows, heads, head_dim]."""
     layer: int = module.layer_idx  # type: ignore[assignment]
     batch.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    if query.is_cuda and attention_triton is not None:
-        return attention_triton.attend(batch, layer, query, scaling, sliding_window), None
+    if _triton is not None and query.is_cuda:
+        return _triton.attend(batch, layer, query, scaling, sliding_window), None
     parts: list[Tensor] = []
     if batch.num_decodes:
         parts += _attend_decodes(batch, layer, query, scaling, sliding_window)
@@ -301,7 +302,11 @@ def _attend_segments(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 def use_segment_attention(model: PreTrainedModel) -> None:
     """Switches the towers that pack segments of several pictures into one row axis to `segment_attention`."""
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module is not model and "grid_thw" in signature(module.forward).parameters:
+        if (
+            isinstance(module, PreTrainedModel)
+            and module is not model
+            and "grid_thw" in signature(module.forward).parameters
+        ):
             module.config._attn_implementation = SEGMENT_ATTENTION
 
 

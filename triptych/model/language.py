@@ -107,7 +107,7 @@ class LanguageRunner:
     def _check(self, chunk: Chunk) -> None:
         end = chunk.start + chunk.length
         room = len(chunk.sequence.block_table) * KV_BLOCK_TOKENS
-        assert 0 < chunk.length, f"chunk of {chunk.length} tokens"
+        assert chunk.length > 0, f"chunk of {chunk.length} tokens"
         assert end <= min(room, len(chunk.sequence.token_ids)), (
             f"chunk ends at {end}, sequence has {len(chunk.sequence.token_ids)} tokens and room for {room}"
         )

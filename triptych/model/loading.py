@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -87,7 +88,7 @@ def load_model(config: ModelConfig, role: Role) -> PreTrainedModel:
     hf_config = load_config(config.path)
     attention: str | dict[str, str] = PAGED_ATTENTION if not role.encodes else _TOWER_ATTENTION
     if role.encodes and role.has_language_model:
-        attention = {name: _TOWER_ATTENTION for name in hf_config.sub_configs} | {"text_config": PAGED_ATTENTION}
+        attention = dict.fromkeys(hf_config.sub_configs, _TOWER_ATTENTION) | {"text_config": PAGED_ATTENTION}
     options: dict[str, Any] = {
         "config": hf_config,
         "dtype": resolve_dtype(config, hf_config),
@@ -133,7 +134,7 @@ def full_class(hf_config: PreTrainedConfig) -> type[PreTrainedModel]:
 def _read_model(cls: type[PreTrainedModel], config: ModelConfig, options: dict[str, Any]) -> PreTrainedModel:
     try:
         model, info = cls.from_pretrained(config.path, output_loading_info=True, **options)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model {config.path}: {error}") from error
     missing = sorted(info["missing_keys"])  # transformers would fill them at random
     if missing:

@@ -99,7 +99,7 @@ def _refuse_inexact(hf_config: PreTrainedConfig, layers: list[_Layer]) -> None:
         raise ConfigError(f"{name}: layers differ in KV heads or head size: {sorted(shapes)}")
     if any(layer.value_dim != layer.key_dim for layer in layers):
         raise ConfigError(f"{name}: values have another size than keys ({layers[0].value_dim}, {layers[0].key_dim})")
-    if any(layer.softcap is not None for layer in layers):
+    if any(layer.softcap is not None for layer in layers) or getattr(text, "attn_logit_softcapping", None):
         raise ConfigError(f"{name}: attention scores are soft-capped")
     if any(layer.sinks for layer in layers):
         raise ConfigError(f"{name}: attention has sink tokens")

@@ -24,6 +24,10 @@ from triptych.server.schema import (
     TokenizeResponse,
 )
 
+_MAX_SEQUENCES = 2048  # of one request
+_TOKEN_BYTES = 5  # of a token id in a message, at most
+_ORDERS_PER_BODY = 4  # bytes sent to instances for a request, as a multiple of the largest body
+
 
 class Api:
     """Handlers that share the frontend, the prompt builder and the limits."""
@@ -52,6 +56,7 @@ class Api:
                 num_prompt_tokens=len(prompt.token_ids),
                 max_model_len=self._config.max_model_len,
                 max_tokens=request.max_completion_tokens or request.max_tokens,
+                max_tokens_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
                 logprobs=_chat_logprobs(request),
                 prompt_field="messages",
             )
@@ -126,12 +131,29 @@ class Api:
         samplings: Sequence[SamplingParams],
         stop: tuple[str, ...],
     ) -> None:
-        async with self._frontend.generate(prompts, samplings, request.n or 1, stop) as generation:
+        num_choices = request.n or 1
+        self._check_order_size(prompts, num_choices)
+        async with self._frontend.generate(prompts, samplings, num_choices, stop) as generation:
             if request.stream:
                 await _stream(exchange, generation, answer)
             else:
                 await generation.wait()
                 await exchange.json(answer.whole(generation))
+
+    def _check_order_size(self, prompts: Sequence[PreparedPrompt], num_choices: int) -> None:
+        """Every choice is an order of its own, with the media: a small request must not become a flood of bytes."""
+        if len(prompts) * num_choices > _MAX_SEQUENCES:
+            text = f"n: {len(prompts)} prompts with {num_choices} choices are more than {_MAX_SEQUENCES} sequences"
+            raise RequestError(text, param="n", code="invalid_value")
+        order_bytes = sum(
+            _TOKEN_BYTES * len(prompt.token_ids) + sum(map(len, prompt.media.values())) for prompt in prompts
+        )
+        limit = _ORDERS_PER_BODY * self._config.max_body_bytes
+        if num_choices > 1 and num_choices * order_bytes > limit:
+            most = limit // order_bytes
+            raise RequestError(
+                f"n: {num_choices} choices of a request of this size are too many; at most {most}", param="n", code="invalid_value"
+            )
 
     def _served_model(self, name: str | None) -> str:
         if name is None:

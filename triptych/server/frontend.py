@@ -165,9 +165,8 @@ class Frontend:
         n: int = 1,
         stop: tuple[str, ...] = (),
     ) -> Generation:
-        """Starts `n` sequences for each prompt. Raises RequestError(503) if a stage has no instance."""
-        if not self.ready:
-            raise RequestError("not every stage has an instance at the moment", status=503, code="unavailable")
+        """Starts `n` sequences for each prompt. Raises RequestError(503) if a stage that they need has no instance."""
+        self._require_stages(encode=any(prompt.units for prompt in prompts))
         generation = Generation(self, prompts, time.monotonic())
         for prompt, sampling in zip(prompts, samplings, strict=True):
             prefill = pick(self.table, Stage.PREFILL, self._busy_s()).id
@@ -272,6 +271,13 @@ class Frontend:
         for unit in prompt.distinct_units:
             self._add_work(encoders[unit.hash], Stage.ENCODE, unit.num_tokens)
         return encoders
+
+    def _require_stages(self, *, encode: bool) -> None:
+        """Before anything is sent. Text alone needs no encode instance."""
+        for stage in Stage:
+            if not self.table.serving(stage) and (encode or stage is not Stage.ENCODE):
+                text = f"no instance serves {stage.name.lower()} at the moment"
+                raise RequestError(text, status=503, code="unavailable")
 
     def _send_orders(
         self, output: Output, prompt: PreparedPrompt, prefill: InstanceId, encoders: dict[UnitHash, InstanceId]

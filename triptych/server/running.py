@@ -37,7 +37,8 @@ def make_http_server(app: ASGIApp, *, shutdown_s: int = 2) -> HttpServer:
 def bind(host: str, port: int) -> socket.socket:
     """Port 0: one that is free. Raises OSError if the address is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sets TCP_NODELAY only where the protocol is named; without it a token waits for the client's delayed ACK.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((host, port))
     return bound

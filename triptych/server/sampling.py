@@ -13,6 +13,7 @@ def sampling_params(
     num_prompt_tokens: int,
     max_model_len: int,
     max_tokens: int | None,
+    max_tokens_field: str = "max_tokens",
     logprobs: int | None,
     prompt_field: str,
 ) -> SamplingParams:
@@ -30,10 +31,10 @@ def sampling_params(
         )
     if max_tokens is not None and max_tokens > room:
         raise RequestError(
-            f"max_tokens: this model's maximum context length is {max_model_len} tokens, but {num_prompt_tokens} in "
+            f"{max_tokens_field}: this model's maximum context length is {max_model_len} tokens, but {num_prompt_tokens} in "
             f"the prompt and {max_tokens} in the answer were asked for ({max_tokens} > {max_model_len} - "
             f"{num_prompt_tokens}); please lower one of them",
-            param="max_tokens",
+            param=max_tokens_field,
             code="context_length_exceeded",
         )
     max_tokens = room if max_tokens is None else max_tokens
