@@ -89,6 +89,8 @@ def serve(
     """Start an OpenAI-compatible server on any placement of encode, prefill and decode instances."""
     import asyncio
 
+    import uvloop
+
     from triptych.serve import ServeOptions
     from triptych.telemetry import set_up_logging
 
@@ -158,7 +160,8 @@ def serve(
         transfer=transfer,
         threads=threads,
     )
-    asyncio.run(_serve(options))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(options))
 
 
 @app.command()
@@ -188,6 +191,10 @@ def bench(
     timeout_s: Annotated[float, typer.Option(help="For one request.")] = 600.0,
     slo_ttft_ms: Annotated[float | None, typer.Option(help="Limit of the time to first token.")] = None,
     slo_tpot_ms: Annotated[float | None, typer.Option(help="Limit of the time per output token.")] = None,
+    server_pid: Annotated[
+        int | None,
+        typer.Option(help="Process of a server on this machine: its CPU time and everybody else's are told."),
+    ] = None,
     json_path: Annotated[str | None, typer.Option("--json", help="File for raw records and figures.")] = None,
 ) -> None:
     """Load an OpenAI-compatible server and print TTFT, TPOT, ITL, throughput, SLO attainment and goodput."""
@@ -214,6 +221,7 @@ def bench(
         timeout_s=timeout_s,
         slo_ttft_ms=slo_ttft_ms,
         slo_tpot_ms=slo_tpot_ms,
+        server_pid=server_pid,
         json_path=json_path,
     )
     raise typer.Exit(run(options))

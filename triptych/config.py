@@ -48,6 +48,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     id: InstanceId
     role: Role
     epoch: str  # new for every process start
+    server_pid: int  # the process that starts and stops this one
     inbox: str  # address this instance listens on
     frontend: str  # address of the frontend's inbox
     threads: int  # CPU threads for tensor work

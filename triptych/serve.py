@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import secrets
 import shutil
@@ -14,16 +15,15 @@ from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 from starlette.applications import Starlette
 
 from triptych.cluster.local import LocalCluster
 from triptych.config import InstanceConfig, MemoryConfig, ModelConfig, SchedulingConfig, ServerConfig
 from triptych.control.controller import Controller
 from triptych.core import InstanceId, Placement
-from triptych.engine.sockets import Post
+from triptych.engine.sockets import Inbox, Post
 from triptych.errors import ConfigError
-from triptych.messages import Ready, decode
+from triptych.messages import Ready
 from triptych.model.processor import Processor
 from triptych.server.app import create_app
 from triptych.server.frontend import Frontend
@@ -55,6 +55,7 @@ def instance_configs(options: ServeOptions, run_dir: Path) -> list[InstanceConfi
             id=InstanceId(f"i{index}"),
             role=role,
             epoch=secrets.token_hex(6),
+            server_pid=os.getpid(),
             inbox=f"ipc://{run_dir}/i{index}",
             frontend=f"ipc://{run_dir}/frontend",
             threads=threads,
@@ -73,25 +74,20 @@ async def serve(options: ServeOptions, stop: asyncio.Event, on_ready: Callable[[
     `on_ready` gets the address once, when every stage has an active instance.
     """
     with _run_dir() as run_dir, _listen(options.server.host, options.server.port) as listener:
-        context = zmq.asyncio.Context()
-        inbox = context.socket(zmq.PULL)
-        inbox.set(zmq.RCVHWM, 0)
-        inbox.bind(f"ipc://{run_dir}/frontend")
-        post = Post(zmq.Context(context))
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        inbox, post = Inbox(context, f"ipc://{run_dir}/frontend"), Post(context)
         try:
             await _Running(options, run_dir, inbox, post, listener).until(stop, on_ready)
         finally:
             post.close()
-            inbox.close(linger=0)
+            inbox.close()
             context.term()
 
 
 class _Running:
     """The parts of one server, and the tasks that keep them going."""
 
-    def __init__(
-        self, options: ServeOptions, run_dir: Path, inbox: zmq.asyncio.Socket, post: Post, listener: socket.socket
-    ) -> None:
+    def __init__(self, options: ServeOptions, run_dir: Path, inbox: Inbox, post: Post, listener: socket.socket) -> None:
         self._options = options
         self._inbox = inbox
         self._listener = listener
@@ -105,6 +101,8 @@ class _Running:
         try:
             frontend, app = await self._build_app()
             http = make_http_server(app, shutdown_s=1)
+            gc.collect()
+            gc.freeze()  # what is loaded stays: a full collection over it would stop all streams for 0.7 s
             serving = self._task(http.serve([self._listener]))
             stopping = self._task(stop.wait())
             await asyncio.wait([self._starting, serving, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -117,6 +115,7 @@ class _Running:
             await serving
         finally:
             await self._controller.stop()
+            asyncio.get_running_loop().remove_reader(self._inbox.socket.get(zmq.FD))
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -127,19 +126,26 @@ class _Running:
         telemetry = Telemetry(model.name)
         frontend = Frontend(processor, self._controller, telemetry)
         self._controller.on_table, self._controller.on_lost = frontend.handle, frontend.instance_lost
-        self._task(self._read(frontend))
+        self._read_for(frontend)
         directory = partial(_statuses, self._controller)
         app = create_app(frontend, processor, server, telemetry, model_root=model.path, directory=directory)
         return frontend, app
 
-    async def _read(self, frontend: Frontend) -> None:
-        """Hands every message of an instance to whom it concerns."""
-        while True:
-            message = decode(await self._inbox.recv())
-            if isinstance(message, Ready):
-                self._controller.ready(message)
-            else:
-                frontend.handle(message)
+    def _read_for(self, frontend: Frontend) -> None:
+        """Hands every message of an instance to whom it concerns, from now on.
+
+        ZeroMQ's descriptor is edge-triggered: it tells of the first message only, so all that are there are taken.
+        """
+
+        def drain() -> None:
+            for message in self._inbox.receive():
+                if isinstance(message, Ready):
+                    self._controller.ready(message)
+                else:
+                    frontend.handle(message)
+
+        asyncio.get_running_loop().add_reader(self._inbox.socket.get(zmq.FD), drain)
+        drain()
 
     def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

@@ -64,6 +64,7 @@ def config(instance: str, role: Role) -> InstanceConfig:
         id=InstanceId(instance),
         role=role,
         epoch=f"epoch-{instance}",
+        server_pid=1,
         inbox="",
         frontend="",
         threads=1,

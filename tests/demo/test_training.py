@@ -14,11 +14,13 @@ def make_settings(folder: Path) -> Settings:
         out=folder / "out",
         threads=1,
         num_shards=1,
-        shard_pictures=100,
+        shard_pictures=40,
         scale=0.0002,
         seeing_pictures=4,
         telling_tokens=400,
         joining_pictures=4,
+        scored_rows=1,
+        tokenizer_questions=500,
     )
 
 

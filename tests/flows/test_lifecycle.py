@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from tests.checkpoints import make_checkpoint
+from tests.flows.servers import running
+from triptych.errors import ConfigError
 
 STOP_S = 5.0
 
@@ -128,10 +130,11 @@ def test_a_checkpoint_with_a_missing_tensor_is_refused_by_name(tmp_path: Path) -
     name = next(name for name in sorted(tensors) if "mlp.down_proj" in name)
     del tensors[name]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    code, said = refused(folder, "--port", 0, "--max-model-len", 512)
-    assert code == 2
-    assert "tensors missing from the checkpoint" in said
-    assert "down_proj" in said
+    with (
+        pytest.raises(ConfigError, match=r"tensors missing from the checkpoint: .*down_proj"),
+        running(folder, "1e1pd"),
+    ):
+        pass
 
 
 def test_a_port_in_use_is_refused(folder: Path) -> None:
@@ -144,7 +147,6 @@ def test_a_port_in_use_is_refused(folder: Path) -> None:
 
 
 def test_pools_that_cannot_hold_one_request_are_refused_with_both_numbers(folder: Path) -> None:
-    code, said = refused(folder, "--port", 0, "--kv-cache-gib", 0.00001)
-    assert code == 2
-    assert "kv_cache_bytes" in said
-    assert "needed for one request" in said
+    message = r"kv_cache_bytes: \d+ needed for one request of max_model_len=2048 tokens, 10000 given"
+    with pytest.raises(ConfigError, match=message), running(folder, "1e1pd", kv_cache_bytes=10_000):
+        pass

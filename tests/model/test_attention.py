@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.model import attention
-from triptych.model.attention import AttentionBatch, SequenceRows, paged_attention, segment_attention
+from triptych.model import attention_batch
+from triptych.model.attention import paged_attention
+from triptych.model.attention_batch import AttentionBatch, SequenceRows
 from triptych.model.caches import KVLayout, KVRegion
 
 torch.set_num_threads(1)
@@ -85,7 +85,7 @@ def test_chunks_then_mixed_steps_then_decodes_see_exactly_their_own_sequence(
     region.blocks.fill_(1e3)  # what was not written must not leak into a result
     histories = [History(n + 2, [scattered.pop() for _ in range(-(-(n + 2) // 16))]) for n in lengths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_GATHER_BYTES", group_bytes)
+        patch.setattr(attention_batch, "_GATHER_BYTES", group_bytes)
         middles = [min(cut, n - 1) for cut, n in zip(cuts, lengths, strict=False)]
         check_step(region, [(h, 0, m) for h, m in zip(histories, middles, strict=True)], window)
         check_step(region, [(h, m, n) for h, m, n in zip(histories, middles, lengths, strict=True)], window)
@@ -112,15 +112,3 @@ def test_a_wrong_block_table_changes_the_result() -> None:
     history.blocks = np.array([5, 1, 3])
     with pytest.raises(AssertionError):
         check_step(region, [(history, 39, 40)], None)
-
-
-@pytest.mark.parametrize("lengths", [[64], [16, 16, 16], [16, 8, 16, 4], [300, 300], [1]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_segments_attend_to_themselves_only(lengths: list[int], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 4, sum(lengths), DIM, dtype=dtype)
-    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    out, _ = segment_attention(torch.nn.Identity(), query, key, value, None, cu_seq_lens_q=bounds, scaling=0.5)
-    parts = zip(*(x.float().split(lengths, 2) for x in (query, key, value)), strict=True)
-    expected = torch.cat([F.scaled_dot_product_attention(*part, scale=0.5).transpose(1, 2) for part in parts], 1)
-    torch.testing.assert_close(out.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0.02)

@@ -21,7 +21,7 @@ def patch_tensor_for_numpy_2_4(tensor, scope):  # Triton 3.6 still converts arra
 interpreter._patch_lang_tensor = patch_tensor_for_numpy_2_4
 from types import SimpleNamespace
 from tests.model import test_attention as dense
-from triptych.model import attention, attention_triton
+from triptych.model import attention_triton
 
 def paged(module, query, key, value, mask, *, batch, scaling, sliding_window):
     batch.write(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))

@@ -83,5 +83,5 @@ def test_a_row_count_that_differs_from_the_promised_one_is_a_bug_with_numbers() 
     request = make_request("llava", 0, 1)
     encoder, _, pixels = make_encoder(checkpoint("llava"))
     pixels.tensors[b"x"] = {"pixel_values": request.pixels[0]["pixel_values"].repeat(2, 1, 1, 1)}
-    with pytest.raises(AssertionError, match="32, 64.*16"):
+    with pytest.raises(AssertionError, match=r"32, 64.*16"):
         encoder.run([EncodeWork(request.units[0], b"x", [1])])

@@ -50,6 +50,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     (messages({"type": "text", "text": "<|image_pad|>"}), "messages[0].content[1].text", "stands for media"),
     ({"messages": [{"role": "user", "content": "word " * 3000}]}, "messages", "maximum context length"),
     ({"messages": [{"role": "user", "content": "x" * 900_000}]}, "messages", "maximum context"),
+    ({"messages": [{"role": "user", "content": ""}] * 20_000}, "messages", "maximum context"),
+    ({"max_completion_tokens": 10_000}, "max_completion_tokens", "10000 > 512"),
     ({"max_tokens": 10_000}, "max_tokens", "10000 > 512"),
     ({"max_tokens": 0}, "max_tokens", "at least 1"),
     ({"max_tokens": -1}, "max_tokens", "at least 1"),
@@ -113,6 +115,21 @@ def test_malformed_json_is_refused(stack: Stack, body: str) -> None:
 
 def test_json_nested_without_end_is_refused(stack: Stack) -> None:
     refused(stack, '{"messages": ' + "[" * 100_000, 400)
+
+
+def test_choices_that_would_flood_the_instances_with_media_are_refused(stack: Stack) -> None:
+    noise = messages(image_part(data_url(picture(99, 99) + b"x" * 400_000)))
+    response = stack.chat(**noise, n=20)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "n"
+    assert stack.chat(**noise, n=2).status_code == 200
+
+
+def test_prompts_without_end_are_refused(stack: Stack) -> None:
+    for fields in ({"prompt": [[1]] * 3000}, {"prompt": [[1]] * 100, "n": 100}):
+        response = stack.http.post("/v1/completions", json=fields)
+        assert response.status_code == 400
+        assert "2048" in response.json()["error"]["message"]
 
 
 def test_an_unknown_model_is_404(stack: Stack) -> None:

@@ -4,8 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
+
 from tests.server.fakes import ANSWER, D, E, P, end_id, ids, processor
 from triptych.core import EncodeUnit, FinishReason, InstanceId, RequestId, Role, SamplingParams, Span, UnitHash
+from triptych.errors import RequestError
 from triptych.messages import (
     Abort,
     AnyMessage,
@@ -154,6 +157,16 @@ def test_requests_take_turns_until_loads_are_reported() -> None:
     wire.sent.clear()
     start(frontend)
     assert wire.receivers(Submit) == ["pd1"]
+
+
+def test_only_the_stages_that_a_request_needs_must_be_there() -> None:
+    frontend, wire = make_frontend(("p0", Role.P), ("d0", Role.D))
+    start(frontend)
+    assert wire.receivers(Submit) == ["p0"]
+    with pytest.raises(RequestError, match="encode") as caught:
+        start(frontend, unit(1, 10))
+    assert caught.value.status == 503
+    assert frontend.num_live == 1
 
 
 def test_choices_of_one_prompt_go_to_the_same_instances() -> None:

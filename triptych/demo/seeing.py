@@ -26,6 +26,9 @@ _PER_TOKEN = 0.15  # weight of what each token tells alone, beside what their me
 _WEIGHTS = {"shapes": 1.0, "colours": 0.5, "pairs": 1.0, "digit": 4.0, "count": 3.0}  # the slow ones count more
 
 
+_SCORED, _AT_ONCE = 2000, 100  # pictures
+
+
 class FactReader:
     """Reads facts off picture tokens, and says how wrong they are."""
 
@@ -68,8 +71,8 @@ class SeeingStage:
     @torch.no_grad()
     def scores(self) -> Scores:
         told, truth = [], []
-        for start in range(0, min(2000, len(self._held_out)), 100):
-            tokens, mask, facts = self._look(self._held_out, range(start, start + 100))
+        for start in range(0, min(_SCORED, len(self._held_out)), _AT_ONCE):
+            tokens, mask, facts = self._look(self._held_out, range(start, min(start + _AT_ONCE, len(self._held_out))))
             told.append(self._reader.read(tokens, mask))
             truth.append(facts)
         return fact_scores(torch.cat(told), torch.cat(truth))

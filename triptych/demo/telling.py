@@ -40,11 +40,12 @@ class TellingStage:
         tokenizer: PreTrainedTokenizerFast,
         device: torch.device,
         batch_tokens: int,
+        scored_rows: int,
     ) -> None:
         model.model.visual.requires_grad_(False)
         self.optimiser = Optimiser(model, device)
         self._packer, self._symbols, self._batch_tokens = Packer(tokenizer, _SHARES), Symbols(device), batch_tokens
-        self._scorer, self._hints = Packer(tokenizer), Hints(device)
+        self._scorer, self._hints, self._scored_rows = Packer(tokenizer), Hints(device), scored_rows
 
     def loss(self, rng: random.Random, progress: float) -> Tensor:
         num_pictures = pick(CURRICULUM, progress, rng)
@@ -58,7 +59,7 @@ class TellingStage:
         told = []
         for held_out in (False, True):
             for num_pictures in range(1, MAX_PICTURES + 1):
-                scenes = [random_scenes(num_pictures, rng) for _ in range(12)]
+                scenes = [random_scenes(num_pictures, rng) for _ in range(self._scored_rows)]
                 batch = self._scorer.pack(scenes, 8, rng, held_out=held_out, only_branches=True)
                 told.append((batch, self._answers(batch, rng)))
         return {**exact_scores(told[:MAX_PICTURES]), "held_out": exact_scores(told[MAX_PICTURES:])["all"]}

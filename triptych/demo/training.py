@@ -20,9 +20,9 @@ from triptych.demo.telling import TellingStage
 from triptych.demo.tokenizer import new_tokenizer
 
 PLANS = {
-    "seeing": Plan(num_steps=12_000, learning_rate=1.5e-3),
-    "telling": Plan(num_steps=9_000, learning_rate=1e-3),
-    "joining": Plan(num_steps=8_000, learning_rate=8e-4),
+    "seeing": Plan(num_steps=10_500, learning_rate=1.5e-3),
+    "telling": Plan(num_steps=4_600, learning_rate=1.5e-3),
+    "joining": Plan(num_steps=6_000, learning_rate=8e-4),
 }
 STAGES = tuple(PLANS)
 _HELD_OUT_SEED = 900_000
@@ -41,6 +41,8 @@ class Settings:
     seeing_pictures: int = 64  # per step
     telling_tokens: int = 4000
     joining_pictures: int = 48
+    scored_rows: int = 12  # per number of pictures, at each scoring
+    tokenizer_questions: int = 20_000
 
     def plan(self, stage: str) -> Plan:
         plan = PLANS[stage]
@@ -75,18 +77,18 @@ def new_stage(name: str, settings: Settings) -> Stage:
     tokenizer, model = _new_model(settings)
     device = torch.device(settings.device)
     if name == "telling":
-        return TellingStage(model, tokenizer, device, settings.telling_tokens)
+        return TellingStage(model, tokenizer, device, settings.telling_tokens, settings.scored_rows)
     pool, held_out = _open_pools(settings)
     if name == "seeing":
         return SeeingStage(model.model.visual, pool, held_out, device, settings.seeing_pictures)
     if not (settings.work / "joining.pt").exists():
         model.load_state_dict(load_weights(settings.work, "telling"))
         model.model.visual.load_state_dict(load_weights(settings.work, "seeing"))
-    return JoiningStage(model, tokenizer, pool, held_out, device, settings.joining_pictures)
+    return JoiningStage(model, tokenizer, pool, held_out, device, settings.joining_pictures, settings.scored_rows)
 
 
 def _new_model(settings: Settings) -> tuple[PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration]:
-    tokenizer = new_tokenizer()
+    tokenizer = new_tokenizer(num_questions=settings.tokenizer_questions)
     return tokenizer, new_model(tokenizer, settings.seed)
 
 

@@ -1,10 +1,11 @@
 """The entry of a worker process: build the instance, say that it is ready, run until told to stop, or die loudly."""
 
-import ctypes
 import logging
 import os
+import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -24,13 +25,12 @@ logger = logging.getLogger(__name__)
 EXIT_FAILED = 1
 EXIT_REFUSED = 2  # a ConfigError: not a fault of the program
 SWITCH_INTERVAL_S = 0.0005  # a pull waits for the engine thread that long at most; Python's own value is 5 ms
-_PR_SET_PDEATHSIG = 1
 
 
 def work(config: InstanceConfig, failures: Connection) -> None:
     """Runs one instance. What ends it early goes through `failures` as text; the exit code tells which kind it was."""
     began = time.monotonic()
-    _die_with_parent()
+    _die_with(config.server_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the controller decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     set_up_logging(process=config.id)
@@ -62,8 +62,19 @@ def _run(config: InstanceConfig, began: float) -> None:
     context.term()
 
 
-def _die_with_parent() -> None:
-    """The kernel kills this process if the server dies without being able to stop it (Linux only)."""
-    with_libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(with_libc, "prctl"):
-        with_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with(server_pid: int) -> None:
+    """Ends this process, whatever it is doing, when the server process ends without having been able to stop it.
+
+    A thread on a pidfd, because the parent of this process is the fork server, which outlives the server as long as
+    one of its children lives.
+    """
+    try:
+        server = os.pidfd_open(server_pid)
+    except ProcessLookupError:
+        os._exit(EXIT_FAILED)
+
+    def wait() -> None:
+        select.select([server], [], [])
+        os._exit(EXIT_FAILED)
+
+    threading.Thread(target=wait, name="server-watch", daemon=True).start()

@@ -1,24 +1,14 @@
-"""Attention as transformers' models call it: paged for language models, by segments for vision towers.
+"""Paged attention as transformers' language models call it: one function for prefill chunks and decodes together.
 
-One flattened forward carries rows of many sequences, decodes first, then prefill chunks. `AttentionBatch` says where
-each row stands; it is made once per forward, handed down by keyword and shared by all layers. Knows no request.
+Models find it by its name in transformers' AttentionInterface; they need no cache object and no mask.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from inspect import signature
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
-from triptych.config import KV_BLOCK_TOKENS
-from triptych.model.caches import KVRegion
+from triptych.model.attention_batch import AttentionBatch, ChunkRows
+from triptych.model.dense_attention import attend
 
 try:
     import triptych.model.attention_triton as _triton
@@ -26,182 +16,6 @@ except ImportError:  # Triton comes with CUDA builds of torch only; without it t
     _triton = None  # type: ignore[assignment]
 
 PAGED_ATTENTION = "triptych_paged"
-# Towers with packed segments hand them over whole (`cu_seq_lens_q`) only to a name that contains "flash".
-SEGMENT_ATTENTION = "triptych_flash_segments"
-
-_GATHER_BYTES = 2 << 20  # of one group of decode rows: short ones are not padded to the length of long ones
-_SHORT_SEGMENT = 256
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(slots=True)
-class SequenceRows:
-    """Tokens [start, end) of one sequence, as rows of a flattened forward.
-
-    `blocks` is its block table, with at least ceil(end / 16) entries. `last_visible` gives, per row, the position of the
-    last token it may attend to, where that is not its own (pictures that attend to themselves in both directions).
-    """
-
-    start: int
-    end: int
-    blocks: Ints
-    last_visible: Ints | None = None
-
-
-@dataclass(slots=True)
-class _DecodeGroup:
-    """Rows [first, last) that are gathered together, and per layer the pages of their K and V, padded to the longest."""
-
-    first: int
-    last: int
-    pages: tuple[Tensor, ...]  # per layer [2 * rows * kv_heads * blocks]
-    mask: Tensor  # [rows * kv_heads, 1, blocks * 16], 0 or -inf
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """One sequence's rows [row, row + length) with its context."""
-
-    row: int
-    length: int
-    rows: SequenceRows
-    pages: Tensor | None  # [2, kv_heads, blocks] of layer 0; None if all that it sees are its own rows
-
-
-class AttentionBatch:
-    """Where the rows of one flattened forward stand in a KV region.
-
-    The first `num_decodes` sequences have one row each; every other one is a chunk. Valid for one forward.
-    """
-
-    def __init__(self, region: KVRegion, sequences: Sequence[SequenceRows], num_decodes: int) -> None:
-        layout = region.layout
-        self.region = region
-        self.sequences = sequences
-        self.num_decodes = num_decodes
-        self._decodes = sequences[:num_decodes]
-        self._groups: dict[int | None, list[_DecodeGroup]] = {}
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-        self._pages_per_layer = 2 * layout.kv_heads
-        self._pages_per_block = self._pages_per_layer * layout.num_layers
-        block_bytes = self._pages_per_layer * KV_BLOCK_TOKENS * layout.head_dim * layout.dtype.itemsize
-        self._group_blocks = _GATHER_BYTES // block_bytes
-        self._slots = self._write_slots()
-        self.device_plan: Any = None  # of the CUDA backend
-        self.chunks: list[_Chunk] = []
-        row = num_decodes
-        for rows in sequences[num_decodes:]:
-            pages = self._context_pages(rows) if rows.start else None
-            self.chunks.append(_Chunk(row, rows.end - rows.start, rows, pages))
-            row += rows.end - rows.start
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Stores keys and values [rows, kv_heads, head_dim]."""
-        slots, head_dim = self.region.slots, key.shape[2]
-        slots.index_copy_(0, self._slots[2 * layer], key.reshape(-1, head_dim))
-        slots.index_copy_(0, self._slots[2 * layer + 1], value.reshape(-1, head_dim))
-
-    def decode_groups(self, window: int | None) -> list[_DecodeGroup]:
-        """All decode rows, in groups that are gathered and attended to together."""
-        groups = self._groups.get(window)
-        if groups is None:
-            groups = self._groups[window] = self._make_decode_groups(window)
-        return groups
-
-    def context(self, layer: int, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        """Keys and values [1, kv_heads, end, head_dim] of a chunk's sequence, its own rows included."""
-        assert chunk.pages is not None
-        pages = (chunk.pages + layer * self._pages_per_layer).view(-1)
-        both = self.region.gather(pages)
-        both = both.view(2, 1, self.region.layout.kv_heads, -1, self.region.layout.head_dim)
-        return both[0, :, :, : chunk.rows.end], both[1, :, :, : chunk.rows.end]
-
-    def chunk_mask(self, chunk: _Chunk, window: int | None) -> Tensor | None:
-        """What rows of a chunk see of [0, end): [length, end], 0 or -inf; None if that is plain causal from token 0."""
-        key = (chunk.row, window)
-        if key not in self._masks:
-            self._masks[key] = self._make_chunk_mask(chunk.rows, window)
-        return self._masks[key]
-
-    def _write_slots(self) -> tuple[Tensor, ...]:
-        """Per layer, for K and for V, the slots of all rows and heads: 2 * layers tensors [rows * kv_heads]."""
-        pages, offsets = [], []
-        for rows in self.sequences:
-            if rows.end - rows.start == 1:
-                block, offset = divmod(rows.start, KV_BLOCK_TOKENS)
-                pages.append(rows.blocks[block : block + 1])
-                offsets.append((offset,))
-            else:
-                tokens = np.arange(rows.start, rows.end)
-                pages.append(rows.blocks[tokens // KV_BLOCK_TOKENS])
-                offsets.append(tokens % KV_BLOCK_TOKENS)
-        first = np.concatenate(pages) * self._pages_per_block
-        heads = np.arange(self.region.layout.kv_heads) * KV_BLOCK_TOKENS
-        slots = (first * KV_BLOCK_TOKENS + np.concatenate(offsets))[:, None] + heads
-        parts = np.arange(2 * self.region.layout.num_layers) * (self.region.layout.kv_heads * KV_BLOCK_TOKENS)
-        return self._to_device(slots.reshape(1, -1) + parts[:, None]).unbind(0)
-
-    def _make_decode_groups(self, window: int | None) -> list[_DecodeGroup]:
-        first_seen = [max(0, rows.end - window) if window else 0 for rows in self._decodes]
-        first_block = [seen // KV_BLOCK_TOKENS for seen in first_seen]
-        blocks = [-(-rows.end // KV_BLOCK_TOKENS) - b for rows, b in zip(self._decodes, first_block, strict=True)]
-        groups, start, longest = [], 0, 0
-        for row, count in enumerate(blocks):
-            longest = max(longest, count)
-            if row > start and longest * (row + 1 - start) > self._group_blocks:
-                groups.append(self._make_decode_group(start, row, first_seen, first_block))
-                start, longest = row, count
-        groups.append(self._make_decode_group(start, len(blocks), first_seen, first_block))
-        return groups
-
-    def _make_decode_group(self, first: int, last: int, first_seen: list[int], first_block: list[int]) -> _DecodeGroup:
-        layout = self.region.layout
-        tables = [
-            rows.blocks[begin : -(-rows.end // KV_BLOCK_TOKENS)]
-            for rows, begin in zip(self._decodes[first:last], first_block[first:last], strict=True)
-        ]
-        table = np.zeros((last - first, max(map(len, tables))), np.int64)
-        for row, blocks in zip(table, tables, strict=True):
-            row[: len(blocks)] = blocks
-        heads = np.arange(layout.kv_heads)[:, None]
-        pages = (table[:, None] * self._pages_per_block + heads).reshape(-1)  # K of layer 0
-        parts = np.arange(2 * layout.num_layers) * layout.kv_heads
-        per_layer = self._to_device(pages + parts[:, None]).view(layout.num_layers, -1)
-        # Positions count from the first gathered token.
-        origin = np.array(first_block[first:last]) * KV_BLOCK_TOKENS
-        position = np.arange(table.shape[1] * KV_BLOCK_TOKENS)
-        ends = np.array([rows.end for rows in self._decodes[first:last]]) - origin
-        begins = np.array(first_seen[first:last]) - origin
-        seen = (position < ends[:, None]) & (position >= begins[:, None])
-        mask = self._additive(seen.repeat(layout.kv_heads, 0))[:, None]
-        return _DecodeGroup(first, last, per_layer.unbind(0), mask)
-
-    def _context_pages(self, rows: SequenceRows) -> Tensor:
-        used = rows.blocks[: -(-rows.end // KV_BLOCK_TOKENS)] * self._pages_per_block
-        heads = np.arange(2 * self.region.layout.kv_heads).reshape(2, -1, 1)
-        return self._to_device(used + heads)
-
-    def _make_chunk_mask(self, rows: SequenceRows, window: int | None) -> Tensor | None:
-        if rows.start == 0 and rows.last_visible is None and not (window and window < rows.end):
-            return None
-        query = np.arange(rows.start, rows.end)[:, None]
-        key = np.arange(rows.end)[None]
-        seen: Bools = key <= (query if rows.last_visible is None else rows.last_visible[:, None])
-        if window:
-            seen &= key > query - window
-        return self._additive(seen)
-
-    def _additive(self, seen: Bools) -> Tensor:
-        """Made once here; from a boolean mask SDPA would make it again in every layer."""
-        hidden = self._to_device(~seen)
-        return torch.zeros(hidden.shape, dtype=self.region.layout.dtype, device=hidden.device).masked_fill_(
-            hidden, float("-inf")
-        )
-
-    def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.region.device, non_blocking=True)
 
 
 def paged_attention(
@@ -216,8 +30,8 @@ def paged_attention(
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Stores this step's keys and values, then attends over all that the block tables hold: [1, rows, heads, head_dim]."""
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    """Stores the rows' keys and values, then attends over the block tables: [1, rows, heads, head_dim]."""
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
     batch.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     if _triton is not None and query.is_cuda:
         return _triton.attend(batch, layer, query, scaling, sliding_window), None
@@ -230,7 +44,7 @@ def paged_attention(
 
 
 def _attend_decodes(batch: AttentionBatch, layer: int, query: Tensor, scale: float, window: int | None) -> list[Tensor]:
-    """One row per sequence. Two batched products: with one query row each, SDPA's blocking only costs (3x in bfloat16)."""
+    """One row per sequence, by two batched products: SDPA works on blocks of rows that would be mostly empty."""
     head_dim, parts = query.shape[3], []
     rows = query[0].transpose(0, 1)
     for group in batch.decode_groups(window):
@@ -246,7 +60,7 @@ def _attend_decodes(batch: AttentionBatch, layer: int, query: Tensor, scale: flo
 def _attend_chunk(
     batch: AttentionBatch,
     layer: int,
-    chunk: _Chunk,
+    chunk: ChunkRows,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -259,77 +73,7 @@ def _attend_chunk(
         keys, values = key[:, :, rows], value[:, :, rows]
     else:
         keys, values = batch.context(layer, chunk)
-    out = F.scaled_dot_product_attention(
-        query[:, :, rows], keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2)
-
-
-def segment_attention(
-    module: nn.Module,
-    query: Tensor,  # [1, heads, rows, head_dim]
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    cu_seq_lens_q: Tensor,
-    scaling: float,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Full attention inside each segment; segments of one length run as one batch. Returns [1, rows, heads, head_dim]."""
-    heads, head_dim = query.shape[1], query.shape[3]
-    plan = _segment_plan(tuple(cu_seq_lens_q.tolist()), str(query.device))
-    outputs = []
-    for length, rows in plan.groups:
-        q, k, v = (x[0] if rows is None else x[0].index_select(1, rows) for x in (query, key, value))
-        q, k, v = (x.reshape(heads, -1, length, head_dim).transpose(0, 1) for x in (q, k, v))
-        outputs.append(_attend_segments(q, k, v, scaling).transpose(1, 2).reshape(-1, heads, head_dim))
-    if plan.restore is None:
-        return outputs[0][None], None
-    return torch.cat(outputs).index_select(0, plan.restore)[None], None
-
-
-def _attend_segments(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """[segments, heads, length, head_dim] throughout."""
-    if query.is_cuda or query.dtype != torch.bfloat16 or query.shape[2] > _SHORT_SEGMENT:
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
-    # In bfloat16 on CPU, SDPA takes twice as long as plain products on the windows of a tower (64 rows).
-    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
-    scores = torch.baddbmm(q.new_zeros(1), q, k.transpose(1, 2), beta=0, alpha=scale)
-    return torch.bmm(scores.softmax(-1), v).view(query.shape)
-
-
-def use_segment_attention(model: PreTrainedModel) -> None:
-    """Switches the towers that pack segments of several pictures into one row axis to `segment_attention`."""
-    for module in model.modules():
-        if (
-            isinstance(module, PreTrainedModel)
-            and module is not model
-            and "grid_thw" in signature(module.forward).parameters
-        ):
-            module.config._attn_implementation = SEGMENT_ATTENTION
-
-
-@dataclass(frozen=True)
-class _SegmentPlan:
-    """Groups of equally long segments: (length, rows of all of them; None for all rows in order)."""
-
-    groups: list[tuple[int, Tensor | None]]
-    restore: Tensor | None  # puts the groups' outputs, one after the other, back in order
-
-
-@lru_cache(maxsize=256)
-def _segment_plan(bounds: tuple[int, ...], device: str) -> _SegmentPlan:
-    starts, lengths = np.array(bounds[:-1]), np.diff(bounds)
-    if (lengths == lengths[0]).all():
-        return _SegmentPlan([(int(lengths[0]), None)], None)
-    groups, order = [], []
-    for length in np.unique(lengths):
-        rows = (starts[lengths == length][:, None] + np.arange(length)).reshape(-1)
-        groups.append((int(length), torch.from_numpy(rows).to(device)))
-        order.append(rows)
-    return _SegmentPlan(groups, torch.from_numpy(np.argsort(np.concatenate(order))).to(device))  # type: ignore[arg-type]
+    return attend(query[:, :, rows], keys, values, scale, mask, causal=mask is None).transpose(1, 2)
 
 
 AttentionInterface.register(PAGED_ATTENTION, paged_attention)
-AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)

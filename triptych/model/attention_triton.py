@@ -1,3 +1,4 @@
+# ruff: noqa: N803, SIM108 - Triton's compile-time arguments are written in capitals; its language has few expressions
 """Paged attention on CUDA: one Triton kernel for prefill chunks and decodes, split along the keys when decodes are few.
 
 A tile is some query tokens of one sequence times all query heads that share a KV head, so that keys are read once for
@@ -18,7 +19,7 @@ from torch import Tensor
 from triptych.config import KV_BLOCK_TOKENS
 
 if TYPE_CHECKING:
-    from triptych.model.attention import AttentionBatch
+    from triptych.model.attention_batch import AttentionBatch
 
 _BLOCK_N = 64  # keys per step of a tile
 _MIN_ROWS = 16  # the smallest tile of a tensor-core product
@@ -42,7 +43,7 @@ class Plan:
 
 
 def attend(batch: AttentionBatch, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
-    """query [1, heads, rows, head_dim] -> [1, rows, heads, head_dim]. The rows' own keys and values are already stored."""
+    """query [1, heads, rows, head_dim] -> [1, rows, heads, head_dim]. The rows' keys and values are already stored."""
     if batch.device_plan is None:
         batch.device_plan = make_plan(batch, query)
     plan: Plan = batch.device_plan
@@ -85,6 +86,8 @@ def attend(batch: AttentionBatch, layer: int, query: Tensor, scale: float, windo
         GROUPED=plan.grouped,
         SPLITS=splits,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=2,  # three would not fit the shared memory of every card in float32
     )
     if splits > 1:
         weights = log_sums.mul_(1 / _LOG2_E).softmax(0)

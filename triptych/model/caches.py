@@ -72,8 +72,8 @@ class KVRegion:
     """A slab's KV part as tensors. All are views of the same bytes.
 
     blocks  [num_blocks, layers, 2, kv_heads, 16, head_dim]
-    pages   [num_blocks * layers * 2 * kv_heads, 16 * head_dim]    the tokens of a block, of one head's keys or values in one layer
-    slots   [num_blocks * layers * 2 * kv_heads * 16, head_dim]    one token of a page
+    pages   [num_blocks * layers * 2 * kv_heads, 16 * head_dim]  tokens of a block in one layer and head: keys or values
+    slots   [num_blocks * layers * 2 * kv_heads * 16, head_dim]  one token of a page
 
     A gather of pages gives [.., kv_heads, tokens, head_dim] without a further copy: what batched products want.
     """
@@ -104,7 +104,7 @@ class KVRegion:
 
 
 class EmbeddingRegion:
-    """A slab's embedding part as tensors: `blocks` [num_blocks, 16, row_width] and `rows` [num_blocks * 16, row_width]."""
+    """A slab's embedding part: `blocks` [num_blocks, 16, row_width], `rows` [num_blocks * 16, row_width]."""
 
     def __init__(self, buffer: Tensor, layout: EmbeddingLayout, num_blocks: int) -> None:
         self.layout = layout

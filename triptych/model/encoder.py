@@ -1,4 +1,4 @@
-"""Turns media bytes into embedding rows in the blocks of the embedding region. Knows no request and no language model."""
+"""Turns media bytes into rows in the blocks of the embedding region. Knows no request and no language model."""
 
 import io
 from typing import Any, Protocol

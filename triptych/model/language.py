@@ -1,4 +1,4 @@
-"""Runs prefill chunks and decodes of many sequences in one flattened forward, and samples. Knows no queue, no socket."""
+"""Runs prefill chunks and decodes of many sequences in one flattened forward, and samples. Knows no queue."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from triptych.config import EMBEDDING_BLOCK_TOKENS, KV_BLOCK_TOKENS
 from triptych.core import Chunk, RequestId, SampledToken, SamplingParams, Sequence
-from triptych.model.attention import AttentionBatch, Ints, SequenceRows
+from triptych.model.attention_batch import AttentionBatch, Ints, SequenceRows
 from triptych.model.caches import EmbeddingRegion, KVRegion
 from triptych.model.positions import Positions
 from triptych.model.probe import num_deepstack_layers
@@ -62,7 +62,7 @@ class LanguageRunner:
     def run(self, chunks: list[Chunk]) -> list[SampledToken]:
         """One forward over all chunks. One token per chunk that samples, in the order of `chunks`.
 
-        A chunk's KV is in its sequence's blocks when this returns; `rope_delta` of a sequence is set with its first chunk.
+        A chunk's KV is in its sequence's blocks when this returns; `rope_delta` is set with a sequence's first chunk.
         """
         # Decodes first, the longest first: neighbours are gathered together and padded to the longest of them.
         ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, -chunk.start))
@@ -169,7 +169,7 @@ class LanguageRunner:
             return inputs, {}
         mask = torch.zeros(1, len(ids), dtype=torch.bool, device=self._device)
         mask[0, place] = True
-        deep = list(rows[:, self._hidden :].split(self._hidden, -1))
+        deep = list(torch.unflatten(rows[:, self._hidden :], 1, (self._deepstack, -1)).unbind(1))
         return inputs, {"visual_pos_masks": mask, "deepstack_visual_embeds": deep}
 
     def _sample(self, chunks: list[Chunk], ordered: list[Chunk], hidden: Tensor) -> list[SampledToken]:

@@ -20,11 +20,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from triptych.config import ModelConfig
 from triptych.core import Role
 from triptych.errors import ConfigError
-from triptych.model.attention import PAGED_ATTENTION, use_segment_attention
+from triptych.model.attention import PAGED_ATTENTION
+from triptych.model.tower_attention import TOWER_ATTENTION, use_segment_attention
 from triptych.model.tuning import PackedLinear, tune
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOWER_ATTENTION = "sdpa"
 
 
 class Absent(nn.Module):
@@ -83,12 +83,12 @@ def resolve_max_model_len(config: ModelConfig, hf_config: PreTrainedConfig) -> i
 def load_model(config: ModelConfig, role: Role) -> PreTrainedModel:
     """The model of `config.path`, holding only what `role` needs, in evaluation mode.
 
-    Raises ConfigError for an unknown class, for a missing or misshapen tensor (named), and for files that cannot be read.
+    Raises ConfigError for an unknown class, a missing or misshapen tensor (named), and files that cannot be read.
     """
     hf_config = load_config(config.path)
-    attention: str | dict[str, str] = PAGED_ATTENTION if not role.encodes else _TOWER_ATTENTION
+    attention: str | dict[str, str] = PAGED_ATTENTION if not role.encodes else TOWER_ATTENTION
     if role.encodes and role.has_language_model:
-        attention = dict.fromkeys(hf_config.sub_configs, _TOWER_ATTENTION) | {"text_config": PAGED_ATTENTION}
+        attention = dict.fromkeys(hf_config.sub_configs, TOWER_ATTENTION) | {"text_config": PAGED_ATTENTION}
     options: dict[str, Any] = {
         "config": hf_config,
         "dtype": resolve_dtype(config, hf_config),
@@ -118,8 +118,8 @@ def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of parameters and buffers; tensors that share storage (tied embeddings) count once."""
     tensors = [*model.parameters(), *model.buffers()]
     plain = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    packed = [module.packed_bytes for module in model.modules() if isinstance(module, PackedLinear)]
-    return sum(plain.values()) + sum(packed)
+    packed: int = sum(module.packed_bytes for module in model.modules() if isinstance(module, PackedLinear))
+    return sum(plain.values()) + packed
 
 
 def full_class(hf_config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -173,7 +173,7 @@ def _role_class(full: type[PreTrainedModel], role: Role) -> type[PreTrainedModel
 
 
 def _parts(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Names of the language sub-modules (decoder, output embeddings) and of the encode ones (all else under the base)."""
+    """Names of the language sub-modules (decoder, output embeddings) and of the encode ones (all else in the base)."""
     decoder, head, base = model.get_decoder(), model.get_output_embeddings(), model.base_model
     if decoder is model or decoder is base:
         raise ConfigError(f"{type(model).__name__}: not a multimodal model (its decoder is the whole model)")

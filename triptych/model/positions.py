@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from triptych.core import Sequence
-from triptych.model.attention import Ints
+from triptych.model.attention_batch import Ints
 
 _MODALITY_TYPES = {"image": 1, "video": 2}  # as transformers numbers them in mm_token_type_ids
 

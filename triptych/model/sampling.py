@@ -53,8 +53,10 @@ def _mix(value: int) -> int:
 
 def _best(logits: Tensor) -> list[int]:
     if logits.is_cuda:
-        return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
-    return logits.float().numpy().argmax(-1).tolist()  # type: ignore[no-any-return]  # 10 times as fast as torch's
+        best: list[int] = logits.argmax(-1).tolist()
+    else:
+        best = logits.float().numpy().argmax(-1).tolist()  # 10 times as fast as torch's
+    return best
 
 
 def _is_plain_greedy(sequence: Sequence) -> bool:

@@ -1,4 +1,4 @@
-"""Exact-equivalent lighter sub-modules for CPU, swapped in after loading. Chosen by what a module computes, never by model.
+"""Equivalent faster sub-modules for CPU, swapped in after loading. Chosen by what a module computes, never by model.
 
 Results differ from the originals' only by float rounding. Measured on 2 cores of an AMD EPYC with AVX-512, one thread:
 a linear layer of 3072 x 768 on 16 rows takes 285 us packed against 457 us in bfloat16, 552 against 1336 us in float32.
@@ -17,16 +17,17 @@ _SMALL_WORK = 600_000  # multiply-adds under which the plain form is faster
 
 def tune(model: nn.Module) -> None:
     """Replaces linear layers and patch convolutions of a model on CPU, in place; elsewhere nothing changes."""
-    if next(model.parameters()).device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not has_onednn or next(model.parameters()).device.type != "cpu":
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            weight = getattr(child, "weight", None)
-            if not isinstance(weight, Tensor) or weight.dtype not in _PACKED_DTYPES:
+            # Subclasses may compute something else, hence no isinstance alone.
+            if type(child) not in (nn.Linear, nn.Conv2d, nn.Conv3d) or child.weight.dtype not in _PACKED_DTYPES:
                 continue
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))
-            elif type(child) in (nn.Conv2d, nn.Conv3d) and _cuts_patches(child):
+            elif isinstance(child, nn.Conv2d | nn.Conv3d) and _cuts_patches(child):
                 setattr(parent, name, PatchProjection(child))
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_contiguous():
@@ -38,7 +39,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous(), None)
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous(), None)
         self._keeps_plain = weight.dtype == torch.float32 and weight.numel() < _SMALL_WEIGHT
         plain = weight if self._keeps_plain else torch.empty(1, dtype=weight.dtype).expand(weight.shape)
         self.weight = nn.Parameter(plain, requires_grad=False)
@@ -77,7 +78,7 @@ class PatchProjection(nn.Module):
         split = [size for pair in zip(patches, self.kernel, strict=True) for size in pair]
         grid = range(2, 2 + len(split), 2)
         pixels = pixels.reshape(items, channels, *split).permute(0, *grid, 1, *(axis + 1 for axis in grid))
-        out = self.linear(pixels.reshape(items, math.prod(patches), -1))
+        out: Tensor = self.linear(pixels.reshape(items, math.prod(patches), -1))
         return out.transpose(1, 2).reshape(items, -1, *patches)
 
 

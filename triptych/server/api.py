@@ -10,7 +10,7 @@ from triptych.server.answers import Answer, ChatAnswer, CompletionAnswer
 from triptych.server.frontend import Frontend, Generation, PreparedPrompt
 from triptych.server.http import Exchange, encode_json
 from triptych.server.parsing import check_supported, decode_body, unsupported
-from triptych.server.prompts import PromptBuilder
+from triptych.server.prompts import MAX_PROMPTS, PromptBuilder
 from triptych.server.sampling import sampling_params, stop_strings
 from triptych.server.schema import (
     ChatRequest,
@@ -24,7 +24,6 @@ from triptych.server.schema import (
     TokenizeResponse,
 )
 
-_MAX_SEQUENCES = 2048  # of one request
 _TOKEN_BYTES = 5  # of a token id in a message, at most
 _ORDERS_PER_BODY = 4  # bytes sent to instances for a request, as a multiple of the largest body
 
@@ -142,8 +141,8 @@ class Api:
 
     def _check_order_size(self, prompts: Sequence[PreparedPrompt], num_choices: int) -> None:
         """Every choice is an order of its own, with the media: a small request must not become a flood of bytes."""
-        if len(prompts) * num_choices > _MAX_SEQUENCES:
-            text = f"n: {len(prompts)} prompts with {num_choices} choices are more than {_MAX_SEQUENCES} sequences"
+        if len(prompts) * num_choices > MAX_PROMPTS:
+            text = f"n: {len(prompts)} prompts with {num_choices} choices are more than {MAX_PROMPTS} sequences"
             raise RequestError(text, param="n", code="invalid_value")
         order_bytes = sum(
             _TOKEN_BYTES * len(prompt.token_ids) + sum(map(len, prompt.media.values())) for prompt in prompts
@@ -152,7 +151,9 @@ class Api:
         if num_choices > 1 and num_choices * order_bytes > limit:
             most = limit // order_bytes
             raise RequestError(
-                f"n: {num_choices} choices of a request of this size are too many; at most {most}", param="n", code="invalid_value"
+                f"n: {num_choices} choices of a request of this size are too many; at most {most}",
+                param="n",
+                code="invalid_value",
             )
 
     def _served_model(self, name: str | None) -> str:

@@ -14,7 +14,9 @@ from triptych.server.schema import ChatMessage, ImagePart, TextPart
 
 P = ParamSpec("P")
 
+MAX_PROMPTS = 2048  # of one request
 _LONG_TEXT = 20_000  # characters; tokenising more would hold up the event loop for more than some milliseconds
+_PIECE_COST = 100  # what a message or a content part costs the template, counted in characters of text
 
 # Parameters of what calls the template: not for clients.
 _NOT_TEMPLATE_VARIABLES = frozenset(
@@ -52,13 +54,16 @@ class PromptBuilder:
                 raise RequestError(
                     f"{field} is not supported by this server", param=field, code="unsupported_parameter"
                 )
+        num_pieces = sum(1 + (len(m.content) if isinstance(m.content, list) else 0) for m in messages)
+        if num_pieces > 2 * self._max_model_len:  # the template writes tokens around each
+            raise self._too_long("messages", f"{num_pieces} messages and parts")
         items = await self._media.load(_image_sources(messages))
         arguments = _checked_arguments(template_arguments)
         if continue_final_message:
             arguments["continue_final_message"] = True
             add_generation_prompt = False
         return await self._in_thread_if_long(
-            sum(map(_text_len, messages)),
+            sum(map(_text_len, messages)) + _PIECE_COST * num_pieces,
             "messages",
             self._build_chat,
             messages,
@@ -78,6 +83,8 @@ class PromptBuilder:
                 return [await self._text(prompt, add_special_tokens, "prompt")]
             case [*ids] if all(isinstance(token, int) for token in ids):
                 return [self._from_token_ids([token for token in ids if isinstance(token, int)], "prompt")]
+        if len(prompt) > MAX_PROMPTS:
+            raise RequestError(f"prompt: at most {MAX_PROMPTS} prompts", param="prompt", code="invalid_value")
         prompts = []
         for index, one in enumerate(prompt):
             field = f"prompt[{index}]"
@@ -160,15 +167,14 @@ class PromptBuilder:
         self, num_characters: int, field: str, build: Callable[P, PreparedPrompt], *args: P.args, **kwargs: P.kwargs
     ) -> PreparedPrompt:
         if num_characters > self._max_characters:
-            raise RequestError(
-                f"{field}: {num_characters} characters are more than {self._max_model_len} tokens, the maximum context "
-                "length of this model, can hold",
-                param=field,
-                code="context_length_exceeded",
-            )
+            raise self._too_long(field, f"{num_characters} characters")
         if num_characters > _LONG_TEXT:
             return await asyncio.to_thread(build, *args, **kwargs)
         return build(*args, **kwargs)
+
+    def _too_long(self, field: str, amount: str) -> RequestError:
+        text = f"{field}: {amount} are more than this model's maximum context length of {self._max_model_len} tokens"
+        return RequestError(text, param=field, code="context_length_exceeded")
 
 
 @contextmanager

@@ -31,8 +31,8 @@ def sampling_params(
         )
     if max_tokens is not None and max_tokens > room:
         raise RequestError(
-            f"{max_tokens_field}: this model's maximum context length is {max_model_len} tokens, but {num_prompt_tokens} in "
-            f"the prompt and {max_tokens} in the answer were asked for ({max_tokens} > {max_model_len} - "
+            f"{max_tokens_field}: this model's maximum context length is {max_model_len} tokens, but the prompt has "
+            f"{num_prompt_tokens} and the answer was to have {max_tokens} ({max_tokens} > {max_model_len} - "
             f"{num_prompt_tokens}); please lower one of them",
             param=max_tokens_field,
             code="context_length_exceeded",
