@@ -115,7 +115,7 @@ class _Running:
             await serving
         finally:
             await self._controller.stop()
-            asyncio.get_running_loop().remove_reader(self._inbox.socket.get(zmq.FD))
+            asyncio.get_running_loop().remove_reader(self._inbox.fd)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -132,10 +132,7 @@ class _Running:
         return frontend, app
 
     def _read_for(self, frontend: Frontend) -> None:
-        """Hands every message of an instance to whom it concerns, from now on.
-
-        ZeroMQ's descriptor is edge-triggered: it tells of the first message only, so all that are there are taken.
-        """
+        """Hands every message of an instance to whom it concerns, from now on."""
 
         def drain() -> None:
             for message in self._inbox.receive():
@@ -144,7 +141,7 @@ class _Running:
                 else:
                     frontend.handle(message)
 
-        asyncio.get_running_loop().add_reader(self._inbox.socket.get(zmq.FD), drain)
+        asyncio.get_running_loop().add_reader(self._inbox.fd, drain)
         drain()
 
     def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

@@ -15,6 +15,13 @@ class Inbox:
         self.socket.bind(address)
         self.address = self.socket.get_string(zmq.LAST_ENDPOINT)
 
+    @property
+    def fd(self) -> int:
+        """For an event loop. Edge-triggered: it tells of the first message only, so always `receive` all."""
+        fd = self.socket.get(zmq.FD)
+        assert isinstance(fd, int)
+        return fd
+
     def receive(self) -> list[AnyMessage]:
         """All messages that are here now, without waiting."""
         received: list[AnyMessage] = []
