@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from tests.checkpoints import make_checkpoint
 from tests.reference import reference, reference_inputs
@@ -135,16 +136,30 @@ def family_of(folder: Path) -> Any:
     return SimpleNamespace(image_groups=load_config(folder).model_type == "gemma3")
 
 
-def make_encoder(folder: Path, num_blocks: int = 64) -> tuple[EncodeRunner, EmbeddingRegion, Pixels]:
-    model = load_model(model_config(folder), Role.E)
-    region = EmbeddingRegion.allocate(embedding_layout(model.config, torch.float32), num_blocks)
+def make_encoder(
+    folder: Path, num_blocks: int = 64, model: PreTrainedModel | None = None, device: str = "cpu"
+) -> tuple[EncodeRunner, EmbeddingRegion, Pixels]:
+    model = model or load_model(model_config(folder, device=device), Role.E)
+    region = EmbeddingRegion.allocate(embedding_layout(model.config, torch.float32), num_blocks, device)
     pixels = Pixels()
     return EncodeRunner(model, family_of(folder), pixels, region), region, pixels
 
 
-def make_language(folder: Path, embeddings: EmbeddingRegion | None, num_blocks: int = 128) -> LanguageRunner:
-    model = load_model(model_config(folder), Role.P if embeddings is not None else Role.D)
-    region = KVRegion.allocate(kv_layout(load_config(folder), torch.float32), num_blocks)
+def make_language(
+    folder: Path, embeddings: EmbeddingRegion | None, num_blocks: int = 128, device: str = "cpu"
+) -> LanguageRunner:
+    model = load_model(model_config(folder, device=device), Role.P if embeddings is not None else Role.D)
+    return language_runner(model, folder, embeddings, num_blocks, device)
+
+
+def language_runner(
+    model: PreTrainedModel,
+    folder: Path,
+    embeddings: EmbeddingRegion | None,
+    num_blocks: int = 128,
+    device: str = "cpu",
+) -> LanguageRunner:
+    region = KVRegion.allocate(kv_layout(load_config(folder), torch.float32), num_blocks, device)
     return LanguageRunner(model, family_of(folder), region, embeddings, eos_token_ids=())
 
 

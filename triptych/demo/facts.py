@@ -87,27 +87,32 @@ def fact_vector(facts: Facts) -> NDArray[np.float32]:
 
 
 def shape_fact(shape: str) -> int:
-    return group_slices()["shapes"].start + _SIGNS.index(shape)
+    return _start("shapes") + _SIGNS.index(shape)
 
 
 def colour_fact(colour: str) -> int:
-    return group_slices()["colours"].start + COLOURS.index(colour)
+    return _start("colours") + COLOURS.index(colour)
 
 
 def pair_fact(thing: Thing) -> int:
-    return group_slices()["pairs"].start + _SIGNS.index(thing.shape) * len(COLOURS) + COLOURS.index(thing.colour)
+    return _start("pairs") + _SIGNS.index(thing.shape) * len(COLOURS) + COLOURS.index(thing.colour)
 
 
 def digit_fact(digit: int) -> int:
-    return group_slices()["digit"].start + digit
+    return _start("digit") + digit
 
 
 def count_fact(count: int) -> int:
-    return group_slices()["count"].start + COUNTS.index(count)
+    return _start("count") + COUNTS.index(count)
+
+
+def _start(group: str) -> int:
+    return int(group_slices()[group].start)
 
 
 @functools.cache
 def group_slices() -> dict[str, slice]:
+    """Where each group of facts stands in the vector."""
     slices, start = {}, 0
     for name, size in _GROUPS.items():
         slices[name] = slice(start, start + size)

@@ -19,17 +19,12 @@ class Optimiser:
 
     compute: Any
 
-    def __init__(self, module: nn.Module, device: torch.device, slow: str = "", slow_by: float = 1.0) -> None:
-        """Parameters whose name starts with `slow` get `slow_by` times the learning rate."""
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module.to(device)
         self.compute = copy.deepcopy(module).to(torch.bfloat16)
         self._pairs = list(zip(self.module.parameters(), self.compute.parameters(), strict=True))
         groups = [
-            {
-                "params": [weight],
-                "scale": slow_by if slow and name.startswith(slow) else 1.0,
-                "weight_decay": 0.03 if weight.dim() > 1 and "embed_tokens" not in name else 0.0,
-            }
+            {"params": [weight], "weight_decay": 0.03 if weight.dim() > 1 and "embed_tokens" not in name else 0.0}
             for name, weight in self.module.named_parameters()
         ]
         self._adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
@@ -40,7 +35,7 @@ class Optimiser:
             exact.grad, copied.grad = None if copied.grad is None else copied.grad.float(), None
         nn.utils.clip_grad_norm_([exact for exact, _ in self._pairs], _CLIP)
         for group in self._adam.param_groups:
-            group["lr"] = learning_rate * group["scale"]
+            group["lr"] = learning_rate
         self._adam.step()
         self.refresh()
 

@@ -24,8 +24,6 @@ _STRAY = 0.02  # weight of whatever lies in no fact's direction
 _EXCESS = 0.1  # weight of going below 0 or above 1, where the symbols of stage 2 never are
 _PER_TOKEN = 0.15  # weight of what each token tells alone, beside what their mean tells
 _WEIGHTS = {"shapes": 1.0, "colours": 0.5, "pairs": 1.0, "digit": 4.0, "count": 3.0}  # the slow ones count more
-
-
 _SCORED, _AT_ONCE = 2000, 100  # pictures
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
 from triptych.demo.answering import Answers, answer, exact_scores
 from triptych.demo.batches import Batch, Packer, Shares
-from triptych.demo.facts import MAX_PICTURES, fact_directions, number_directions
+from triptych.demo.facts import MAX_PICTURES
+from triptych.demo.hints import Hints
 from triptych.demo.loop import Scores
-from triptych.demo.model import WIDTH
 from triptych.demo.optimiser import Optimiser
 from triptych.demo.questions import KIND_SHARES
 from triptych.demo.symbols import Symbols, random_scenes
@@ -24,11 +23,7 @@ CURRICULUM: tuple[tuple[float, Shares], ...] = (
     (0.1, {0: 1, 1: 2, 2: 6, 3: 6, 4: 6}),
     (1.0, {0: 1, 1: 2, 2: 3, 3: 3, 4: 3, 5: 3, 6: 3, 7: 3, 8: 4}),
 )
-
-
 _SHARES = {**KIND_SHARES, "which": 0.45}  # the hardest
-_HINT_SHARPNESS, _HINT_WEIGHT = 2.0, 0.3
-_SEEKING_LAYER = 1
 
 
 class TellingStage:
@@ -67,36 +62,6 @@ class TellingStage:
     def _answers(self, batch: Batch, rng: random.Random) -> Answers:
         features = self._symbols.tokens(batch.scenes, rng) if batch.scenes else None
         return answer(self.optimiser.compute, batch, features)
-
-
-class Hints:
-    """What early layers should know, in the directions in which picture tokens tell it: a loss beside that on answers.
-
-    A picture token should know its picture's number; the last token of a prompt should know what is sought and which
-    picture it is about. Left to itself the model finds this out late, and only then learns on many pictures.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._numbers = torch.from_numpy(number_directions(WIDTH)).to(device)
-        self._facts = torch.from_numpy(fact_directions(WIDTH)).to(device)
-
-    def loss(self, answers: Answers, batch: Batch) -> Tensor:
-        points_to, from_layer = batch.points_to.to(self._device), batch.from_layer.to(self._device)
-        total = torch.zeros((), device=self._device)
-        for layer, states in enumerate(answers.states[:-1]):
-            chosen = (points_to >= 0) & (from_layer == layer)
-            if chosen.any():
-                total = total + functional.cross_entropy(_told(states[chosen], self._numbers), points_to[chosen])
-        if len(batch.seekers):
-            rows, columns = batch.seekers.to(self._device).unbind(1)
-            told = _told(answers.states[_SEEKING_LAYER][rows, columns], self._facts)
-            total = total + functional.cross_entropy(told, batch.sought.to(self._device))
-        return _HINT_WEIGHT * total
-
-
-def _told(states: Tensor, directions: Tensor) -> Tensor:
-    return _HINT_SHARPNESS * states.float() @ directions.t()
 
 
 def symbolic_batch(packer: Packer, num_pictures: int, batch_tokens: int, rng: random.Random) -> Batch:

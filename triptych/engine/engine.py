@@ -113,9 +113,14 @@ class Engine:
         """Until `Shutdown` arrives."""
         busy = False
         while not self._stopping:
-            self._receive(wait=not busy)
-            busy = self.step()
-            self._report(busy)
+            busy = self.turn(wait_s=0.0 if busy else self._heartbeat_s)
+
+    def turn(self, wait_s: float) -> bool:
+        """Takes what arrived, waiting for it at most that long, makes one step, reports. False: nothing was done."""
+        received = self._receive(wait_s)
+        busy = self.step()
+        self._report(busy)
+        return busy or received
 
     def step(self) -> bool:
         """One turn: an encode batch if one is due, then a language batch if one is due. False: there was nothing."""
@@ -127,15 +132,18 @@ class Engine:
 
     # ---- messages
 
-    def _receive(self, *, wait: bool) -> None:
-        if wait:
-            self._poller.poll(int(self._heartbeat_s * 1000))
-        for result in self._transfers.completed():
+    def _receive(self, wait_s: float) -> bool:
+        if wait_s > 0:
+            self._poller.poll(max(1, int(wait_s * 1000)))
+        results, messages = self._transfers.completed(), self._inbox.receive()
+        for result in results:
             self._pulled(result.key, result.error)
-        for message in self._inbox.receive():
+        for message in messages:
             self._handle(message)
-        for _ in range(len(self._to_self)):
+        local = len(self._to_self)
+        for _ in range(local):
             self._handle(self._to_self.popleft())
+        return bool(results or messages or local)
 
     def _handle(self, message: AnyMessage) -> None:
         handler = self._handlers.get(type(message))

@@ -119,7 +119,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     plain = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     packed: int = sum(module.packed_bytes for module in model.modules() if isinstance(module, PackedLinear))
-    return sum(plain.values()) + packed
+    return int(sum(plain.values())) + packed
 
 
 def full_class(hf_config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -1,4 +1,4 @@
-"""Attention of vision towers: by segments where several pictures are packed into one row axis, else as in transformers."""
+"""Attention of vision towers: by segments where pictures are packed into one row axis, else as in transformers."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ SEGMENT_ATTENTION = "triptych_flash_segments"
 
 
 def use_segment_attention(model: PreTrainedModel) -> None:
-    """Switches the towers that pack pictures of any size, known by their argument `grid_thw`, to `segment_attention`."""
+    """Switches towers that pack pictures of any size (known by their argument `grid_thw`) to `segment_attention`."""
     for module in model.modules():
         if not isinstance(module, PreTrainedModel) or module is model:
             continue

@@ -1,0 +1,208 @@
+"""Real engines in one process, without a model: real sockets, slabs, transfers, and runners that write checkable bytes.
+
+An encoded unit is its hash byte by byte; the KV of a token is its id; the next token is the sum of all KV before it.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import zmq
+
+from tests.builders import BLOCK_TOKENS
+from triptych.core import Chunk, EncodeUnit, EncodeWork, InstanceId, Role, SampledToken, Sequence, Stage
+from triptych.engine.engine import Engine
+from triptych.engine.sockets import Inbox, Post
+from triptych.errors import RequestError
+from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
+from triptych.memory.kv_cache import KVCache
+from triptych.memory.leases import Leases
+from triptych.messages import AnyMessage, Encode, Failed, Peer, Submit, Table, Tokens
+from triptych.stages.base import Surroundings
+from triptych.stages.decode import DecodeStage
+from triptych.stages.encode import EncodeStage
+from triptych.stages.prefill import PrefillStage
+from triptych.transfer.select import Transfers
+from triptych.transfer.slab import Slab, slab_bytes
+
+NUM_BLOCKS = 32
+REGIONS = {"kv": (BLOCK_TOKENS * 8, NUM_BLOCKS, "kv"), "embedding": (BLOCK_TOKENS * 8, NUM_BLOCKS, "embedding")}
+UNDECODABLE = b"not a picture"
+
+
+class Rows:
+    """A region as one 64-bit number per token."""
+
+    def __init__(self, slab: Slab, region: str) -> None:
+        self.values = slab.region_tensor(region).view(torch.int64).view(NUM_BLOCKS, BLOCK_TOKENS)
+
+    def put(self, blocks: list[int], index: int, value: int) -> None:
+        self.values[blocks[index // BLOCK_TOKENS], index % BLOCK_TOKENS] = value
+
+    def get(self, blocks: list[int], index: int) -> int:
+        return int(self.values[blocks[index // BLOCK_TOKENS], index % BLOCK_TOKENS])
+
+
+def row_value(unit: EncodeUnit, row: int) -> int:
+    return int.from_bytes(hashlib.blake2b(unit.hash + bytes([row]), digest_size=4).digest(), "little")
+
+
+def next_token(values: list[int]) -> int:
+    return sum(values) % 1000
+
+
+def expected_answer(order: Submit) -> list[int]:
+    """What the engines say if every byte arrives."""
+    values = list(order.token_ids)
+    for span in order.spans:
+        rows = range(span.offset, span.offset + span.length)
+        values[span.start : span.start + span.length] = [row_value(order.units[span.unit], row) for row in rows]
+    for _ in range(order.sampling.max_tokens):
+        values.append(next_token(values))
+    return values[len(order.token_ids) :]
+
+
+class EncodeRunner:
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def run(self, works: list[EncodeWork]) -> list[RequestError | None]:
+        return [self._encode(work) for work in works]
+
+    def _encode(self, work: EncodeWork) -> RequestError | None:
+        if work.data == UNDECODABLE:
+            return RequestError("undecodable", code="invalid_image")
+        for row in range(work.unit.num_tokens):
+            self._rows.put(work.blocks, row, row_value(work.unit, row))
+        return None
+
+
+class LanguageRunner:
+    def __init__(self, kv: Rows, embeddings: Rows) -> None:
+        self._kv = kv
+        self._embeddings = embeddings
+
+    def run(self, chunks: list[Chunk]) -> list[SampledToken]:
+        return [token for chunk in chunks if (token := self._run(chunk)) is not None]
+
+    def offload(self, blocks: list[int]) -> torch.Tensor:
+        return self._kv.values[blocks].clone()
+
+    def restore(self, saved: torch.Tensor, blocks: list[int]) -> None:
+        self._kv.values[blocks] = saved
+
+    def _run(self, chunk: Chunk) -> SampledToken | None:
+        sequence, end = chunk.sequence, chunk.start + chunk.length
+        for position in range(chunk.start, end):
+            self._kv.put(sequence.block_table, position, self._value(chunk, sequence, position))
+        if not chunk.samples:
+            return None
+        return SampledToken(next_token([self._kv.get(sequence.block_table, position) for position in range(end)]))
+
+    def _value(self, chunk: Chunk, sequence: Sequence, position: int) -> int:
+        for span in sequence.spans:
+            if span.start <= position < span.start + span.length:
+                row = position - span.start + span.offset
+                return self._embeddings.get(chunk.embedding_blocks[span.unit], row)
+        return sequence.token_ids[position]
+
+
+class Hops:
+    """The engines of a placement and the frontend's mailbox. `settle` turns all of them until nothing happens."""
+
+    def __init__(self, placement: dict[str, str], folder: Path) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._inbox = Inbox(self._context, f"ipc://{folder}/frontend")
+        self._post = Post(self._context)
+        built = [self._build(InstanceId(name), Role(role), folder) for name, role in placement.items()]
+        self.engines = [engine for engine, _ in built]
+        self.peers = {peer.id: peer for _, peer in built}
+        self.received: list[AnyMessage] = []
+        for peer in self.peers.values():
+            self._post.send(peer.address, Table(1, list(self.peers.values())))
+        self.settle()
+
+    def send(self, to: str, message: AnyMessage) -> None:
+        self._post.send(self.peers[InstanceId(to)].address, message)
+
+    def ask(self, order: Submit, prefill: str, encode: str, data: bytes = b"jpeg") -> None:
+        self.send(prefill, order)
+        for unit in {unit.hash: unit for unit in order.units}.values():
+            self.send(encode, Encode(order.request_id, unit, data, InstanceId(prefill)))
+
+    def settle(self, quiet_turns: int = 15) -> None:
+        """Sockets and pull threads take their time: idle means that nothing happened in several turns."""
+        quiet = 0
+        while quiet < quiet_turns:
+            busy = [engine.turn(wait_s=0.001) for engine in self.engines]
+            self.received += self._inbox.receive()
+            quiet = 0 if any(busy) else quiet + 1
+
+    def tokens_of(self, order: Submit) -> list[int]:
+        updates = [update for message in self.received if isinstance(message, Tokens) for update in message.updates]
+        mine = {update.index: update.token_id for update in updates if update.request_id == order.request_id}
+        return [mine[index] for index in sorted(mine)]
+
+    def failures(self) -> list[Failed]:
+        return [message for message in self.received if isinstance(message, Failed)]
+
+    def assert_idle(self) -> None:
+        for engine in self.engines:
+            engine.check_integrity()
+            load = engine.load()
+            assert not any(load.queues.values()), f"{load.instance}: {load.queues}"
+            assert all(pool.used == 0 for pool in load.pools.values()), f"{load.instance}: {load.pools}"
+
+    def counter(self, instance: str, name: str) -> float:
+        loads = [engine.load() for engine in self.engines]
+        return next(load.counters.get(name, 0.0) for load in loads if load.instance == instance)
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+        self._post.close()
+        self._inbox.close()
+        self._context.term()
+
+    def _build(self, name: InstanceId, role: Role, folder: Path) -> tuple[Engine, Peer]:
+        slab = Slab(f"test-{name}", slab_bytes(REGIONS))
+        slab.carve(REGIONS)
+        near, leases = Surroundings(name, epoch=f"epoch-{name}"), Leases()
+        kv, embeddings = KVCache(NUM_BLOCKS, BLOCK_TOKENS), EmbeddingCache(NUM_BLOCKS, BLOCK_TOKENS)
+        share = NUM_BLOCKS // 2 if role.encodes and Stage.PREFILL in role.stages else NUM_BLOCKS
+        transfers = Transfers(slab, name, near.epoch, "shm")
+        inbox = Inbox(self._context, f"ipc://{folder}/{name}")
+        encode = EncodeStage(near, EmbeddingShare(embeddings, share), leases, 64)
+        prefill = PrefillStage(near, kv, EmbeddingShare(embeddings, share), leases, max_num_seqs=8)
+        engine = Engine(
+            near,
+            inbox=inbox,
+            post=Post(self._context),
+            frontend=self._inbox.address,
+            transfers=transfers,
+            leases=leases,
+            kv=kv,
+            embeddings=embeddings,
+            encode=encode if Stage.ENCODE in role.stages else None,
+            prefill=prefill if Stage.PREFILL in role.stages else None,
+            decode=DecodeStage(near, kv, leases, max_num_seqs=8) if Stage.DECODE in role.stages else None,
+            encode_runner=EncodeRunner(Rows(slab, "embedding")),
+            language_runner=LanguageRunner(Rows(slab, "kv"), Rows(slab, "embedding")),
+            max_num_batched_tokens=16,
+            heartbeat_s=60.0,
+        )
+        return engine, Peer(name, role, near.epoch, inbox.address, transfers.describe())
+
+
+@contextmanager
+def hops(folder: Path, **placement: str) -> Iterator[Hops]:
+    """`hops(tmp_path, e0="e", p0="p", d0="d")`. Everything is idle again when the block is left."""
+    engines = Hops(placement, folder)
+    try:
+        yield engines
+        engines.settle()
+        engines.assert_idle()
+    finally:
+        engines.close()

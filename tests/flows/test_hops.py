@@ -1,0 +1,144 @@
+"""Each hop over real sockets and real slabs: frontend to encode, encode to prefill, prefill to decode, and back."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.builders import make_order, make_request, make_unit
+from tests.flows.engines import UNDECODABLE, expected_answer, hops
+from triptych.core import FinishReason, InstanceId
+from triptych.messages import Abort, Located, Tokens
+
+APART = {"e0": "e", "p0": "p", "d0": "d"}
+
+
+def test_three_instances_answer_with_every_byte_in_its_place(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        order = make_request("r", num_images=3, max_tokens=6)
+        cluster.ask(order, prefill="p0", encode="e0")
+        cluster.settle()
+        assert cluster.tokens_of(order) == expected_answer(order)
+
+
+def test_the_first_token_comes_from_prefill_and_the_rest_from_decode(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        order = make_request("r", num_images=1, max_tokens=3)
+        cluster.ask(order, prefill="p0", encode="e0")
+        cluster.settle()
+        said = [(m.instance, u.index, u.finish) for m in cluster.received if isinstance(m, Tokens) for u in m.updates]
+        assert sorted(said) == [("d0", 1, None), ("d0", 2, FinishReason.LENGTH), ("p0", 0, None)]
+        assert Located(order.request_id, InstanceId("d0")) in cluster.received
+
+
+def test_a_text_only_request_never_touches_encode(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        order = make_request("r", max_tokens=2)
+        cluster.ask(order, prefill="p0", encode="e0")
+        cluster.settle()
+        assert cluster.tokens_of(order) == expected_answer(order)
+        assert cluster.counter("e0", "encode_units_computed") == 0
+
+
+def test_one_token_is_answered_without_decode(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        order = make_request("r", num_images=1, max_tokens=1)
+        cluster.ask(order, prefill="p0", encode="e0")
+        cluster.settle()
+        assert cluster.tokens_of(order) == expected_answer(order)
+        assert cluster.counter("d0", "transfer_pulls") == 0
+
+
+def test_a_picture_is_encoded_once_for_two_requests(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        unit = make_unit("shared")
+        orders = [make_request(name, (unit,)) for name in "ab"]
+        for order in orders:
+            cluster.ask(order, prefill="p0", encode="e0")
+        cluster.settle()
+        assert [cluster.tokens_of(order) for order in orders] == [expected_answer(order) for order in orders]
+        assert cluster.counter("e0", "encode_units_computed") == 1
+        assert cluster.counter("p0", "transfer_pulls") == 1
+
+
+@pytest.mark.parametrize("role", ["epd", "ep", "pd"])
+def test_a_hand_over_inside_an_instance_moves_no_bytes(tmp_path: Path, role: str) -> None:
+    others = {"epd": {}, "ep": {"d0": "d"}, "pd": {"e0": "e"}}[role]
+    with hops(tmp_path, here=role, **others) as cluster:
+        order = make_request("r", num_images=2, max_tokens=5)
+        cluster.ask(order, prefill="here", encode="here" if "e" in role else "e0")
+        cluster.settle()
+        assert cluster.tokens_of(order) == expected_answer(order)
+        pulls = {"epd": 0, "ep": 0, "pd": 2}[role]  # pd pulls its two embeddings, nobody pulls what is here already
+        assert cluster.counter("here", "transfer_pulls") == pulls
+
+
+def test_the_pictures_of_one_request_may_be_encoded_on_two_instances(tmp_path: Path) -> None:
+    with hops(tmp_path, e0="e", e1="e", p0="pd") as cluster:
+        units = (make_unit("left"), make_unit("right"))
+        order = make_request("r", units)
+        cluster.send("p0", order)
+        for instance, unit in zip(("e0", "e1"), units, strict=True):
+            cluster.send(instance, make_order("r", unit))
+        cluster.settle()
+        assert cluster.tokens_of(order) == expected_answer(order)
+
+
+def test_an_undecodable_picture_fails_its_request_and_no_other(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        bad, good = make_request("bad", num_images=1), make_request("good", num_images=1)
+        cluster.ask(bad, prefill="p0", encode="e0", data=UNDECODABLE)
+        cluster.ask(good, prefill="p0", encode="e0")
+        cluster.settle()
+        assert [(f.request_id, f.status, f.unit) for f in cluster.failures()] == [("bad", 400, bad.units[0].hash)]
+        assert cluster.tokens_of(good) == expected_answer(good)
+        for instance in APART:
+            cluster.send(instance, Abort(bad.request_id))
+
+
+def test_more_requests_than_the_pools_hold_are_all_answered(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        orders = [make_request(f"r{n}", num_images=3, max_tokens=9) for n in range(12)]
+        for order in orders:
+            cluster.ask(order, prefill="p0", encode="e0")
+        cluster.settle()
+        assert [cluster.tokens_of(order) for order in orders] == [expected_answer(order) for order in orders]
+
+
+def test_a_request_that_can_never_fit_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        order = make_request("huge", text=200)
+        cluster.ask(order, prefill="p0", encode="e0")
+        cluster.settle()
+        assert "needs KV space for 201 tokens, the pool has 128" in cluster.failures()[0].message
+
+
+def test_an_abort_frees_everything_wherever_the_request_is(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        for turns in range(12):
+            order = make_request(f"r{turns}", num_images=2, max_tokens=60)
+            cluster.ask(order, prefill="p0", encode="e0")
+            for _ in range(turns):
+                for engine in cluster.engines:
+                    engine.turn(wait_s=0.001)
+            for instance in APART:
+                cluster.send(instance, Abort(order.request_id))
+            cluster.settle()
+            cluster.assert_idle()
+
+
+def test_an_embedding_that_comes_too_late_is_given_back(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        order = make_request("r", num_images=1)
+        cluster.send("p0", Abort(order.request_id))
+        cluster.settle()
+        cluster.send("e0", make_order("r", order.units[0]))
+
+
+def test_an_embedding_may_overtake_the_request_that_it_is_for(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        order = make_request("r", num_images=1)
+        cluster.send("e0", make_order("r", order.units[0]))
+        cluster.settle()
+        cluster.send("p0", order)
+        cluster.settle()
+        assert cluster.tokens_of(order) == expected_answer(order)
