@@ -57,7 +57,7 @@ def _compare(
     for row in rows:
         print(_line(row), flush=True)
     ours_row, peer_row = rows
-    ratios = {figure: ours_row[figure] / peer_row[figure] for figure in (*FIGURES, "requests_per_s")}
+    ratios = {figure: ours_row[figure] / max(peer_row[figure], 1e-9) for figure in (*FIGURES, "requests_per_s")}
     print("    ratio: " + "  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()), flush=True)
     ours_row["ratio_to_peer"] = ratios
     return rows

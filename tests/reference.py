@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image, ImageOps
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.utils.logging import disable_progress_bar
 

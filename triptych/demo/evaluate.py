@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -113,6 +117,11 @@ def _show(report: dict[str, Any]) -> None:
     console.print(f"{report['questions']} questions, wordings {report['wordings']}: {report['exact_percent']}% exact")
 
 
+def _machine(threads: int) -> str:
+    cores = f"{os.cpu_count()} cores, {threads} in use"
+    return f"{platform.machine()}, {cores}, torch {torch.__version__}, transformers {transformers.__version__}, float32"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m triptych.demo.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=checkpoint_path(), help="Hugging Face folder")
@@ -125,11 +134,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     started = time.monotonic()
     results = evaluate(options.model, options.questions, options.held_wordings, options.first_seed)
+    seconds = round(time.monotonic() - started, 1)
     report = summary(results, options.held_wordings)
-    report["seconds"] = round(time.monotonic() - started, 1)
     _show(report)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        circumstances = {"date": date.today().isoformat(), "machine": _machine(options.threads), "seconds": seconds}
+        options.json.write_text(json.dumps({**circumstances, **report}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

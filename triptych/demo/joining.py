@@ -23,7 +23,7 @@ from triptych.demo.seeing import look
 
 _NUM_PICTURES: Shares = {0: 0.3, 1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
 # What stage 2 leaves weakest, pictures with two things, gets the most practice.
-_SHARES = {**KIND_SHARES, "colour": 0.35, "shape by colour": 0.25, "describe": 0.2}
+_SHARES = {**KIND_SHARES, "colour": 0.3, "shape by colour": 0.45, "describe": 0.2, "shape": 0.05}
 _PAIR_SHARE = 0.4  # of the pictures are drawn among those with two things, beside those that come by chance
 
 

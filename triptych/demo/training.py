@@ -22,7 +22,7 @@ from triptych.demo.tokenizer import new_tokenizer
 PLANS = {
     "seeing": Plan(num_steps=10_500, learning_rate=1.5e-3),
     "telling": Plan(num_steps=4_600, learning_rate=1.5e-3),
-    "joining": Plan(num_steps=6_000, learning_rate=1e-3, cooldown=0.35),
+    "joining": Plan(num_steps=4_800, learning_rate=1e-3, cooldown=0.4),
 }
 STAGES = tuple(PLANS)
 _HELD_OUT_SEED = 900_000
