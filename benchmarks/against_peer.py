@@ -3,9 +3,9 @@
     python benchmarks/against_peer.py CHECKPOINT --dtype float32 --peer-url http://127.0.0.1:8100 --peer-pid PID \
         --peer-name "vLLM 0.32.0 (CPU)" --json benchmarks/results/FILE.json
 
-The peer runs already and serves the model under --peer-model; one Triptych server at a time runs beside it, idle while
-the peer is measured and the other way round. Every request has its own pictures and text. A row with more than 0.15 foreign
-cores on either side says so.
+The peer runs already and serves the model under --peer-model; one Triptych server at a time runs beside it, and each is
+idle while the other is measured. Every request has its own pictures and text. A row with more than 0.15 foreign cores
+on either side says so.
 """
 
 import argparse

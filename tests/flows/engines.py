@@ -13,7 +13,7 @@ import zmq
 
 from tests.builders import BLOCK_TOKENS
 from triptych.core import Chunk, EncodeUnit, EncodeWork, InstanceId, Role, SampledToken, Sequence, Stage
-from triptych.engine.engine import Engine
+from triptych.engine.engine import Engine, Pools, Runners, Stages
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
@@ -174,22 +174,24 @@ class Hops:
         share = NUM_BLOCKS // 2 if role.encodes and Stage.PREFILL in role.stages else NUM_BLOCKS
         transfers = Transfers(slab, name, near.epoch, "shm")
         inbox = Inbox(self._context, f"ipc://{folder}/{name}")
-        encode = EncodeStage(near, EmbeddingShare(embeddings, share), leases, 64)
-        prefill = PrefillStage(near, kv, EmbeddingShare(embeddings, share), leases, max_num_seqs=8)
+        pools, stages = Pools(leases, kv, embeddings), Stages()
+        if Stage.ENCODE in role.stages:
+            stages.encode = EncodeStage(near, EmbeddingShare(embeddings, share), leases, 64)
+        if Stage.PREFILL in role.stages:
+            stages.prefill = PrefillStage(near, kv, EmbeddingShare(embeddings, share), leases, max_num_seqs=8)
+        if Stage.DECODE in role.stages:
+            stages.decode = DecodeStage(near, kv, leases, max_num_seqs=8)
+        rows = Rows(slab, "embedding")
+        runners = Runners(EncodeRunner(rows), LanguageRunner(Rows(slab, "kv"), rows))
         engine = Engine(
             near,
-            inbox=inbox,
-            post=Post(self._context),
+            pools,
+            stages,
+            runners,
+            transfers,
+            inbox,
+            Post(self._context),
             frontend=self._inbox.address,
-            transfers=transfers,
-            leases=leases,
-            kv=kv,
-            embeddings=embeddings,
-            encode=encode if Stage.ENCODE in role.stages else None,
-            prefill=prefill if Stage.PREFILL in role.stages else None,
-            decode=DecodeStage(near, kv, leases, max_num_seqs=8) if Stage.DECODE in role.stages else None,
-            encode_runner=EncodeRunner(Rows(slab, "embedding")),
-            language_runner=LanguageRunner(Rows(slab, "kv"), Rows(slab, "embedding")),
             max_num_batched_tokens=16,
             heartbeat_s=60.0,
         )

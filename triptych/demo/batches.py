@@ -49,8 +49,8 @@ class Batch:
     learn: Tensor  # bool [rows, length]: answer tokens
     points_to: Tensor  # [rows, length], the number of the picture that this token should know of, or -1
     from_layer: Tensor  # [rows, length], after which layer it should know
-    seekers: Tensor  # [questions, 2] row and column of the last token of each prompt that names facts
-    sought: Tensor  # [questions, facts], the facts that it names, summing to 1
+    knowers: Tensor  # [tokens, 3] row, column and layer where a prompt's last token should know certain facts
+    known: Tensor  # [tokens, facts], those facts, summing to 1
     scenes: list[Scene]  # in the order of their tokens, row by row
     questions: list[list[Question]]  # per row; question i of a row is branch i + 1, unless the row is a conversation
 
@@ -72,7 +72,7 @@ class _Row:
     learn: list[bool] = field(default_factory=list)
     points_to: list[int] = field(default_factory=list)
     from_layer: list[int] = field(default_factory=list)
-    sought: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by place in the row
+    known: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)  # by place in the row and layer
     next_position: int = 0
 
     def add_text(self, ids: Sequence[int], branch: int, learn: bool = False) -> None:
@@ -178,8 +178,9 @@ class Packer:
         if question.picture is not None:
             row.points_to[-1] = question.picture
             row.from_layer[-1] = 1 if question.names_picture else 2
-        if question.sought:
-            row.sought[len(row.ids) - 1] = question.sought
+        for layer, facts in ((1, question.sought), (2, question.found)):
+            if facts:
+                row.known[len(row.ids) - 1, layer] = facts
         row.add_text(self._encode(question.answer + "<|im_end|>"), branch, learn=True)
 
     def _text(self, row: _Row, text: str, branch: int = 0) -> None:
@@ -212,8 +213,8 @@ class Packer:
             learn=torch.from_numpy(learn),
             points_to=torch.from_numpy(points_to),
             from_layer=torch.from_numpy(from_layer),
-            seekers=torch.tensor([(i, place) for i, row in enumerate(rows) for place in row.sought]),
-            sought=torch.stack([_even(facts) for row in rows for facts in row.sought.values()] or [_even(())]),
+            knowers=torch.tensor([(i, *place) for i, row in enumerate(rows) for place in row.known]).view(-1, 3),
+            known=torch.stack([_even(facts) for row in rows for facts in row.known.values()] or [_even(())]),
             scenes=scenes,
             questions=questions,
         )

@@ -12,11 +12,10 @@ from triptych.demo.facts import fact_directions, number_directions
 from triptych.demo.model import WIDTH
 
 _SHARPNESS, _WEIGHT = 2.0, 0.3
-_SEEKING_LAYER = 1
 
 
 class Hints:
-    """A picture token should know its picture's number, the last token of a prompt what is sought and in which picture.
+    """A picture token should know its picture's number; a prompt's last token what is sought, where, and what is found.
 
     All in the directions in which picture tokens tell it. Left to itself the model finds this out late, and only then
     learns from conversations with many pictures.
@@ -29,15 +28,16 @@ class Hints:
 
     def loss(self, answers: Answers, batch: Batch) -> Tensor:
         points_to, from_layer = batch.points_to.to(self._device), batch.from_layer.to(self._device)
+        knowers, known = batch.knowers.to(self._device), batch.known.to(self._device)
         total = torch.zeros((), device=self._device)
         for layer, states in enumerate(answers.states[:-1]):
-            chosen = (points_to >= 0) & (from_layer == layer)
-            if chosen.any():
-                total = total + functional.cross_entropy(_told(states[chosen], self._numbers), points_to[chosen])
-        if len(batch.seekers):
-            rows, columns = batch.seekers.to(self._device).unbind(1)
-            told = _told(answers.states[_SEEKING_LAYER][rows, columns], self._facts)
-            total = total + functional.cross_entropy(told, batch.sought.to(self._device))
+            pointers = (points_to >= 0) & (from_layer == layer)
+            if pointers.any():
+                total = total + functional.cross_entropy(_told(states[pointers], self._numbers), points_to[pointers])
+            here = (knowers[:, 2] == layer).nonzero()[:, 0]
+            if len(here):
+                rows, columns, _ = knowers[here].unbind(1)
+                total = total + functional.cross_entropy(_told(states[rows, columns], self._facts), known[here])
         return _WEIGHT * total
 
 

@@ -50,7 +50,8 @@ class Question:
     text: str
     answer: str
     picture: int | None = None  # the one that it is about, counted from 0
-    sought: tuple[int, ...] = ()  # the facts that its words name, for example those of "a red circle"
+    sought: tuple[int, ...] = ()  # the facts that its words name, for example that of "circle"
+    found: tuple[int, ...] = ()  # the facts that answer it, for example that of "red circle"
 
     @property
     def names_picture(self) -> bool:
@@ -82,6 +83,7 @@ class _Subject:
     slots: dict[str, str]
     answer: str
     sought: tuple[int, ...] = ()
+    found: tuple[int, ...] = ()
 
 
 def describe(facts: Facts) -> str:
@@ -109,7 +111,7 @@ def _choose(kind: str, pictures: Sequence[Facts], rng: random.Random) -> _Subjec
         many = facts.count > 1
         verbs = {"is": "are", "does": "do", "has": "have"} if many else {"is": "is", "does": "does", "has": "has"}
         slots = {"s": _plural(thing.shape) if many else thing.shape, **verbs}
-        return _Subject(picture, slots, thing.colour, (shape_fact(thing.shape),))
+        return _Subject(picture, slots, thing.colour, (shape_fact(thing.shape),), (pair_fact(thing),))
     answers = {
         "shape": thing.shape,
         "shape by colour": thing.shape,
@@ -119,7 +121,8 @@ def _choose(kind: str, pictures: Sequence[Facts], rng: random.Random) -> _Subjec
     }
     sought = {"count": (shape_fact(thing.shape),), "shape by colour": (colour_fact(thing.colour),)}
     slots = {"ss": _plural(thing.shape), "c": thing.colour}
-    return _Subject(picture, slots, answers[kind], sought.get(kind, ()))
+    found = (pair_fact(thing),) if kind == "shape by colour" else ()
+    return _Subject(picture, slots, answers[kind], sought.get(kind, ()), found)
 
 
 def _fits(kind: str, facts: Facts) -> bool:
@@ -168,7 +171,9 @@ def _worded(kind: str, pictures: Sequence[Facts], subject: _Subject, rng: random
         template = template.replace(" in {p}", "", 1) if kind in ("colour", "count") else template
     text = template.format(p=_name(subject.picture, len(pictures), rng), **subject.slots)
     about = None if kind == "pictures" else subject.picture
-    return Question(kind, _loosened(text[0].upper() + text[1:], rng), subject.answer, about, subject.sought)
+    return Question(
+        kind, _loosened(text[0].upper() + text[1:], rng), subject.answer, about, subject.sought, subject.found
+    )
 
 
 def _name(picture: int, num_pictures: int, rng: random.Random) -> str:

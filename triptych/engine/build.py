@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import zmq
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS, InstanceConfig, require
-from triptych.core import Stage
-from triptych.engine.engine import Engine
+from triptych.core import Role, Stage
+from triptych.engine.engine import Engine, Pools, Runners, Stages
 from triptych.engine.sockets import Inbox, Post
 from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
 from triptych.memory.kv_cache import KVCache
@@ -17,7 +18,7 @@ from triptych.memory.leases import Leases
 from triptych.messages import Peer
 from triptych.model.caches import EmbeddingLayout, EmbeddingRegion, KVLayout, KVRegion, blocks_that_fit
 from triptych.model.encoder import EncodeRunner
-from triptych.model.families import family_for
+from triptych.model.families import Family, family_for
 from triptych.model.language import LanguageRunner
 from triptych.model.loading import load_config, load_model, resolve_dtype, resolve_max_model_len
 from triptych.model.probe import embedding_layout, kv_layout
@@ -35,7 +36,7 @@ ENCODE_SHARE = 0.5  # of an embedding cache that encode and prefill use together
 
 
 @dataclass(frozen=True)
-class Pools:
+class PoolPlan:
     """How many blocks of what size; a role without a region has 0 blocks of it."""
 
     kv: KVLayout
@@ -58,82 +59,38 @@ def build(config: InstanceConfig, context: zmq.Context[zmq.Socket[bytes]]) -> tu
 
     Raises ConfigError where the checkpoint, the device or the memory cannot serve the role.
     """
-    stages, hf_config = config.role.stages, load_config(config.model.path)
-    family = family_for(hf_config)
+    hf_config = load_config(config.model.path)
+    family, processor = family_for(hf_config), Processor.load(config.model.path, revision=config.model.revision)
     model = load_model(config.model, config.role)
     max_model_len = resolve_max_model_len(config.model, hf_config)
-    pools = plan_pools(config, max_model_len)
-    slab = Slab(f"triptych-{config.id}", slab_bytes(pools.sizes()), config.model.device)
-    slab.carve(pools.sizes())
-    kv_region = embedding_region = None
-    if pools.num_kv_blocks:
-        kv_region = KVRegion(slab.region_tensor("kv"), pools.kv, pools.num_kv_blocks)
-    if pools.num_embedding_blocks:
-        embedding_region = EmbeddingRegion(slab.region_tensor("embedding"), pools.embedding, pools.num_embedding_blocks)
+    plan = plan_pools(config, hf_config, max_model_len)
+    slab = Slab(f"triptych-{config.id}", slab_bytes(plan.sizes()), config.model.device)
+    slab.carve(plan.sizes())
 
-    processor = Processor.load(config.model.path, revision=config.model.revision)
     near = Surroundings(config.id, config.epoch, processor.eos_token_ids, max_model_len)
-    leases, scheduling = Leases(first_id=secrets.randbits(48)), config.scheduling
-    kv = KVCache(pools.num_kv_blocks, KV_BLOCK_TOKENS) if kv_region is not None else None
-    embeddings = None
-    encode = prefill = decode = encode_runner = language_runner = None
-    if embedding_region is not None:
-        embeddings = EmbeddingCache(pools.num_embedding_blocks, EMBEDDING_BLOCK_TOKENS)
-        encode_blocks, prefill_blocks = shares(config, pools.num_embedding_blocks)
-    if Stage.ENCODE in stages:
-        assert embeddings is not None
-        assert embedding_region is not None
-        share = EmbeddingShare(embeddings, encode_blocks)
-        encode = EncodeStage(near, share, leases, scheduling.max_encode_tokens)
-        encode_runner = EncodeRunner(model, family, processor, embedding_region)
-    if kv_region is not None:
-        language_runner = LanguageRunner(model, family, kv_region, embedding_region, sorted(processor.eos_token_ids))
-    if Stage.PREFILL in stages:
-        assert embeddings is not None
-        assert kv is not None
-        prefill = PrefillStage(
-            near,
-            kv,
-            EmbeddingShare(embeddings, prefill_blocks),
-            leases,
-            max_num_seqs=scheduling.max_num_seqs,
-            # While this very instance encodes the rest, an early chunk only delays it.
-            streamed=Stage.ENCODE not in stages,
-            whole_spans=family.image_groups,
-        )
-    if Stage.DECODE in stages:
-        assert kv is not None
-        decode = DecodeStage(near, kv, leases, max_num_seqs=scheduling.max_num_seqs)
-    for runner in (encode_runner, language_runner):
-        if runner is not None:
-            runner.warm_up()
-
+    pools = _make_pools(plan)
+    runners = _make_runners(config.role, model, family, processor, plan, slab)
+    stages = _make_stages(config, near, pools, whole_spans=family.image_groups)
     transfers = Transfers(slab, config.id, config.epoch, config.transfer)
     inbox = Inbox(context, config.inbox)
     engine = Engine(
         near,
-        inbox=inbox,
-        post=Post(context),
+        pools,
+        stages,
+        runners,
+        transfers,
+        inbox,
+        Post(context),
         frontend=config.frontend,
-        transfers=transfers,
-        leases=leases,
-        kv=kv,
-        embeddings=embeddings,
-        encode=encode,
-        prefill=prefill,
-        decode=decode,
-        encode_runner=encode_runner,
-        language_runner=language_runner,
-        max_num_batched_tokens=scheduling.max_num_batched_tokens,
+        max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
         heartbeat_s=config.heartbeat_s,
     )
     return engine, Peer(config.id, config.role, config.epoch, inbox.address, transfers.describe())
 
 
-def plan_pools(config: InstanceConfig, max_model_len: int) -> Pools:
+def plan_pools(config: InstanceConfig, hf_config: PreTrainedConfig, max_model_len: int) -> PoolPlan:
     """Sizes the pools of a role. Raises ConfigError if the longest request would not fit."""
-    hf_config, stages = load_config(config.model.path), config.role.stages
-    dtype = resolve_dtype(config.model, hf_config)
+    stages, dtype = config.role.stages, resolve_dtype(config.model, hf_config)
     kv, embedding = kv_layout(hf_config, dtype), embedding_layout(hf_config, dtype)
     num_kv_blocks = num_embedding_blocks = 0
     if config.role.has_language_model:
@@ -151,15 +108,64 @@ def plan_pools(config: InstanceConfig, max_model_len: int) -> Pools:
     if Stage.ENCODE in stages or Stage.PREFILL in stages:
         num_embedding_blocks = blocks_that_fit(config.memory.embedding_cache_bytes or EMBEDDING_BYTES, embedding)
         require(num_embedding_blocks >= 8, "embedding_cache_bytes", f"at least {8 * embedding.block_bytes} needed")
-    return Pools(kv, embedding, num_kv_blocks, num_embedding_blocks)
+    return PoolPlan(kv, embedding, num_kv_blocks, num_embedding_blocks)
 
 
-def shares(config: InstanceConfig, num_blocks: int) -> tuple[int, int]:
-    """What encode and what prefill may hold of the embedding cache at once."""
-    if Stage.ENCODE in config.role.stages and Stage.PREFILL in config.role.stages:
-        encode_blocks = max(1, int(num_blocks * ENCODE_SHARE))
-        return encode_blocks, num_blocks - encode_blocks
-    return num_blocks, num_blocks
+def _make_pools(plan: PoolPlan) -> Pools:
+    """Lease ids start at random: a release for an earlier incarnation never meets a lease of this one."""
+    pools = Pools(Leases(first_id=secrets.randbits(48)))
+    if plan.num_kv_blocks:
+        pools.kv = KVCache(plan.num_kv_blocks, KV_BLOCK_TOKENS)
+    if plan.num_embedding_blocks:
+        pools.embeddings = EmbeddingCache(plan.num_embedding_blocks, EMBEDDING_BLOCK_TOKENS)
+    return pools
+
+
+def _make_runners(
+    role: Role, model: PreTrainedModel, family: Family, processor: Processor, plan: PoolPlan, slab: Slab
+) -> Runners:
+    """Runners over the regions of the slab, warmed up."""
+    runners, embedding_region = Runners(), None
+    if plan.num_embedding_blocks:
+        embedding_region = EmbeddingRegion(slab.region_tensor("embedding"), plan.embedding, plan.num_embedding_blocks)
+    if role.encodes:
+        assert embedding_region is not None
+        encoder = EncodeRunner(model, family, processor, embedding_region)
+        encoder.warm_up()
+        runners.encode = encoder
+    if role.has_language_model:
+        kv_region = KVRegion(slab.region_tensor("kv"), plan.kv, plan.num_kv_blocks)
+        language = LanguageRunner(model, family, kv_region, embedding_region, sorted(processor.eos_token_ids))
+        language.warm_up()
+        runners.language = language
+    return runners
+
+
+def _make_stages(config: InstanceConfig, near: Surroundings, pools: Pools, *, whole_spans: bool) -> Stages:
+    stages, role, scheduling = Stages(), config.role, config.scheduling
+    prefills = Stage.PREFILL in role.stages
+    if pools.embeddings is not None:
+        num_blocks = pools.embeddings.num_blocks
+        encode_blocks = int(num_blocks * ENCODE_SHARE) if role.encodes and prefills else num_blocks
+        prefill_blocks = num_blocks - encode_blocks if role.encodes and prefills else num_blocks
+        if role.encodes:
+            share = EmbeddingShare(pools.embeddings, encode_blocks)
+            stages.encode = EncodeStage(near, share, pools.leases, scheduling.max_encode_tokens)
+        if prefills:
+            assert pools.kv is not None
+            stages.prefill = PrefillStage(
+                near,
+                pools.kv,
+                EmbeddingShare(pools.embeddings, prefill_blocks),
+                pools.leases,
+                max_num_seqs=scheduling.max_num_seqs,
+                streamed=not role.encodes,  # while this very instance encodes the rest, an early chunk only delays it
+                whole_spans=whole_spans,
+            )
+    if Stage.DECODE in role.stages:
+        assert pools.kv is not None
+        stages.decode = DecodeStage(near, pools.kv, pools.leases, max_num_seqs=scheduling.max_num_seqs)
+    return stages
 
 
 def _kv_bytes(config: InstanceConfig) -> int:

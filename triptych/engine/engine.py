@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import zmq
@@ -40,50 +41,71 @@ logger = logging.getLogger(__name__)
 
 
 class EncodeRuns(Protocol):
+    """`model.encoder.EncodeRunner`, or a cost model."""
+
     def run(self, works: list[EncodeWork]) -> list[RequestError | None]: ...
 
 
 class LanguageRuns(Protocol):
+    """`model.language.LanguageRunner`, or a cost model."""
+
     def run(self, chunks: list[Chunk]) -> list[SampledToken]: ...
     def offload(self, blocks: list[int]) -> Any: ...
     def restore(self, saved: Any, blocks: list[int]) -> None: ...
 
 
+@dataclass(slots=True)
+class Pools:
+    """The books of one instance; a pool that the role has no use for is None."""
+
+    leases: Leases
+    kv: KVCache | None = None
+    embeddings: EmbeddingCache | None = None
+
+
+@dataclass(slots=True)
+class Stages:
+    """The state machines of the role, in the order of the data; one that it does not serve is None."""
+
+    encode: EncodeStage | None = None
+    prefill: PrefillStage | None = None
+    decode: DecodeStage | None = None
+
+
+@dataclass(slots=True)
+class Runners:
+    """What computes; None where the role has no such stage."""
+
+    encode: EncodeRuns | None = None
+    language: LanguageRuns | None = None
+
+
 class Engine:
-    """Owns the stages, pools and runners of one instance. Everything happens on the thread that calls `run`."""
+    """One instance at work. Everything happens on the thread that calls `run`."""
 
     def __init__(
         self,
         near: Surroundings,
-        *,
+        pools: Pools,
+        stages: Stages,
+        runners: Runners,
+        transfers: Transfers,
         inbox: Inbox,
         post: Post,
+        *,
         frontend: str,
-        transfers: Transfers,
-        leases: Leases,
-        kv: KVCache | None,
-        embeddings: EmbeddingCache | None,
-        encode: EncodeStage | None,
-        prefill: PrefillStage | None,
-        decode: DecodeStage | None,
-        encode_runner: EncodeRuns | None,
-        language_runner: LanguageRuns | None,
         max_num_batched_tokens: int,
         heartbeat_s: float,
     ) -> None:
+        """`frontend` is the address of the frontend's inbox."""
         self._near = near
+        self._pools = pools
+        self._stages = stages
+        self._runners = runners
+        self._transfers = transfers
         self._inbox = inbox
         self._post = post
         self._addresses = {FRONTEND: frontend}
-        self._transfers = transfers
-        self._leases = leases
-        self._kv = kv
-        self._embeddings = embeddings
-        self._encode = encode
-        self._prefill = prefill
-        self._decode = decode
-        self._encode_runner = encode_runner
-        self._language_runner = language_runner
         self._max_num_batched_tokens = max_num_batched_tokens
         self._heartbeat_s = heartbeat_s
         self._pace = Pace()
@@ -97,17 +119,17 @@ class Engine:
         self._poller.register(transfers.wake_fd, zmq.POLLIN)
         self._handlers: dict[type, Callable[..., None]] = {
             Abort: self._abort,
-            Release: lambda message: leases.release(message.lease),
+            Release: lambda message: pools.leases.release(message.lease),
             Table: self._take_table,
             Load: self._take_load,
             Shutdown: self._shut_down,
         }
-        if encode is not None:
-            self._handlers[Encode] = encode.admit
-        if prefill is not None:
-            self._handlers |= {Submit: prefill.admit, Embedded: prefill.embedded}
-        if decode is not None:
-            self._handlers[Prefilled] = decode.admit
+        if stages.encode is not None:
+            self._handlers[Encode] = stages.encode.admit
+        if stages.prefill is not None:
+            self._handlers |= {Submit: stages.prefill.admit, Embedded: stages.prefill.embedded}
+        if stages.decode is not None:
+            self._handlers[Prefilled] = stages.decode.admit
 
     def run(self) -> None:
         """Until `Shutdown` arrives."""
@@ -158,14 +180,14 @@ class Engine:
         if error is not None:
             logger.warning("%s: pull failed: %s", self._near.instance, error)
         if isinstance(key, bytes):
-            assert self._prefill is not None
-            self._prefill.pulled(key, error)  # type: ignore[arg-type]
+            assert self._stages.prefill is not None
+            self._stages.prefill.pulled(key, error)  # type: ignore[arg-type]
         else:
-            assert self._decode is not None
-            self._decode.pulled(key, error)  # type: ignore[arg-type]
+            assert self._stages.decode is not None
+            self._stages.decode.pulled(key, error)  # type: ignore[arg-type]
 
     def _abort(self, message: Abort) -> None:
-        for stage in (self._encode, self._prefill, self._decode):
+        for stage in (self._stages.encode, self._stages.prefill, self._stages.decode):
             if stage is not None:
                 stage.abort(message.request_id)
 
@@ -179,7 +201,7 @@ class Engine:
             if instance == near.instance:
                 continue
             self._transfers.disconnect(instance)
-            self._leases.release_reader(instance)
+            self._pools.leases.release_reader(instance)
             near.decode_loads.pop(instance, None)
             self._post.forget(self._addresses.pop(instance))  # with what it never read
         near.table = RoutingTable.of(message)
@@ -217,48 +239,50 @@ class Engine:
         else:
             logger.warning("%s: %s is gone, dropped a %s", self._near.instance, to, type(message).__name__)
             if isinstance(message, (Embedded, Prefilled)):
-                self._leases.release(message.ticket.lease)
+                self._pools.leases.release(message.ticket.lease)
 
     # ---- work
 
     def _step_encode(self) -> bool:
-        if self._encode is None or not (works := self._encode.schedule()):
+        if self._stages.encode is None or not (works := self._stages.encode.schedule()):
             return False
-        assert self._encode_runner is not None
+        assert self._runners.encode is not None
         began = time.perf_counter()
-        errors = self._encode_runner.run(works)
+        errors = self._runners.encode.run(works)
         num_tokens = sum(work.unit.num_tokens for work in works)
         self._pace.observe(Stage.ENCODE, num_tokens, time.perf_counter() - began)
-        self._encode.commit(works, errors)
+        self._stages.encode.commit(works, errors)
         return True
 
     def _step_language(self) -> bool:
         """Decodes and prefill chunks of all sequences in one forward; decodes come first, chunks fill the budget."""
         decodes = self._schedule_decode()
-        chunks = self._prefill.schedule(self._max_num_batched_tokens - len(decodes)) if self._prefill else []
+        chunks = (
+            self._stages.prefill.schedule(self._max_num_batched_tokens - len(decodes)) if self._stages.prefill else []
+        )
         if not decodes and not chunks:
             return False
-        assert self._language_runner is not None
+        assert self._runners.language is not None
         began = time.perf_counter()
-        sampled = self._language_runner.run(decodes + chunks)
+        sampled = self._runners.language.run(decodes + chunks)
         self._observe_language(decodes, chunks, time.perf_counter() - began)
-        if self._decode is not None:
-            self._decode.commit(decodes, sampled[: len(decodes)])
-        if self._prefill is not None:
-            self._prefill.commit(chunks, sampled[len(decodes) :])
+        if self._stages.decode is not None:
+            self._stages.decode.commit(decodes, sampled[: len(decodes)])
+        if self._stages.prefill is not None:
+            self._stages.prefill.commit(chunks, sampled[len(decodes) :])
         self._num_steps += 1
         return True
 
     def _schedule_decode(self) -> list[Chunk]:
-        if self._decode is None:
+        if self._stages.decode is None:
             return []
-        plan = self._decode.schedule()
+        plan = self._stages.decode.schedule()
         if plan.offloads or plan.restores:
-            assert self._language_runner is not None
+            assert self._runners.language is not None
             for sequence, blocks in plan.offloads:
-                sequence.offloaded = self._language_runner.offload(blocks)
+                sequence.offloaded = self._runners.language.offload(blocks)
             for sequence, blocks in plan.restores:
-                self._language_runner.restore(sequence.offloaded, blocks)
+                self._runners.language.restore(sequence.offloaded, blocks)
                 sequence.offloaded = None
         return plan.chunks
 
@@ -288,13 +312,17 @@ class Engine:
             self.check_integrity()
 
     def load(self) -> Load:
-        stages = {Stage.ENCODE: self._encode, Stage.PREFILL: self._prefill, Stage.DECODE: self._decode}
+        stages = {
+            Stage.ENCODE: self._stages.encode,
+            Stage.PREFILL: self._stages.prefill,
+            Stage.DECODE: self._stages.decode,
+        }
         served = {stage: machine for stage, machine in stages.items() if machine is not None}
-        pools = {"kv": self._kv, "embedding": self._embeddings}
+        pools = {"kv": self._pools.kv, "embedding": self._pools.embeddings}
         return Load(
             instance=self._near.instance,
             queues={name: n for machine in served.values() for name, n in machine.queues.items()}
-            | {"leases": len(self._leases)},
+            | {"leases": len(self._pools.leases)},
             pools={name: pool.usage() for name, pool in pools.items() if pool is not None},
             work_s={stage.value: machine.queued_tokens * self._pace.of(stage) for stage, machine in served.items()},
             counters=self._counters(),
@@ -308,18 +336,18 @@ class Engine:
         self._inbox.close()
 
     def check_integrity(self) -> None:
-        for pool in (self._kv, self._embeddings):
+        for pool in (self._pools.kv, self._pools.embeddings):
             if pool is not None:
                 pool.check_integrity()
 
     def _counters(self) -> dict[str, float]:
         counters = {f"transfer_{name}": float(n) for name, n in self._transfers.counters.items()}
         counters["steps"] = float(self._num_steps)
-        if self._encode is not None:
-            counters["encode_units_computed"] = float(self._encode.num_computed)
-            counters["encode_units_cached"] = float(self._encode.num_cached)
-        if self._embeddings is not None:
-            counters["embeddings_evicted"] = float(self._embeddings.num_evicted)
-        if self._decode is not None:
-            counters["decode_offloads"] = float(self._decode.num_offloads)
+        if self._stages.encode is not None:
+            counters["encode_units_computed"] = float(self._stages.encode.num_computed)
+            counters["encode_units_cached"] = float(self._stages.encode.num_cached)
+        if self._pools.embeddings is not None:
+            counters["embeddings_evicted"] = float(self._pools.embeddings.num_evicted)
+        if self._stages.decode is not None:
+            counters["decode_offloads"] = float(self._stages.decode.num_offloads)
         return counters
