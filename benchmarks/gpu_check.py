@@ -122,7 +122,7 @@ def measure_stages(options: argparse.Namespace) -> list[dict[str, Any]]:
         region = KVRegion.allocate(kv, -(-tokens // KV_BLOCK_TOKENS), options.device)
         embeddings = EmbeddingRegion.allocate(rows, 2048, options.device)
         pixels, family = Pixels(), SimpleNamespace(image_groups=False)
-        encoder = EncodeRunner(model, family, pixels, embeddings)
+        encoder = EncodeRunner(model, pixels, embeddings)
         language = LanguageRunner(model, family, region, embeddings, ())
         print(f"{options.size}: {weight_bytes(model) / 1e9:.2f} GB of weights, KV {kv.block_bytes} bytes a block")
         bench = Bench(options.device, options.repeats)

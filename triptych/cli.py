@@ -1,6 +1,7 @@
 """The command line: turns flags into validated options. Heavy imports happen inside the commands."""
 
 import json
+import math
 import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from triptych import __version__
-from triptych.config import GIB, MemoryConfig, ModelConfig, SchedulingConfig, ServerConfig, require
+from triptych.config import GIB, MemoryConfig, ModelConfig, SchedulingConfig, ServerConfig, checked, require
 from triptych.core import Placement
-from triptych.errors import ConfigError, TriptychError
+from triptych.errors import EXIT_FAILED, EXIT_REFUSED, ConfigError, TriptychError
 
 if TYPE_CHECKING:
     from triptych.serve import ServeOptions
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 app = typer.Typer(
     help="Serve large multimodal models in three stages: encode, prefill, decode.",
@@ -28,9 +31,9 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        sys.exit(_say(error, 2))
+        sys.exit(_say(error, EXIT_REFUSED))
     except TriptychError as error:
-        sys.exit(_say(error, 1))
+        sys.exit(_say(error, EXIT_FAILED))
 
 
 @app.command()
@@ -69,7 +72,7 @@ def serve(
         int | None, typer.Option(help="CPU threads per instance; the cores shared out if left out.")
     ] = None,
     kv_cache_gib: Annotated[float | None, typer.Option(help="KV cache of one instance in GiB.")] = None,
-    embedding_cache_gib: Annotated[float | None, typer.Option(help="Embedding cache of one instance in GiB.")] = None,
+    embedding_cache_gib: Annotated[float, typer.Option(help="Embedding cache of one instance in GiB.")] = 0.25,
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Part of a GPU's memory that an instance may fill.")
     ] = 0.9,
@@ -94,63 +97,42 @@ def serve(
     from triptych.serve import ServeOptions
     from triptych.telemetry import set_up_logging
 
-    for field, value, valid in (
-        ("dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
-        ("load_format", load_format, ("auto", "dummy")),
-        ("transfer", transfer, ("auto", "shm", "nixl")),
-        ("log_level", log_level, ("debug", "info", "warning", "error")),
-    ):
-        require(value in valid, f"--{field.replace('_', '-')}", f"{value!r} is none of {', '.join(valid)}")
-    for name, number, low in (
-        ("--port", port, 0),
-        ("--max-num-seqs", max_num_seqs, 1),
-        ("--max-num-batched-tokens", max_num_batched_tokens, 1),
-        ("--max-image-pixels", max_image_pixels, 1),
-        ("--max-body-mib", max_body_mib, 1),
-    ):
-        require(number >= low, name, f"{number} is below {low}")
-    require(
-        max_num_batched_tokens > max_num_seqs,
-        "--max-num-batched-tokens",
-        f"{max_num_batched_tokens} leaves no room for prefill beside --max-num-seqs {max_num_seqs} decodes",
-    )
-    require(port <= 65535, "--port", f"{port} is above 65535")
-    require(threads is None or threads >= 1, "--threads", f"{threads} is below 1")
-    require(0 < gpu_memory_utilization <= 1, "--gpu-memory-utilization", f"{gpu_memory_utilization} is not in (0, 1]")
-    require(media_fetch_timeout_s > 0, "--media-fetch-timeout-s", f"{media_fetch_timeout_s} is not above 0")
-    parsed_placement = Placement.parse(placement)
-    limits = _limits(limit_mm_per_prompt)
-    set_up_logging(log_level.upper())
+    require(log_level in LOG_LEVELS, "--log-level", f"{log_level!r} is none of {', '.join(LOG_LEVELS)}")
+    set_up_logging(log_level)
 
     from triptych.demo import checkpoint_path
     from triptych.model.loading import resolve_checkpoint
 
     path = checkpoint_path() if model is None else resolve_checkpoint(model, revision)
     names = tuple(served_model_name or (["triptych-demo"] if model is None else [model]))
-    options = ServeOptions(
-        placement=parsed_placement,
-        model=ModelConfig(
+    options = checked(
+        ServeOptions,
+        placement=Placement.parse(placement),
+        model=checked(
+            ModelConfig,
             path=str(path),
             name=names[0],
             revision=revision,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype,
             device=device,
-            load_format=load_format,  # type: ignore[arg-type]
+            load_format=load_format,
             max_model_len=max_model_len,
             seed=seed,
         ),
-        memory=MemoryConfig(
-            kv_cache_bytes=_bytes("--kv-cache-gib", kv_cache_gib),
-            embedding_cache_bytes=_bytes("--embedding-cache-gib", embedding_cache_gib),
+        memory=checked(
+            MemoryConfig,
+            kv_cache_bytes=_bytes(kv_cache_gib),
+            embedding_cache_bytes=_bytes(embedding_cache_gib),
             gpu_memory_utilization=gpu_memory_utilization,
         ),
-        scheduling=SchedulingConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
-        server=ServerConfig(
+        scheduling=checked(SchedulingConfig, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+        server=checked(
+            ServerConfig,
             host=host,
             port=port,
             api_key=api_key,
             served_model_names=names,
-            limit_mm_per_prompt=limits,
+            limit_mm_per_prompt=_json("--limit-mm-per-prompt", limit_mm_per_prompt),
             max_body_bytes=max_body_mib << 20,
             max_image_pixels=max_image_pixels,
             media_fetch_timeout_s=media_fetch_timeout_s,
@@ -239,19 +221,15 @@ async def _serve(options: "ServeOptions") -> None:
     await serve(options, stop, lambda address: typer.echo(f"Triptych ready on {address}"))
 
 
-def _limits(text: str) -> dict[str, int]:
+def _json(flag: str, text: str) -> Any:
     try:
-        limits: Any = json.loads(text)
+        return json.loads(text)
     except ValueError:
-        limits = None
-    valid = isinstance(limits, dict) and all(type(n) is int and n >= 0 for n in limits.values())
-    require(valid, "--limit-mm-per-prompt", f'{text!r} is no JSON object of counts such as {{"image": 8}}')
-    return dict(limits)
+        raise ConfigError(f"{flag}: {text!r} is not JSON") from None
 
 
-def _bytes(field: str, gib: float | None) -> int | None:
-    require(gib is None or 0 < gib < 1 << 20, field, f"{gib} is not a size above 0")
-    return None if gib is None else int(gib * GIB)
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None or not math.isfinite(gib) else int(gib * GIB)
 
 
 def _say(error: TriptychError, code: int) -> int:

@@ -1,8 +1,9 @@
 """Frozen configuration, validated once and passed down in parts: a class takes the part it needs."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from triptych.core import InstanceId, Role
 from triptych.errors import ConfigError
@@ -11,6 +12,10 @@ KV_BLOCK_TOKENS = 16  # the block size of vLLM and of the paper
 EMBEDDING_BLOCK_TOKENS = 16
 
 GIB = 1 << 30
+
+Count = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Seconds = Annotated[float, Meta(gt=0)]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,24 +27,34 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the checkpoint's own
     device: str = "cpu"  # or cuda, cuda:1
     load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights from the config alone
-    max_model_len: int | None = None  # prompt + output tokens of one request; None: what the model supports
+    max_model_len: Count | None = None  # prompt + output tokens of one request; None: what model and memory allow
     seed: int = 0  # of dummy weights
 
 
 class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes of the pools of one instance. On CPU pages are taken when first written."""
 
-    kv_cache_bytes: int | None = None  # None: CPU 1 GiB (or less where it can never be filled), CUDA by utilisation
-    embedding_cache_bytes: int | None = None  # None: CPU 256 MiB, CUDA 1 GiB
-    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: Count | None = None  # None: CPU 1 GiB (or less where it can never be filled), CUDA by utilisation
+    embedding_cache_bytes: Count = GIB // 4
+    gpu_memory_utilization: Share = 0.9
 
 
 class SchedulingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of one step."""
 
-    max_num_seqs: int = 64  # sequences that decode together
-    max_num_batched_tokens: int = 2048  # tokens of one language step: decodes first, prefill chunks fill the rest
-    max_encode_tokens: int = 1024  # embedding rows of one encode step; a larger single unit goes alone
+    max_num_seqs: Count = 64  # sequences that decode together
+    max_num_batched_tokens: Count = 2048  # tokens of one language step: decodes first, prefill chunks fill the rest
+    max_encode_tokens: Count = 1024  # embedding rows of one encode step; a larger single unit goes alone
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_num_batched_tokens > self.max_num_seqs,
+            "max_num_batched_tokens",
+            f"{self.max_num_batched_tokens} leaves no room for prefill beside max_num_seqs={self.max_num_seqs} decodes",
+        )
+
+
+TransferMode = Literal["auto", "shm", "nixl"]
 
 
 class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,8 +66,8 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     server_pid: int  # the process that starts and stops this one
     inbox: str  # address this instance listens on
     frontend: str  # address of the frontend's inbox
-    threads: int  # CPU threads for tensor work
-    transfer: Literal["auto", "shm", "nixl"]
+    threads: Count  # CPU threads for tensor work
+    transfer: TransferMode
     model: ModelConfig
     memory: MemoryConfig
     scheduling: SchedulingConfig
@@ -63,15 +78,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the HTTP side enforces. Names follow vLLM's flags."""
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     api_key: str | None = None
     served_model_names: tuple[str, ...] = ()
-    max_model_len: int = 4096
-    limit_mm_per_prompt: dict[str, int] = msgspec.field(default_factory=lambda: {"image": 32})
-    max_body_bytes: int = 64 << 20
-    max_image_pixels: int = 64_000_000  # decided from the header, before any pixel exists
-    max_media_bytes: int = 32 << 20  # of one fetched or embedded item
-    media_fetch_timeout_s: float = 10.0
+    limit_mm_per_prompt: dict[str, Annotated[int, Meta(ge=0)]] = msgspec.field(default_factory=lambda: {"image": 32})
+    max_body_bytes: Count = 64 << 20
+    max_image_pixels: Count = 64_000_000  # decided from the header, before any pixel exists
+    max_media_bytes: Count = 32 << 20  # of one fetched or embedded item
+    media_fetch_timeout_s: Seconds = 10.0
     allow_private_media_hosts: bool = False  # private, loopback and link-local addresses in image_url
     allowed_local_media_path: str | None = None  # folder from which file: URLs may read
 
@@ -80,3 +94,19 @@ def require(condition: bool, field: str, message: str) -> None:
     """Raises ConfigError naming the field and the valid range."""
     if not condition:
         raise ConfigError(f"{field}: {message}")
+
+
+Config = TypeVar("Config", bound=msgspec.Struct)
+
+
+def checked(cls: type[Config], **fields: Any) -> Config:
+    """A configuration whose fields are known to be valid. Raises ConfigError naming the field and the valid range."""
+    try:
+        return msgspec.convert(fields, cls)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        field = path.rstrip("`").partition("[")[0]
+        allowed = get_type_hints(cls).get(field)
+        if get_origin(allowed) is Literal:
+            message = f"{fields[field]!r} is none of {', '.join(get_args(allowed))}"
+        raise ConfigError(f"{field}: {message}, got {fields.get(field)!r}") from None

@@ -25,3 +25,7 @@ class ConfigError(TriptychError):
 
 class InstanceError(TriptychError):
     """Ends one instance: it died, hangs, or cannot be reached."""
+
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2  # a ConfigError: asked for something that cannot be, no fault of the program

@@ -147,7 +147,7 @@ class PoolUsage(msgspec.Struct, frozen=True):
 
 
 class Load(Message, frozen=True):
-    """Instance -> frontend and every P: what it holds; sent once a heartbeat and whenever it falls idle."""
+    """Instance -> frontend, a D also -> every P: what it holds; sent once a heartbeat and whenever it falls idle."""
 
     instance: InstanceId
     queues: dict[str, int]  # per stage: waiting and running, e.g. {"prefill_waiting": 2, "prefill_running": 1}
@@ -163,7 +163,7 @@ class Load(Message, frozen=True):
 class SlabDescription(msgspec.Struct, frozen=True):
     """How another instance reads this one's slab. `layout` must agree between reader and holder, region by region."""
 
-    transports: dict[str, bytes]  # backend name -> what its `connect` needs ("shm": segment name, "nixl": metadata)
+    transports: dict[str, bytes]  # by back-end, what a peer needs to connect: place of the memory file, NIXL metadata
     host: str  # boot id + machine: shared memory is possible only where it is equal
     device: str  # "cpu" or "cuda:N"
     base: int  # address of byte 0 of the slab in the holder

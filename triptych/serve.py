@@ -18,9 +18,18 @@ import zmq
 from starlette.applications import Starlette
 
 from triptych.cluster.local import LocalCluster
-from triptych.config import InstanceConfig, MemoryConfig, ModelConfig, SchedulingConfig, ServerConfig
+from triptych.config import (
+    Count,
+    InstanceConfig,
+    MemoryConfig,
+    ModelConfig,
+    SchedulingConfig,
+    ServerConfig,
+    TransferMode,
+)
 from triptych.control.controller import Controller
 from triptych.core import InstanceId, Placement
+from triptych.engine.build import fitting_model_len
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import ConfigError
 from triptych.messages import Ready
@@ -42,14 +51,14 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     memory: MemoryConfig
     scheduling: SchedulingConfig
     server: ServerConfig
-    transfer: str
-    threads: int | None  # per instance; None: the cores are shared out
+    transfer: TransferMode
+    threads: Count | None  # per instance; None: the cores are shared out
 
 
 def instance_configs(options: ServeOptions, run_dir: Path) -> list[InstanceConfig]:
     """One configuration per instance of the placement, with the cores and the devices shared out."""
     roles = options.placement.roles
-    threads = options.threads or max(1, (os.cpu_count() or 1) // len(roles))
+    threads = options.threads or max(1, len(os.sched_getaffinity(0)) // len(roles))
     return [
         InstanceConfig(
             id=InstanceId(f"i{index}"),
@@ -59,7 +68,7 @@ def instance_configs(options: ServeOptions, run_dir: Path) -> list[InstanceConfi
             inbox=f"ipc://{run_dir}/i{index}",
             frontend=f"ipc://{run_dir}/frontend",
             threads=threads,
-            transfer=options.transfer,  # type: ignore[arg-type]
+            transfer=options.transfer,
             model=msgspec.structs.replace(options.model, device=_device(options.model.device, index)),
             memory=options.memory,
             scheduling=options.scheduling,
@@ -73,6 +82,10 @@ async def serve(options: ServeOptions, stop: asyncio.Event, on_ready: Callable[[
 
     `on_ready` gets the address once, when every stage has an active instance.
     """
+    max_model_len = await asyncio.to_thread(fitting_model_len, options.model, options.memory)
+    options = msgspec.structs.replace(
+        options, model=msgspec.structs.replace(options.model, max_model_len=max_model_len)
+    )
     with _run_dir() as run_dir, _listen(options.server.host, options.server.port) as listener:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         inbox, post = Inbox(context, f"ipc://{run_dir}/frontend"), Post(context)
@@ -94,25 +107,13 @@ class _Running:
         self._controller = Controller(LocalCluster(), post)
         # The workers take longest, so they start while this process is still loading its own part.
         configs = instance_configs(options, run_dir)
-        self._starting = asyncio.create_task(self._controller.start(configs, START_TIMEOUT_S))
-        self._tasks: list[asyncio.Task[Any]] = [self._starting]
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._starting = self._task(self._controller.start(configs, START_TIMEOUT_S))
 
     async def until(self, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
+        stopping = self._task(stop.wait())
         try:
-            frontend, app = await self._build_app()
-            http = make_http_server(app, shutdown_s=1)
-            gc.collect()
-            gc.freeze()  # what is loaded stays: a full collection over it would stop all streams for 0.7 s
-            serving = self._task(http.serve([self._listener]))
-            stopping = self._task(stop.wait())
-            await asyncio.wait([self._starting, serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if self._starting.done():
-                self._starting.result()
-                on_ready(_address(self._listener))
-                await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-            frontend.close()
-            http.should_exit = True
-            await serving
+            await self._serve(stopping, on_ready)
         finally:
             await self._controller.stop()
             asyncio.get_running_loop().remove_reader(self._inbox.fd)
@@ -120,15 +121,42 @@ class _Running:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _serve(self, stopping: asyncio.Task[Any], on_ready: Callable[[str], None]) -> None:
+        """Until the server is to stop. A failure of any part on the way is raised at once."""
+        building = self._task(self._build_app())
+        if not await _first(building, self._starting, stopping):
+            return
+        frontend, app = building.result()
+        http = make_http_server(app, shutdown_s=1)
+        serving = self._task(http.serve([self._listener]))
+        try:
+            if await _first(self._starting, serving, stopping):
+                self._controller.open(frontend)
+                on_ready(_address(self._listener))
+                await _first(serving, stopping)
+        finally:
+            frontend.close()
+            http.should_exit = True
+            await serving
+
     async def _build_app(self) -> tuple[Frontend, Starlette]:
         model, server = self._options.model, self._options.server
         processor = await asyncio.to_thread(Processor.load, model.path, revision=model.revision)
         telemetry = Telemetry(model.name)
         frontend = Frontend(processor, self._controller, telemetry)
-        self._controller.on_table, self._controller.on_lost = frontend.handle, frontend.instance_lost
         self._read_for(frontend)
-        directory = partial(_statuses, self._controller)
-        app = create_app(frontend, processor, server, telemetry, model_root=model.path, directory=directory)
+        assert model.max_model_len is not None
+        app = create_app(
+            frontend,
+            processor,
+            server,
+            telemetry,
+            max_model_len=model.max_model_len,
+            model_root=model.path,
+            directory=partial(_statuses, self._controller),
+        )
+        gc.collect()
+        gc.freeze()  # what is loaded stays: a full collection over it would stop all streams for 0.7 s
         return frontend, app
 
     def _read_for(self, frontend: Frontend) -> None:
@@ -148,6 +176,19 @@ class _Running:
         task = asyncio.create_task(work)
         self._tasks.append(task)
         return task
+
+
+async def _first(wanted: asyncio.Task[Any], *others: asyncio.Task[Any]) -> bool:
+    """Waits for `wanted`; the last task means stop. False if it came first. Raises what a task that failed raised.
+
+    A task in the middle may end well at any time: then the wait for the others goes on.
+    """
+    pending = {wanted, *others}
+    while not wanted.done() and not others[-1].done():
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    return wanted.done()
 
 
 def _statuses(controller: Controller) -> dict[InstanceId, InstanceStatus]:

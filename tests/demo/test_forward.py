@@ -1,23 +1,24 @@
 """The training forward must be the library's own forward, question by question."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from triptych.demo.answering import Answers, answer
-from triptych.demo.batches import Batch, Packer, Scene
+from triptych.demo.batches import Batch
 from triptych.demo.drawing import draw
 from triptych.demo.facts import random_facts
 from triptych.demo.forward import MAX_TOKENS, see
 from triptych.demo.model import new_model
+from triptych.demo.packing import Packer
 from triptych.demo.pool import MAX_PATCHES, MAX_PIXELS, MIN_PIXELS, PATCH_VALUES, cut_patches
+from triptych.demo.rows import Scene
 from triptych.demo.tokenizer import new_tokenizer
-
-Model = Qwen2VLForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +27,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: PreTrainedTokenizerFast) -> Model:
+def model(tokenizer: PreTrainedTokenizerFast) -> Any:
     return new_model(tokenizer, seed=0).eval()
 
 
-@pytest.mark.parametrize("num_pictures", [0, 1, 3, 8])
+@pytest.mark.parametrize("num_pictures", [0, 1, 5])
 def test_packed_branches_equal_prompts_with_one_question(
-    model: Model, tokenizer: PreTrainedTokenizerFast, num_pictures: int
+    model: Any, tokenizer: PreTrainedTokenizerFast, num_pictures: int
 ) -> None:
     rng = random.Random(num_pictures)
     facts = [random_facts(rng) for _ in range(2 * num_pictures)]
@@ -40,7 +41,7 @@ def test_packed_branches_equal_prompts_with_one_question(
     cuts = [cut_patches(picture) for picture in pictures]
     scenes = [Scene(one, grid, i) for i, (one, (_, grid)) in enumerate(zip(facts, cuts, strict=True))]
     conversations = [scenes[:num_pictures], scenes[num_pictures:]]
-    batch = Packer(tokenizer).pack(conversations, 3, rng, only_branches=True)
+    batch = Packer(tokenizer).pack(conversations, 2, rng, only_branches=True)
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS})
     with torch.no_grad():
         patches = torch.zeros(len(cuts), MAX_PATCHES, PATCH_VALUES, dtype=torch.uint8)
@@ -50,7 +51,7 @@ def test_packed_branches_equal_prompts_with_one_question(
         told = answer(model, batch, features)
         for row, own in enumerate(conversations):
             pixels = processor([pictures[scene.index] for scene in own], return_tensors="pt") if own else {}
-            for branch in range(1, 4):
+            for branch in range(1, 3):
                 expected = _library_logits(model, batch, row, branch, pixels)
                 torch.testing.assert_close(_logits(told, batch, row, branch), expected, atol=1e-4, rtol=0)
 
@@ -71,16 +72,17 @@ def test_turns_and_text_before_pictures_are_rendered_as_the_chat_template_does(
         assert ids[: len(packed)] == packed, (text, again)
 
 
-def test_short_pictures_are_padded(model: Model) -> None:
+def test_short_pictures_are_padded(model: Any) -> None:
     tokens = see(model.model.visual, torch.zeros(2, MAX_PATCHES, PATCH_VALUES, dtype=torch.uint8), [(4, 4), (8, 8)])
     assert tokens.shape[:2] == (2, MAX_TOKENS)
 
 
-def _library_logits(model: Model, batch: Batch, row: int, branch: int, pixels: dict[str, Tensor]) -> Tensor:
+def _library_logits(model: Any, batch: Batch, row: int, branch: int, pixels: dict[str, Tensor]) -> Tensor:
     keep = (batch.branches[row] == 0) | (batch.branches[row] == branch)
     ids = batch.ids[row][keep][None]
     kinds = (ids == model.config.image_token_id).int()
-    logits = model(input_ids=ids, mm_token_type_ids=kinds, attention_mask=torch.ones_like(ids), **pixels).logits[0]
+    output = model(input_ids=ids, mm_token_type_ids=kinds, attention_mask=torch.ones_like(ids), **pixels)
+    logits: Tensor = output.logits[0]
     num_answers = int((batch.learn[row] & (batch.branches[row] == branch)).sum())
     return logits[-1 - num_answers : -1]
 

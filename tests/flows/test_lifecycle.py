@@ -113,7 +113,7 @@ def test_a_placement_without_a_stage_is_refused() -> None:
 def test_an_unknown_choice_is_refused_with_the_valid_ones(folder: Path) -> None:
     code, said = refused(folder, "--dtype", "int3")
     assert code == 2
-    assert "--dtype: 'int3' is none of auto, float32, bfloat16, float16" in said
+    assert "dtype: 'int3' is none of auto, float32, bfloat16, float16" in said
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:

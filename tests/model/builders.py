@@ -142,7 +142,7 @@ def make_encoder(
     model = model or load_model(model_config(folder, device=device), Role.E)
     region = EmbeddingRegion.allocate(embedding_layout(model.config, torch.float32), num_blocks, device)
     pixels = Pixels()
-    return EncodeRunner(model, family_of(folder), pixels, region), region, pixels
+    return EncodeRunner(model, pixels, region), region, pixels
 
 
 def make_language(

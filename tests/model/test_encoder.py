@@ -79,9 +79,70 @@ def test_an_undecodable_picture_ends_its_own_unit_only() -> None:
     assert region.blocks[1].ne(0).any()
 
 
-def test_a_row_count_that_differs_from_the_promised_one_is_a_bug_with_numbers() -> None:
+@pytest.mark.parametrize("failure", [ValueError("bad strides"), MemoryError(), OSError("truncated")])
+def test_an_unexpected_failure_of_image_code_ends_its_own_unit_only(
+    failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = make_request("llava", 0, 1)
+    encoder, region, pixels = make_encoder(checkpoint("llava"))
+
+    class Faulty:
+        def pixels(self, data: bytes) -> dict[str, torch.Tensor]:
+            if data == b"faulty":
+                raise failure
+            return pixels.pixels(data)
+
+    encoder._processor = Faulty()
+    pixels.tensors[b"fine"] = request.pixels[0]
+    first, second = encoder.run(
+        [EncodeWork(request.units[0], data, [i]) for i, data in enumerate([b"faulty", b"fine"])]
+    )
+    assert first is not None
+    assert (first.status, first.code) == (500, "encode_failed")
+    assert second is None
+    assert region.blocks[1].ne(0).any()
+    assert any(record.exc_info for record in caplog.records)
+
+
+def test_a_batch_that_fails_ends_its_own_units_only(caplog: pytest.LogCaptureFixture) -> None:
+    """Here because of a row count that differs from the promised one: the log has the numbers."""
+    request = make_request("llava", 0, 1)
+    encoder, region, pixels = make_encoder(checkpoint("llava"))
+    pixels.tensors[b"two"] = {"pixel_values": request.pixels[0]["pixel_values"].repeat(2, 1, 1, 1)}
+    pixels.tensors[b"misshapen"] = {"pixel_values": torch.zeros(1, 3, 5, 7)}
+    first, second = encoder.run(
+        [EncodeWork(request.units[0], data, [i]) for i, data in enumerate([b"two", b"misshapen"])]
+    )
+    for error in (first, second):
+        assert error is not None
+        assert (error.status, error.code) == (500, "encode_failed")
+    assert "(32, 64)" in caplog.text
+    pixels.tensors[b"fine"] = request.pixels[0]
+    assert encoder.run([EncodeWork(request.units[0], b"fine", [1])]) == [None]
+    assert region.blocks[1].ne(0).any()
+
+
+@pytest.mark.parametrize(
+    ("failure", "ends_the_instance"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_only_a_device_that_can_compute_no_more_ends_the_instance(failure: Exception, ends_the_instance: bool) -> None:
     request = make_request("llava", 0, 1)
     encoder, _, pixels = make_encoder(checkpoint("llava"))
-    pixels.tensors[b"x"] = {"pixel_values": request.pixels[0]["pixel_values"].repeat(2, 1, 1, 1)}
-    with pytest.raises(AssertionError, match=r"32, 64.*16"):
-        encoder.run([EncodeWork(request.units[0], b"x", [1])])
+    pixels.tensors[b"x"] = request.pixels[0]
+
+    def fail(modality: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise failure
+
+    encoder.features = fail  # type: ignore[method-assign]
+    work = EncodeWork(request.units[0], b"x", [1])
+    if ends_the_instance:
+        with pytest.raises(type(failure)):
+            encoder.run([work])
+    else:
+        assert isinstance(encoder.run([work])[0], RequestError)

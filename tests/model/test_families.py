@@ -10,6 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.reference import reference_model, reference_processor
@@ -42,10 +43,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def layout_of(folder: Path, arguments: dict[str, Any]) -> ImageLayout:
-    processor = Processor.load(folder, image_arguments=arguments)
-    return processor.family.image_layout(
-        processor._image_processor, processor.tokenizer, json.loads((folder / "processor_config.json").read_text())
+    return family_for(transformers.AutoConfig.from_pretrained(folder)).image_layout(
+        AutoImageProcessor.from_pretrained(folder, backend="pil", **arguments),
+        transformers.AutoTokenizer.from_pretrained(folder),
+        json.loads((folder / "processor_config.json").read_text()),
     )
+
+
+def written_out(item: ItemLayout, image_token: str) -> str:
+    """The replacement word for word."""
+    first, *rest = item.compact.split(image_token)
+    return first + "".join(image_token * run + piece for run, piece in zip(item.runs, rest, strict=True))
 
 
 @pytest.mark.parametrize(("family", "arguments"), ARGUMENTS, ids=str)
@@ -60,7 +68,7 @@ def test_replacement_text_from_the_size_is_what_the_processor_writes(
     @given(SIZES)
     def check(size: tuple[int, int]) -> None:
         _, replacements = theirs._process_images([Image.new("RGB", size)], **theirs_arguments)
-        assert layout.lay_out(*size).text == replacements[0]
+        assert written_out(layout.lay_out(*size), layout.image_token) == replacements[0]
 
     check()
 
@@ -126,6 +134,13 @@ def test_only_gemma3_asks_for_whole_images(checkpoints: dict[str, Path]) -> None
 )
 def test_family_that_cannot_be_served_is_refused_with_the_reason(config: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
+        family_for(config)
+
+
+def test_layers_that_keep_no_paged_cache_are_refused(checkpoints: dict[str, Path]) -> None:
+    config = transformers.AutoConfig.from_pretrained(checkpoints["qwen2_vl"])
+    config.get_text_config().layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    with pytest.raises(ConfigError, match="chunked_attention"):
         family_for(config)
 
 

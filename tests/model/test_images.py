@@ -99,6 +99,78 @@ def test_size_of_a_bomb_is_told_without_decoding_it() -> None:
     assert read_header(data) == ("PNG", 60_000, 60_000)
 
 
+def make_webp(kind: str, width: int, height: int) -> bytes:
+    image, exif = make_image(width, height, "RGBA" if "alpha" in kind else "RGB"), Image.Exif()
+    options: dict[str, Any] = {"lossless": kind.startswith("lossless")}
+    if "exif" in kind:
+        exif[0x0112] = 6
+        options["exif"] = exif
+    if "xmp" in kind:
+        options["xmp"] = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="8"/></x:xmpmeta>'
+    if "animated" in kind:
+        options |= {"save_all": True, "append_images": [image.rotate(180), image]}
+    if "icc" in kind:
+        options["icc_profile"] = b"odd"  # padded to an even length
+    return encoded(image, "WEBP", **options)
+
+
+WEBP_KINDS = [
+    *(
+        "lossy",
+        "lossless",
+        "lossy alpha",
+        "lossless alpha",
+        "lossy exif",
+        "lossless exif",
+        "lossy xmp",
+        "lossy icc exif",
+    ),
+    *("lossy animated", "lossless animated exif", "lossy alpha animated xmp", "lossy alpha exif xmp"),
+]
+
+
+@pytest.mark.parametrize("kind", WEBP_KINDS)
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (31, 17), (16, 300), (1025, 3)])
+def test_webp_header_says_what_pillow_says(kind: str, width: int, height: int) -> None:
+    data = make_webp(kind, width, height)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
+    assert read_header(data) == ("WEBP", *expected)
+    assert decode_image(data).size == expected
+    turned = ("exif" in kind or "xmp" in kind) and Image.open(io.BytesIO(data)).getexif().get(0x0112, 1) >= 5
+    assert expected == ((height, width) if turned else (width, height))
+
+
+def test_webp_metadata_that_the_header_does_not_announce_does_not_count() -> None:
+    data = bytearray(make_webp("lossy alpha exif xmp", 31, 17))
+    assert read_header(bytes(data))[1:] == (17, 31)
+    data[20] &= ~0x0C
+    assert read_header(bytes(data))[1:] == decode_image(bytes(data)).size == (31, 17)
+
+
+def test_webp_header_is_read_without_the_pixels() -> None:
+    data = make_webp("lossy", 640, 480)
+    assert read_header(data[:40]) == ("WEBP", 640, 480)
+
+
+@pytest.mark.parametrize("kind", ["lossy", "lossless", "lossy alpha exif"])
+def test_webp_header_that_is_cut_or_unknown_is_a_bad_request(kind: str) -> None:
+    data = make_webp(kind, 31, 17)
+    for broken in (data[:12], data[:20], data[:24], data[:12] + b"JUNK" + data[16:], data[:20] + b"\xff" * 9):
+        try:
+            width, height = read_header(broken)[1:]
+        except RequestError as error:
+            assert error.code == "invalid_image"  # noqa: PT017 - an extended header of ones is a large picture
+        else:
+            assert broken[12:16] == b"VP8X" and min(width, height) == 1 << 24
+
+
+def test_webp_of_very_many_chunks_is_refused_quickly() -> None:
+    header = b"VP8X" + struct.pack("<I", 10) + bytes([0x08]) + bytes(9)
+    body = b"WEBP" + header + b"JUNK\0\0\0\0" * 200_000
+    with pytest.raises(RequestError, match="chunks"):
+        read_header(b"RIFF" + struct.pack("<I", len(body)) + body)
+
+
 @pytest.mark.parametrize("data", [b"", b"no picture", b"%PDF-1.4", b"GIF89a", b"\xff\xd8\xff", b"<svg/>"])
 def test_bytes_that_are_no_picture_are_a_bad_request(data: bytes) -> None:
     for read in (read_header, decode_image):

@@ -20,7 +20,9 @@ from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.reference import reference_inputs
 from triptych.core import UnitHash
 from triptych.errors import ConfigError, RequestError
-from triptych.model.processor import Processor, TokenStream
+from triptych.model.images import read_header
+from triptych.model.processor import Processor
+from triptych.model.token_stream import TokenStream
 
 torch.set_num_threads(1)
 
@@ -69,6 +71,10 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
+def change_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def as_sent(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same conversation as a client writes it."""
     return [
@@ -97,7 +103,7 @@ def test_prompts_and_tensors_are_those_of_the_families_own_processor(
     for num_pictures in [*range(7), *range(7), 0, 1, 2]:
         messages, pictures = make_conversation(rng, num_pictures)
         theirs = reference_inputs(checkpoints[family], messages)
-        sizes = [processor.read_header(data)[1:] for data in pictures]
+        sizes = [read_header(data)[1:] for data in pictures]
         prompt = processor.expand(processor.render(as_sent(messages)), sizes)
         assert prompt.token_ids == theirs["input_ids"][0].tolist()
         tensors = [processor.pixels(data) for data in pictures]
@@ -111,7 +117,7 @@ def test_spans_cover_every_placeholder_token_and_every_row_in_order(
 ) -> None:
     processor = processors[family]
     messages, pictures = make_conversation(random.Random(3), 5)
-    prompt = processor.expand(processor.render(as_sent(messages)), [processor.read_header(d)[1:] for d in pictures])
+    prompt = processor.expand(processor.render(as_sent(messages)), [read_header(d)[1:] for d in pictures])
     covered = [at for span in prompt.spans for at in range(span.start, span.start + span.length)]
     image_token_id = processor.family.image_token_id
     assert covered == [at for at, token_id in enumerate(prompt.token_ids) if token_id == image_token_id]
@@ -171,8 +177,44 @@ def test_template_that_takes_only_text_gets_the_placeholders_before_the_text(pro
 def test_template_gets_tools_and_further_arguments(processors: dict[str, Processor]) -> None:
     template = "{{ tools[0]['name'] }} {{ thinking }} {{ messages[0]['content'] }}"
     messages = [{"role": "user", "content": "hi"}]
-    rendered = processors["llava"].render(messages, chat_template=template, tools=[{"name": "search"}], thinking=True)
+    rendered = processors["llava"].render(
+        messages, chat_template=template, tools=[{"name": "search"}], variables={"thinking": True}
+    )
     assert rendered == "search True hi"
+
+
+@pytest.mark.parametrize("name", ["thinking", "template", "takes", "variables", "name with a blank", "kwargs", "_"])
+def test_variables_of_any_name_reach_the_template(processors: dict[str, Processor], name: str) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    template = "{{ messages[0]['content'] }}{% if thinking is defined %}{{ thinking }}{% endif %}"
+    rendered = processors["llava"].render(messages, chat_template=template, variables={name: 5})
+    assert rendered == ("hi5" if name == "thinking" else "hi")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "self",
+        "messages",
+        "conversation",
+        "conversations",
+        "chat_template",
+        "tokenize",
+        "tools",
+        "add_generation_prompt",
+    ],
+)
+def test_variables_cannot_replace_what_a_prompt_is_made_of(processors: dict[str, Processor], name: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        processors["llava"].render([{"role": "user", "content": "hi"}], variables={name: 1})
+    assert (caught.value.status, caught.value.param) == (400, f"chat_template_kwargs.{name}")
+
+
+def test_the_last_message_can_be_continued(processors: dict[str, Processor]) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Once upon"}]
+    for processor in (processors["qwen2_vl"], processors["llava"]):
+        rendered = processor.render(messages, add_generation_prompt=False, continue_final_message=True)
+        assert rendered.endswith("Once upon")
 
 
 def test_tool_call_arguments_reach_the_template_as_objects(processors: dict[str, Processor]) -> None:
@@ -284,9 +326,22 @@ def test_checkpoint_with_an_image_only_processor_class_and_no_processor_config_i
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
     processor = Processor.load(folder)
     messages, pictures = make_conversation(random.Random(4), 2)
-    sizes = [processor.read_header(data)[1:] for data in pictures]
+    sizes = [read_header(data)[1:] for data in pictures]
     expected = reference_inputs(checkpoints["qwen2_vl"], messages)["input_ids"][0].tolist()
     assert processor.expand(processor.render(as_sent(messages)), sizes).token_ids == expected
+
+
+def test_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoints["llava"], tmp_path / "llava"))
+    num_tokens = len(Processor.load(folder).tokenizer)
+    text_config = json.loads((folder / "config.json").read_text())["text_config"]
+    change_json(folder / "config.json", text_config=text_config | {"vocab_size": num_tokens})
+    Processor.load(folder)
+    change_json(folder / "config.json", text_config=text_config | {"vocab_size": num_tokens - 1})
+    with pytest.raises(ConfigError, match=f"{num_tokens} tokens.* {num_tokens - 1} embeddings"):
+        Processor.load(folder)
 
 
 def test_truncation_and_padding_saved_with_a_tokenizer_are_ignored(
@@ -315,9 +370,11 @@ def test_end_of_sequence_tokens_are_those_of_generation_config_and_tokenizer(
 
 
 def test_unit_hash_is_the_same_in_every_process_and_changes_with_everything_it_is_over(
-    checkpoints: dict[str, Path],
+    checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     folder, media = checkpoints["qwen2_vl"], bytes(range(16))
+    other_mean = Path(shutil.copytree(folder, tmp_path / folder.name))
+    change_json(other_mean / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
     processor = Processor.load(folder, revision="a")
     hashes = [
         processor.unit_hash(media, 0),
@@ -325,7 +382,7 @@ def test_unit_hash_is_the_same_in_every_process_and_changes_with_everything_it_i
         processor.unit_hash(bytes([1, *range(1, 16)]), 0),
         Processor.load(folder, revision="b").unit_hash(media, 0),
         Processor.load(checkpoints["qwen2_5_vl"], revision="a").unit_hash(media, 0),
-        Processor.load(folder, revision="a", image_arguments={"image_mean": [0.5, 0.5, 0.5]}).unit_hash(media, 0),
+        Processor.load(other_mean, revision="a").unit_hash(media, 0),
     ]
     assert len(set(hashes)) == len(hashes)
     assert {len(each) for each in hashes} == {16}
@@ -368,10 +425,9 @@ def test_streamed_text_is_the_decoded_text_and_never_half_a_character(
 def test_stream_of_any_tokens_is_the_decoded_text(processors: dict[str, Processor], data: st.DataObject) -> None:
     processor = processors["qwen2_vl"]
     token_ids = data.draw(st.lists(st.integers(0, len(processor.tokenizer) - 1), max_size=40))
-    for skips in (True, False):
-        stream = processor.token_stream(skip_special_tokens=skips)
-        text = "".join(map(stream.push, token_ids)) + stream.flush()
-        assert text == processor.decode(token_ids, skip_special_tokens=skips)
+    stream = processor.token_stream()
+    text = "".join(map(stream.push, token_ids)) + stream.flush()
+    assert text == processor.decode(token_ids)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

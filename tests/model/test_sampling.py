@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -181,3 +182,79 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     assert with_top.logprobs.top_logprobs == pytest.approx(raw[0].topk(3).values.tolist(), abs=1e-5)
     assert chosen_only.logprobs is not None
     assert chosen_only.logprobs.top_ids == []
+
+
+def test_a_temperature_that_is_almost_zero_is_greedy() -> None:
+    logits = torch.randn(3, VOCAB)
+    sequences = [make_sequence(temperature=temperature) for temperature in (1e-320, 1e-40, 9e-6)]
+    assert tokens_of(logits, sequences) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stop_tokens_that_the_vocabulary_does_not_have_are_no_stops(temperature: float) -> None:
+    sequence = make_sequence(temperature=temperature, min_tokens=5, stop_token_ids=(3, VOCAB, 2**32 - 1))
+    tokens = {tokens_of(torch.zeros(1, VOCAB), [replaced(sequence, seed)])[0] for seed in range(100)}
+    assert tokens.isdisjoint({3, *EOS})
+    assert tokens <= set(range(VOCAB))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_ban_of_every_token_bans_none(temperature: float) -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 11] = 100.0
+    sequence = make_sequence(temperature=temperature, min_tokens=5, stop_token_ids=tuple(range(VOCAB)))
+    assert tokens_of(logits, [sequence]) == [11]
+
+
+def replaced(sequence: Sequence, seed: int) -> Sequence:
+    sampling = msgspec.structs.replace(sequence.sampling, seed=seed)
+    return Sequence(sequence.request_id, sequence.token_ids, sequence.num_prompt_tokens, sampling)
+
+
+def extremes(low: float, high: float, *named: float) -> st.SearchStrategy[float]:
+    return st.one_of(st.sampled_from([low, high, *named]), st.floats(low, high))
+
+
+def whole_range() -> st.SearchStrategy[dict[str, Any]]:
+    """All that a client may ask for, and more."""
+    stops = st.one_of(st.just(tuple(range(VOCAB + 3))), st.lists(st.integers(0, 2**32 - 1), max_size=4).map(tuple))
+    return st.fixed_dictionaries(
+        {
+            "temperature": extremes(0.0, 2.0, 5e-324, 1e-320, 1e-40, 1e-5, 1.1e-5, 1e-3),
+            "top_p": extremes(5e-324, 1.0, 1e-40, 1e-9, 1 - 1e-9),
+            "top_k": st.sampled_from([-1, 0, 1, VOCAB - 1, VOCAB, 2**31]),
+            "min_p": extremes(0.0, 1.0, 5e-324, 1e-40, 1 - 1e-9),
+            "repetition_penalty": extremes(5e-324, 1e6, 1e-40, 1e-6, 1.0),
+            "presence_penalty": extremes(-1e300, 1e300, -2.0, 0.0, 2.0),
+            "frequency_penalty": extremes(-1e300, 1e300, -2.0, 0.0, 2.0),
+            "min_tokens": st.sampled_from([0, 1, 4, 2**31]),
+            "stop_token_ids": stops,
+            "seed": st.integers(0, 2**63 - 1),
+            "choice": st.integers(0, 127),
+            "logprobs": st.sampled_from([None, 0, 20]),
+        }
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    batch=st.lists(whole_range(), min_size=1, max_size=4),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4, 1e30]),
+    seed=st.integers(0, 100),
+)
+def test_no_request_can_get_a_token_that_the_vocabulary_does_not_have(
+    batch: list[dict[str, Any]], scale: float, seed: int
+) -> None:
+    logits = torch.randn(len(batch), VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+    sequences = [make_sequence(prompt=[1, 2, 9999], output=[3, 3, 5], **params) for params in batch]
+    tokens = tokens_of(logits, sequences)
+    assert all(0 <= token < VOCAB for token in tokens)
+    assert tokens == [tokens_of(logits[i : i + 1], [sequence])[0] for i, sequence in enumerate(sequences)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(params=whole_range(), bad=st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_logits_that_are_no_numbers_give_a_token_all_the_same(params: dict[str, Any], bad: float) -> None:
+    logits = torch.full((2, VOCAB), bad)
+    logits[1, 5:] = 1.0
+    assert all(0 <= token < VOCAB for token in tokens_of(logits, [make_sequence(output=[3], **params)] * 2))

@@ -191,13 +191,22 @@ class FakeCluster:
 class Stack:
     """A whole server in a thread: real HTTP, frontend and processor, fake instances."""
 
-    def __init__(self, answer: Answer = script, *, step_s: float = 0.0, **changes: Any) -> None:
+    def __init__(
+        self, answer: Answer = script, *, step_s: float = 0.0, max_model_len: int = 512, **changes: Any
+    ) -> None:
         """`changes` go into the server's configuration."""
-        self.config = ServerConfig(**({"served_model_names": ("fake",), "max_model_len": 512} | changes))
+        self.config = ServerConfig(**({"served_model_names": ("fake",)} | changes))
         self.telemetry = Telemetry("fake")
         self.cluster = FakeCluster(answer, step_s)
         self.frontend = Frontend(processor(), self.cluster, self.telemetry)
-        app = create_app(self.frontend, processor(), self.config, self.telemetry, model_root="/models/fake")
+        app = create_app(
+            self.frontend,
+            processor(),
+            self.config,
+            self.telemetry,
+            max_model_len=max_model_len,
+            model_root="/models/fake",
+        )
         self._server = make_http_server(app)
         self._socket = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -231,8 +240,12 @@ class Stack:
     def wait_until_idle(self) -> None:
         """Every instance and the frontend forgot every request, within a second."""
         deadline = time.monotonic() + 1
-        while not (self.cluster.idle and self.frontend.num_live == 0):
-            assert time.monotonic() < deadline, (self.cluster.prefilling, self.cluster.decoding, self.frontend.num_live)
+        while not (self.cluster.idle and num_live(self.frontend) == 0):
+            assert time.monotonic() < deadline, (
+                self.cluster.prefilling,
+                self.cluster.decoding,
+                num_live(self.frontend),
+            )
             time.sleep(0.005)
 
     async def _serve(self) -> None:
@@ -243,6 +256,11 @@ class Stack:
             await asyncio.sleep(0.005)
         self._started.set()
         await serving
+
+
+def num_live(frontend: Frontend) -> int:
+    """Sequences that it has not forgotten."""
+    return len(frontend._live)
 
 
 def picture(width: int = 32, height: int = 32, colour: str = "red", kind: str = "PNG") -> bytes:

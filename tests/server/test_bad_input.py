@@ -1,7 +1,9 @@
 """Whatever a client gets wrong: an OpenAI error body that names the field, and a server that goes on."""
 
 import base64
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -9,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.fakes import Stack, data_url, image_part, picture
+from tests.server.fakes import Stack, data_url, image_part, picture, processor
 
 MiB = 1 << 20
 
@@ -57,8 +59,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": -1}, "max_tokens", "at least 1"),
     ({"max_tokens": 1.5}, "max_tokens", "int"),
     ({"min_tokens": 20, "max_tokens": 10}, "min_tokens", "more than max_tokens"),
-    ({"temperature": -0.1}, "temperature", "at least 0 and at most 2"),
-    ({"temperature": 3}, "temperature", "at least 0 and at most 2"),
+    ({"temperature": -0.1}, "temperature", "at least 0 and at most 100"),
+    ({"temperature": 101}, "temperature", "at least 0 and at most 100"),
     ({"temperature": "hot"}, "temperature", "float"),
     ({"top_p": 0}, "top_p", "more than 0 and at most 1"),
     ({"top_k": -2}, "top_k", "at least -1"),
@@ -67,18 +69,30 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 0}, "n", "at least 1"),
     ({"n": 1000}, "n", "at most 128"),
     ({"presence_penalty": 3}, "presence_penalty", "at least -2 and at most 2"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "more than 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "at least 0.001 and at most 1000"),
+    ({"repetition_penalty": 1e-300}, "repetition_penalty", "at least 0.001"),
+    ({"repetition_penalty": 1e300}, "repetition_penalty", "at most 1000"),
+    ({"top_k": 1 << 31}, "top_k", "at most 2147483647"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
     ({"stop": ["a", ""]}, "stop[1]", "empty"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "0"),
+    ({"stop_token_ids": [1, len(processor().tokenizer)]}, "stop_token_ids[1]", "expected 0 to"),
+    ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "1024"),
+    (messages(image_part("http://a..b/x")), IMAGE_FIELD, "host"),
+    (messages(image_part(f"http://{'a' * 64}.com/x")), IMAGE_FIELD, "host"),
+    (messages(image_part("http://a\0b/x")), IMAGE_FIELD, "host"),
+    (messages(image_part("http://[foo/x")), IMAGE_FIELD, "URL"),
     ({"stream": "yes"}, "stream", "bool"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"logit_bias": {"1": 5}}, "logit_bias", "not supported"),
     ({"mm_processor_kwargs": {"max_pixels": 5}}, "mm_processor_kwargs", "not supported"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", "not supported"),
-    ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template", "cannot be set"),
+    *[
+        ({"chat_template_kwargs": {name: "x"}}, f"chat_template_kwargs.{name}", name)
+        for name in ("chat_template", "self", "messages", "conversation", "tokenize", "add_generation_prompt")
+    ],
 ]
 
 
@@ -176,6 +190,22 @@ def test_an_item_over_the_byte_limit_is_refused() -> None:
     with Stack(max_media_bytes=1000) as stack:
         error = refused_picture(stack, bytes(2000))
         assert "1000 bytes" in error["message"]
+
+
+def test_media_over_the_limit_of_a_request_are_413() -> None:
+    with Stack(max_body_bytes=4000, allowed_local_media_path="/") as stack:
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            Path(file.name).write_bytes(picture() + b"x" * 1900)
+            response = stack.chat(**messages(*[image_part(f"file://{file.name}")] * 3))
+        assert response.status_code == 413, response.text
+        error = response.json()["error"]
+        assert error["param"].startswith("messages[0].content[")
+        assert "4000 bytes" in error["message"]
+
+
+def test_too_many_items_have_a_code(stack: Stack) -> None:
+    response = stack.chat(**messages(*[image_part(data_url(picture()))] * 3))
+    assert response.json()["error"]["code"] == "too_many_media"
 
 
 def test_the_key_is_asked_for_except_by_monitoring() -> None:

@@ -64,7 +64,7 @@ def test_a_stop_string_ends_the_answer_before_it_and_takes_the_request_back(stac
     assert said(stack, stop="rld", stream=True) == ("Hello, wö", "stop", "rld")
     assert said(stack, stop=["nothing", "ö"]) == ("Hello, w", "stop", "ö")
     stack.wait_until_idle()
-    assert {instance for instance, _ in stack.cluster.aborted} == {"p0", "d0"}
+    assert {instance for instance, _ in stack.cluster.aborted} == {"d0"}
 
 
 def test_no_stop_string_before_min_tokens(stack: Stack) -> None:
@@ -124,6 +124,32 @@ def test_log_probabilities_come_with_every_token(stack: Stack) -> None:
         )
         assert [entry["logprob"] for entry in content] == [-0.5, -0.5, -0.5]
         assert all(len(entry["top_logprobs"]) == 2 for entry in content)
+
+
+def test_log_probabilities_show_the_bytes_of_a_token_that_is_no_whole_character(stack: Stack) -> None:
+    content = stack.chat(logprobs=True, max_tokens=len(ids(ANSWER))).json()["choices"][0]["logprobs"]["content"]
+    assert any("�" in entry["token"] for entry in content)
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == ANSWER
+
+
+@pytest.mark.parametrize(("given", "sent"), [(1e-6, 0.0), (1e-5, 1e-5), (100, 100.0)])
+def test_a_temperature_that_is_almost_zero_means_greedy(stack: Stack, given: float, sent: float) -> None:
+    stack.cluster.sent.clear()
+    stack.chat(temperature=given)
+    (submit,) = stack.cluster.orders(Submit)
+    assert submit.sampling.temperature == sent
+
+
+@pytest.mark.parametrize("name", ["enable_thinking", "template", "takes", "variables", "a b"])
+def test_variables_of_any_name_go_to_the_template(stack: Stack, name: str) -> None:
+    assert stack.chat(chat_template_kwargs={name: 1}).status_code == 200
+
+
+def test_the_last_message_can_be_continued(stack: Stack) -> None:
+    messages = [*HI, {"role": "assistant", "content": "Once upon"}]
+    fields = {"messages": messages, "continue_final_message": True}
+    (*_, last) = stack.http.post("/tokenize", json=fields).json()["tokens"]
+    assert last == ids("Once upon")[-1]
 
 
 def test_log_probabilities_without_alternatives(stack: Stack) -> None:

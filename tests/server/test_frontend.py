@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
-from tests.server.fakes import ANSWER, D, E, P, end_id, ids, processor
+from tests.server.fakes import ANSWER, D, E, P, end_id, ids, num_live, processor
 from triptych.core import EncodeUnit, FinishReason, InstanceId, RequestId, Role, SamplingParams, Span, UnitHash
 from triptych.errors import RequestError
 from triptych.messages import (
@@ -92,7 +93,7 @@ def test_tokens_that_overtake_each_other_are_put_in_order_and_repeated_ones_drop
         frontend.handle(Tokens(P, [first]))
         await generation.wait()
         assert output.take_text() == ANSWER
-        assert frontend.num_live == 0
+        assert not num_live(frontend)
 
     on_loop(scenario)
 
@@ -120,7 +121,7 @@ def test_leaving_a_generation_aborts_wherever_the_request_may_be() -> None:
             request_id = generation.outputs[0].request_id
             frontend.handle(Tokens(P, updates(request_id)[:1]))
             frontend.handle(Located(request_id, InstanceId("d1")))
-        assert sorted(wire.receivers(Abort)) == ["d1", "p0"], "what encoded it has given everything away"
+        assert sorted(wire.receivers(Abort)) == ["d1", "e0", "p0"], "a unit that P had cached may still be in E's queue"
         wire.sent.clear()
         frontend.abort(generation)
         assert wire.sent == []
@@ -128,14 +129,82 @@ def test_leaving_a_generation_aborts_wherever_the_request_may_be() -> None:
     on_loop(scenario)
 
 
-def test_an_instance_that_encodes_and_decodes_is_still_told() -> None:
+def test_decodes_own_token_says_that_nobody_else_holds_anything() -> None:
     async def scenario() -> None:
-        frontend, wire = make_frontend(("ed0", Role.ED), ("p0", Role.P))
+        frontend, wire = make_frontend()
         async with start(frontend, unit(1, 64)) as generation:
-            frontend.handle(Tokens(P, updates(generation.outputs[0].request_id)[:1]))
-        assert sorted(wire.receivers(Abort)) == ["ed0", "p0"]
+            request_id = generation.outputs[0].request_id
+            first, second, third, *_ = updates(request_id)
+            frontend.handle(Tokens(D, [second]))  # overtook: what P has to say is still to come
+            frontend.handle(Located(request_id, D))
+            frontend.handle(Tokens(P, [first]))
+            frontend.handle(Tokens(D, [third]))
+            frontend.instance_lost(E)
+            frontend.instance_lost(P)
+            assert num_live(frontend) == 1
+        assert wire.receivers(Abort) == [D]
 
     on_loop(scenario)
+
+
+@pytest.mark.parametrize("lost", [E, P, D])
+def test_before_decodes_own_token_the_loss_of_any_instance_ends_the_request(lost: InstanceId) -> None:
+    async def scenario() -> None:
+        frontend, _ = make_frontend()
+        generation = start(frontend, unit(1, 64))
+        request_id = generation.outputs[0].request_id
+        frontend.handle(Tokens(P, updates(request_id)[:1]))
+        frontend.handle(Tokens(D, updates(request_id)[2:3]))  # one is missing, so this proves nothing yet to the client
+        frontend.handle(Located(request_id, D))
+        frontend.instance_lost(lost)
+        with pytest.raises(RequestError, match=f"{lost} was lost") as caught:
+            await generation.wait()
+        assert (caught.value.status, caught.value.code) == (503, "instance_lost")
+
+    on_loop(scenario)
+
+
+def test_a_request_that_was_handed_to_an_instance_that_is_lost_ends() -> None:
+    async def scenario() -> None:
+        frontend, wire = make_frontend()
+        generation = start(frontend)
+        request_id = generation.outputs[0].request_id
+        frontend.instance_lost(D)
+        frontend.handle(Table(2, [peer for peer in frontend.table.peers.values() if peer.id != D]))
+        frontend.handle(Tokens(P, updates(request_id)[:1]))
+        frontend.handle(Located(request_id, D))
+        with pytest.raises(RequestError, match="d0 was lost") as caught:
+            await generation.wait()
+        assert (caught.value.status, caught.value.code) == (503, "instance_lost")
+        assert P in wire.receivers(Abort)
+
+    on_loop(scenario)
+
+
+def test_a_late_load_of_an_instance_that_is_gone_is_not_kept() -> None:
+    frontend, _ = make_frontend()
+    frontend.handle(Load(D, {}, {}, {"d": 1.0}, {}, {}))
+    frontend.handle(Table(2, [peer for peer in frontend.table.peers.values() if peer.id != D]))
+    frontend.handle(Load(D, {}, {}, {"d": 1.0}, {}, {}))
+    assert D not in frontend.loads
+
+
+def test_a_token_that_cannot_be_taken_ends_its_request_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        frontend, wire = make_frontend()
+        broken, sound = start(frontend), start(frontend)
+        impossible = msgspec.structs.replace(updates(broken.outputs[0].request_id)[0], token_id=-1)
+        frontend.handle(Tokens(P, [impossible, *updates(sound.outputs[0].request_id)]))
+        with pytest.raises(RequestError, match="internal server error") as caught:
+            await broken.wait()
+        assert caught.value.status == 500
+        await sound.wait()
+        assert sound.outputs[0].take_text() == ANSWER
+        assert wire.receivers(Abort) == [P]
+        assert not num_live(frontend)
+
+    on_loop(scenario)
+    assert "Traceback" in caplog.text
 
 
 def test_distinct_units_of_a_request_are_spread_by_cost_and_sent_once() -> None:
@@ -166,7 +235,7 @@ def test_only_the_stages_that_a_request_needs_must_be_there() -> None:
     with pytest.raises(RequestError, match="encode") as caught:
         start(frontend, unit(1, 10))
     assert caught.value.status == 503
-    assert frontend.num_live == 1
+    assert num_live(frontend) == 1
 
 
 def test_choices_of_one_prompt_go_to_the_same_instances() -> None:

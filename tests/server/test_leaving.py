@@ -26,7 +26,7 @@ def test_a_client_that_leaves_a_stream_takes_its_request_along(stack: Stack) -> 
     with stack.http.stream("POST", "/v1/chat/completions", json=body(stream=True)) as response:
         next(response.iter_lines())
     stack.wait_until_idle()
-    assert {instance for instance, _ in stack.cluster.aborted} == {P, D}
+    assert D in {instance for instance, _ in stack.cluster.aborted} <= {P, D}
 
 
 def test_a_client_that_leaves_before_the_first_token_takes_its_request_along(stack: Stack) -> None:
@@ -63,7 +63,7 @@ def test_a_failure_after_the_first_token_is_the_last_event_of_a_stream(stack: St
         events = [line for line in lines if line]
     assert json.loads(events[-1].removeprefix("data: "))["error"]["message"] == "broken"
     stack.wait_until_idle()
-    assert {instance for instance, _ in stack.cluster.aborted} >= {P, D}
+    assert D in {instance for instance, _ in stack.cluster.aborted}
 
 
 def test_a_lost_instance_ends_what_it_held_with_503(stack: Stack) -> None:

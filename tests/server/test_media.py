@@ -1,6 +1,7 @@
 """Media from everywhere, against a real web server, and never from where it must not come."""
 
 import asyncio
+import binascii
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from tests.server.fakes import data_url, picture
 from triptych.config import ServerConfig
 from triptych.errors import RequestError
 from triptych.server.fetch import Fetcher, is_public
-from triptych.server.media import MediaItem, MediaLoader
+from triptych.server.media import MAX_FETCHES, MediaItem, MediaLoader
 
+MiB = 1 << 20
 PICTURE = picture(40, 30)
 PRIVATE = (
     "10.0.0.1 172.16.3.4 192.168.1.1 169.254.169.254 100.64.0.1 224.0.0.1 255.255.255.255 240.0.0.1 ::1 :: fe80::1 "
@@ -77,7 +79,7 @@ def get(url: str, *, is_allowed: Callable[[str], bool] = lambda address: True, t
     async def run() -> bytes:
         fetcher = Fetcher(max_bytes=100_000, timeout_s=timeout_s, is_allowed=is_allowed)
         try:
-            return await fetcher.get(url)
+            return await fetcher.get(url, lambda num_bytes: None)
         finally:
             await fetcher.close()
 
@@ -173,6 +175,77 @@ def test_what_goes_wrong_is_told(port: int, page: str, text: str) -> None:
     with pytest.raises(RequestError, match=text) as caught:
         get(f"http://127.0.0.1:{port}/{page}")
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("target", ["http://[foo", "http://a..b/x", "//[", "http://x:99999/"])
+def test_redirects_that_lead_nowhere_are_told(port: int, target: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        get(f"http://127.0.0.1:{port}/to?{target}")
+    assert caught.value.status == 400
+
+
+def test_a_host_outside_ascii_is_asked_for_by_its_ascii_name(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    async def resolve(loop: object, host: str, port: int, **options: object) -> list[tuple[object, ...]]:
+        asked.append(host)
+        return [(2, 1, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", resolve)
+    assert get(f"http://münchen.example:{port}/picture") == PICTURE
+    assert asked == ["xn--mnchen-3ya.example"]
+
+
+def test_the_media_of_a_request_are_bounded_together(port: int) -> None:
+    url = f"http://127.0.0.1:{port}/picture"
+    room = 2 * len(PICTURE) + 1
+    assert len(load(url, data_url(PICTURE), allow_private_media_hosts=True, max_body_bytes=room)) == 2
+    for urls in ([url] * 3, [data_url(PICTURE)] * 3, [url, data_url(PICTURE), url]):
+        with pytest.raises(RequestError, match=rf"field\d: .*limit of {room} bytes") as caught:
+            load(*urls, allow_private_media_hosts=True, max_body_bytes=room)
+        assert (caught.value.status, caught.value.code) == (413, "media_too_large")
+
+
+def test_fetches_of_all_requests_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, 0
+
+    async def get(self: Fetcher, url: str, count: object) -> bytes:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001)
+        running -= 1
+        return PICTURE
+
+    monkeypatch.setattr(Fetcher, "get", get)
+    load(*["http://a/"] * (2 * MAX_FETCHES), limit_mm_per_prompt={})
+    assert most == MAX_FETCHES
+
+
+def test_a_large_picture_is_decoded_in_pieces_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = PICTURE + bytes(range(256)) * 20_000
+    threads = set()
+    decode = binascii.a2b_base64
+
+    def watched(text: str, strict_mode: bool) -> bytes:
+        threads.add(threading.current_thread())
+        assert len(text) <= MiB // 4, "one call lets no other thread run"
+        return decode(text, strict_mode=strict_mode)
+
+    monkeypatch.setattr(binascii, "a2b_base64", watched)
+    (item,) = load(data_url(large))
+    assert item.data == large
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize(
+    "text", ["AAA=" * 400_000, "A" * 2_000_001, "A" * 2_000_000 + "=A==", "A" * (MiB // 4 - 4) + "AA==AAAA"]
+)
+def test_large_text_that_is_no_base64_is_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="base64") as caught:
+        load(f"data:image/png;base64,{text}")
+    assert caught.value.code == "invalid_base64"
 
 
 def test_the_whole_fetch_is_bounded_in_time(port: int) -> None:

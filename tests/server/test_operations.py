@@ -111,4 +111,4 @@ def test_the_description_covers_every_route_and_resolves_every_reference(stack: 
     used = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert used <= set(schemas)
     temperature = schemas["ChatRequest"]["properties"]["temperature"]
-    assert temperature["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}
+    assert temperature["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 100}

@@ -2,20 +2,26 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from triptych.config import InstanceConfig
 from triptych.control.instances import Cluster, Instance, State
-from triptych.core import InstanceId, Placement
+from triptych.core import InstanceId
 from triptych.engine.sockets import Post
-from triptych.errors import ConfigError, InstanceError
+from triptych.errors import EXIT_REFUSED, ConfigError, InstanceError
 from triptych.messages import AnyMessage, Ready, Shutdown, Table
 
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.5  # for a worker to leave its loop; then it is killed
-EXIT_REFUSED = 2
+
+
+class Observer(Protocol):
+    """Who wants to know; the frontend."""
+
+    def handle(self, message: Table) -> None: ...
+    def instance_lost(self, instance: InstanceId) -> None: ...
 
 
 class Controller:
@@ -24,34 +30,32 @@ class Controller:
     def __init__(self, cluster: Cluster, post: Post) -> None:
         self._cluster = cluster
         self._post = post
-        self.on_table: Callable[[Table], None] = _ignore  # who else wants to know every new table
-        self.on_lost: Callable[[InstanceId], None] = _ignore  # and every instance that ended by itself
+        self._frontend: Observer | None = None
         self._version = 0
         self._changed = asyncio.Event()
         self._stopping = False
         self._starting = asyncio.Lock()
         self.instances: dict[InstanceId, Instance] = {}
 
-    @property
-    def placement(self) -> str:
-        """The roles of the instances that live, as a placement."""
-        return str(Placement(tuple(i.config.role for i in self.instances.values() if i.state is not State.DEAD)))
-
     async def start(self, configs: list[InstanceConfig], timeout_s: float) -> None:
-        """Returns when every instance is active. Raises ConfigError or InstanceError with what a failed one said."""
+        """Returns when every instance is active. Raises ConfigError or InstanceError with what a failed one said, as
+        soon as one fails."""
         for config in configs:
             await self._start_worker(config)
         try:
             async with asyncio.timeout(timeout_s):
-                while any(instance.state is State.STARTING for instance in self.instances.values()):
+                while self._in(State.STARTING) and not self._in(State.DEAD):
                     await self._changed.wait()
                     self._changed.clear()
         except TimeoutError:
-            late = [i.config.id for i in self.instances.values() if i.state is State.STARTING]
-            raise InstanceError(f"not ready after {timeout_s:.0f} s: {', '.join(late)}") from None
-        for instance in self.instances.values():
-            if instance.state is State.DEAD:
-                self._raise_failure(instance)
+            late = [instance.config.id for instance in self._in(State.STARTING)]
+            raise InstanceError(f"not ready after {timeout_s:g} s: {', '.join(late)}") from None
+        for instance in self._in(State.DEAD):
+            self._raise_failure(instance)
+
+    def open(self, frontend: Observer) -> None:
+        """Publishes the first table to all instances and to the frontend, which hears of every change from now on."""
+        self._frontend = frontend
         self._publish()
 
     def ready(self, message: Ready) -> None:
@@ -60,7 +64,6 @@ class Controller:
             return
         instance.peer = message.peer
         instance.state = State.ACTIVE
-        instance.start_s = message.start_s
         logger.info("instance %s (%s) ready after %.1f s", message.peer.id, message.peer.role, message.start_s)
         self._changed.set()
 
@@ -78,13 +81,12 @@ class Controller:
         for instance in self.instances.values():
             self.send(instance.config.id, Shutdown())
         workers = [instance.worker for instance in self.instances.values() if instance.state is not State.DEAD]
-        starting = [i.worker for i in self.instances.values() if i.state is State.STARTING]
-        for worker in starting:
-            worker.kill()
+        for instance in self._in(State.STARTING):
+            instance.worker.kill()
         ended = await asyncio.gather(*(worker.wait(STOP_GRACE_S) for worker in workers))
         for worker, done in zip(workers, ended, strict=True):
             if not done:
-                logger.warning("worker %d did not stop in %.0f s, killing it", worker.pid, STOP_GRACE_S)
+                logger.warning("worker %d did not stop in %.1f s, killing it", worker.pid, STOP_GRACE_S)
                 worker.kill()
         await asyncio.gather(*(worker.wait(STOP_GRACE_S) for worker in workers))
 
@@ -98,7 +100,7 @@ class Controller:
 
     def _exited(self, instance_id: InstanceId) -> None:
         instance = self.instances[instance_id]
-        was_active = instance.state is State.ACTIVE
+        was_published = instance.state is State.ACTIVE and self._frontend is not None
         instance.state = State.DEAD
         self._changed.set()
         if self._stopping:
@@ -106,17 +108,22 @@ class Controller:
         logger.error("instance %s (pid %d) ended with %s", instance_id, instance.worker.pid, instance.worker.exit_code)
         if instance.peer is not None:
             self._post.forget(instance.peer.address)
-        if was_active:
+        if was_published:
             self._publish()
-            self.on_lost(instance_id)
+            assert self._frontend is not None
+            self._frontend.instance_lost(instance_id)
 
     def _publish(self) -> None:
         self._version += 1
-        active = [i for i in self.instances.values() if i.state is State.ACTIVE]
+        assert self._frontend is not None
+        active = self._in(State.ACTIVE)
         table = Table(self._version, [i.peer for i in active if i.peer is not None])
         for instance in active:
             self.send(instance.config.id, table)
-        self.on_table(table)
+        self._frontend.handle(table)
+
+    def _in(self, state: State) -> list[Instance]:
+        return [instance for instance in self.instances.values() if instance.state is state]
 
     def _raise_failure(self, instance: Instance) -> None:
         said = instance.worker.failure
@@ -125,7 +132,3 @@ class Controller:
         raise InstanceError(
             f"instance {instance.config.id} ended with {instance.worker.exit_code} while starting\n{said or ''}"
         )
-
-
-def _ignore(_: object) -> None:
-    return

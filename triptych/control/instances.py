@@ -12,8 +12,6 @@ from triptych.messages import Peer
 class State(enum.StrEnum):
     STARTING = "starting"  # process started, weights loading
     ACTIVE = "active"  # in the routing table
-    DRAINING = "draining"  # out of the table, finishing what it has
-    SWITCHING = "switching"  # changing role
     DEAD = "dead"  # process ended or given up
 
 
@@ -40,4 +38,3 @@ class Instance:
     worker: Worker
     state: State = State.STARTING
     peer: Peer | None = None  # known once it is ready
-    start_s: float = 0.0  # how long loading took

@@ -10,9 +10,10 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
-from triptych.demo.batches import Batch, Scene
+from triptych.demo.batches import Batch
 from triptych.demo.forward import think, token_mask
 from triptych.demo.loop import Scores
+from triptych.demo.rows import Scene
 
 Features = Callable[[Sequence[Scene]], Tensor]  # scenes -> [pictures, MAX_TOKENS, width]
 

@@ -65,8 +65,9 @@ class Facts:
         return cls(tuple(things), count, None if digit < 0 else digit)
 
 
-def random_facts(rng: random.Random) -> Facts:
-    kind = rng.choices(list(_KINDS), list(_KINDS.values()))[0]
+def random_facts(rng: random.Random, pair_weight: float = _KINDS["pair"]) -> Facts:
+    weights = {**_KINDS, "pair": pair_weight}
+    kind = rng.choices(list(weights), list(weights.values()))[0]
     shapes, colours = rng.sample(SHAPES, 2), rng.sample(COLOURS, 2)
     if kind == "digit":
         return Facts((Thing("digit", colours[0]),), digit=rng.choice(DIGITS))

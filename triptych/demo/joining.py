@@ -12,16 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
 from triptych.demo.answering import Answers, answer, exact_scores
-from triptych.demo.batches import Batch, Packer, Scene, Shares
+from triptych.demo.batches import Batch
 from triptych.demo.facts import MAX_PICTURES
 from triptych.demo.hints import Hints
 from triptych.demo.loop import Scores
 from triptych.demo.optimiser import Optimiser
+from triptych.demo.packing import Packer
 from triptych.demo.pool import Pool
 from triptych.demo.questions import KIND_SHARES
+from triptych.demo.rows import Scene
 from triptych.demo.seeing import look
 
-_NUM_PICTURES: Shares = {0: 0.3, 1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
+_NUM_PICTURES: dict[int, float] = {0: 0.3, 1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
 # What stage 2 leaves weakest, pictures with two things, gets the most practice.
 _SHARES = {**KIND_SHARES, "colour": 0.3, "shape by colour": 0.45, "describe": 0.2, "shape": 0.05}
 _PAIR_SHARE = 0.4  # of the pictures are drawn among those with two things, beside those that come by chance

@@ -5,7 +5,6 @@ Each shard has its own seed, so a pool is the same wherever it is made. Training
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import random
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from triptych.demo.drawing import draw
 from triptych.demo.facts import NUM_FACTS, Facts, fact_vector, random_facts
@@ -65,8 +65,7 @@ def ensure_pool(
 
 def cut_patches(image: Image.Image) -> tuple[NDArray[np.uint8], Grid]:
     """-> [patches, PATCH_VALUES] in the processor's order (without its copy in time), and the grid."""
-    resize = _smart_resize()
-    height, width = resize(image.height, image.width, PATCH * MERGE, MIN_PIXELS, MAX_PIXELS)
+    height, width = smart_resize(image.height, image.width, PATCH * MERGE, MIN_PIXELS, MAX_PIXELS)
     pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
     rows, columns = height // PATCH, width // PATCH
     blocks = pixels.transpose(2, 0, 1).reshape(3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
@@ -85,10 +84,3 @@ def _draw_shard(path: Path, seed: int, num_pictures: int) -> None:
         rows[i] = [*grid, *facts.to_row()]
     np.save(path.with_suffix(".patches.npy"), patches)
     np.save(path.with_suffix(".rows.npy"), rows)  # written last: its presence says that the shard is complete
-
-
-@functools.cache
-def _smart_resize():  # type: ignore[no-untyped-def]
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    return smart_resize

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triptych.demo.batches import Scene
 from triptych.demo.facts import NUM_FACTS, fact_directions, fact_vector, random_facts
 from triptych.demo.forward import MAX_TOKENS
 from triptych.demo.model import WIDTH
 from triptych.demo.pool import Grid
+from triptych.demo.rows import Scene
 
 _GRIDS: dict[Grid, float] = {  # mostly small ones: they cost least and teach the same
     (4, 4): 4,
@@ -32,9 +32,9 @@ _GRIDS: dict[Grid, float] = {  # mostly small ones: they cost least and teach th
 _BLUR, _TOKEN_BLUR, _NOISE, _BLANK_SHARE = 0.12, 0.15, 0.08, 0.2
 
 
-def random_scenes(num_pictures: int, rng: random.Random) -> list[Scene]:
+def random_scenes(num_pictures: int, rng: random.Random, pair_weight: float) -> list[Scene]:
     grids = rng.choices(list(_GRIDS), list(_GRIDS.values()), k=num_pictures)
-    return [Scene(random_facts(rng), grid) for grid in grids]
+    return [Scene(random_facts(rng, pair_weight), grid) for grid in grids]
 
 
 class Symbols:

@@ -21,7 +21,7 @@ from triptych.demo.tokenizer import new_tokenizer
 
 PLANS = {
     "seeing": Plan(num_steps=10_500, learning_rate=1.5e-3),
-    "telling": Plan(num_steps=4_600, learning_rate=1.5e-3),
+    "telling": Plan(num_steps=5_000, learning_rate=1.5e-3),
     "joining": Plan(num_steps=4_800, learning_rate=1e-3, cooldown=0.4),
 }
 STAGES = tuple(PLANS)
@@ -100,7 +100,7 @@ def _open_pools(settings: Settings) -> tuple[Pool, Pool]:
 
 
 def _side_by_side(settings: Settings, names: tuple[str, ...]) -> None:
-    """One process per stage; the first failure ends the training."""
+    """One process per stage; if one fails, its error is raised when the other has ended."""
     with multiprocessing.get_context("spawn").Pool(len(names), initializer=start_logging) as workers:
         workers.starmap(train_stage, [(name, settings) for name in names], chunksize=1)
 

@@ -8,7 +8,15 @@ import torch
 import zmq
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS, InstanceConfig, require
+from triptych.config import (
+    EMBEDDING_BLOCK_TOKENS,
+    GIB,
+    KV_BLOCK_TOKENS,
+    InstanceConfig,
+    MemoryConfig,
+    ModelConfig,
+    require,
+)
 from triptych.core import Role, Stage
 from triptych.engine.engine import Engine, Pools, Runners, Stages
 from triptych.engine.sockets import Inbox, Post
@@ -31,7 +39,6 @@ from triptych.transfer.select import Transfers
 from triptych.transfer.slab import Slab, slab_bytes
 
 CPU_KV_BYTES = GIB
-EMBEDDING_BYTES = GIB // 4
 ENCODE_SHARE = 0.5  # of an embedding cache that encode and prefill use together
 
 
@@ -88,6 +95,18 @@ def build(config: InstanceConfig, context: zmq.Context[zmq.Socket[bytes]]) -> tu
     return engine, Peer(config.id, config.role, config.epoch, inbox.address, transfers.describe())
 
 
+def fitting_model_len(model: ModelConfig, memory: MemoryConfig) -> int:
+    """Prompt + output tokens of one request: as asked, else what the model supports, on CPU as far as it fits the
+    default KV cache. Raises ConfigError if the model supports less than was asked for."""
+    hf_config = load_config(model.path)
+    supported = resolve_max_model_len(model, hf_config)
+    if model.max_model_len is not None or model.device != "cpu":
+        return supported
+    layout = kv_layout(hf_config, resolve_dtype(model, hf_config))
+    num_blocks = blocks_that_fit(memory.kv_cache_bytes or CPU_KV_BYTES, layout)
+    return min(supported, max(1, num_blocks - 1) * KV_BLOCK_TOKENS)
+
+
 def plan_pools(config: InstanceConfig, hf_config: PreTrainedConfig, max_model_len: int) -> PoolPlan:
     """Sizes the pools of a role. Raises ConfigError if the longest request would not fit."""
     stages, dtype = config.role.stages, resolve_dtype(config.model, hf_config)
@@ -106,7 +125,7 @@ def plan_pools(config: InstanceConfig, hf_config: PreTrainedConfig, max_model_le
             f"{_kv_bytes(config)} given; lower max_model_len or raise the size",
         )
     if Stage.ENCODE in stages or Stage.PREFILL in stages:
-        num_embedding_blocks = blocks_that_fit(config.memory.embedding_cache_bytes or EMBEDDING_BYTES, embedding)
+        num_embedding_blocks = blocks_that_fit(config.memory.embedding_cache_bytes, embedding)
         require(num_embedding_blocks >= 8, "embedding_cache_bytes", f"at least {8 * embedding.block_bytes} needed")
     return PoolPlan(kv, embedding, num_kv_blocks, num_embedding_blocks)
 
@@ -130,7 +149,7 @@ def _make_runners(
         embedding_region = EmbeddingRegion(slab.region_tensor("embedding"), plan.embedding, plan.num_embedding_blocks)
     if role.encodes:
         assert embedding_region is not None
-        encoder = EncodeRunner(model, family, processor, embedding_region)
+        encoder = EncodeRunner(model, processor, embedding_region)
         encoder.warm_up()
         runners.encode = encoder
     if role.has_language_model:
@@ -145,9 +164,10 @@ def _make_stages(config: InstanceConfig, near: Surroundings, pools: Pools, *, wh
     stages, role, scheduling = Stages(), config.role, config.scheduling
     prefills = Stage.PREFILL in role.stages
     if pools.embeddings is not None:
-        num_blocks = pools.embeddings.num_blocks
-        encode_blocks = int(num_blocks * ENCODE_SHARE) if role.encodes and prefills else num_blocks
-        prefill_blocks = num_blocks - encode_blocks if role.encodes and prefills else num_blocks
+        encode_blocks = prefill_blocks = pools.embeddings.num_blocks
+        if role.encodes and prefills:
+            encode_blocks = int(encode_blocks * ENCODE_SHARE)
+            prefill_blocks -= encode_blocks
         if role.encodes:
             share = EmbeddingShare(pools.embeddings, encode_blocks)
             stages.encode = EncodeStage(near, share, pools.leases, scheduling.max_encode_tokens)
@@ -174,4 +194,6 @@ def _kv_bytes(config: InstanceConfig) -> int:
     if config.model.device == "cpu":
         return CPU_KV_BYTES
     free, total = torch.cuda.mem_get_info(config.model.device)
-    return max(0, int(free - (1.0 - config.memory.gpu_memory_utilization) * total - EMBEDDING_BYTES))
+    return max(
+        0, int(free - (1.0 - config.memory.gpu_memory_utilization) * total - config.memory.embedding_cache_bytes)
+    )

@@ -22,6 +22,7 @@ from triptych.messages import (
     AnyMessage,
     Embedded,
     Encode,
+    Failed,
     Load,
     Prefilled,
     Release,
@@ -240,6 +241,9 @@ class Engine:
             logger.warning("%s: %s is gone, dropped a %s", self._near.instance, to, type(message).__name__)
             if isinstance(message, (Embedded, Prefilled)):
                 self._pools.leases.release(message.ticket.lease)
+            if isinstance(message, Prefilled):
+                failed = Failed(message.request_id, f"instance {to} was lost", status=503, code="instance_lost")
+                self._send(FRONTEND, failed)
 
     # ---- work
 
@@ -295,12 +299,12 @@ class Engine:
     # ---- reports
 
     def _report(self, busy: bool) -> None:
-        """Once a heartbeat, and at once when the last work is done."""
+        """Once a heartbeat, and at once when the last work is done. An idle instance checks its books on the way."""
         now = time.monotonic()
         fell_idle, self._was_busy = self._was_busy and not busy, busy
-        if not fell_idle and now - self._reported_at < self._heartbeat_s:
+        due = now - self._reported_at >= self._heartbeat_s
+        if not fell_idle and not due:
             return
-        self._reported_at = now
         load = self.load()
         self._send(FRONTEND, load)
         if Stage.DECODE in load.work_s:
@@ -308,8 +312,10 @@ class Engine:
             for peer in self._near.table.serving(Stage.PREFILL):
                 if peer.id != self._near.instance:
                     self._send(peer.id, load)
-        if fell_idle:
-            self.check_integrity()
+        if due:
+            self._reported_at = now
+            if not busy:
+                self.check_integrity()
 
     def load(self) -> Load:
         stages = {

@@ -16,14 +16,13 @@ import zmq
 from triptych.config import InstanceConfig
 from triptych.engine.build import build
 from triptych.engine.sockets import Post
-from triptych.errors import ConfigError
+from triptych.errors import EXIT_FAILED, EXIT_REFUSED, ConfigError
 from triptych.messages import Ready
 from triptych.telemetry import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-EXIT_FAILED = 1
-EXIT_REFUSED = 2  # a ConfigError: not a fault of the program
+MAX_SAID = 32_000  # characters: less than a pipe holds, because the parent reads only when this process has ended
 SWITCH_INTERVAL_S = 0.0005  # a pull waits for the engine thread that long at most; Python's own value is 5 ms
 
 
@@ -39,12 +38,12 @@ def work(config: InstanceConfig, failures: Connection) -> None:
     try:
         _run(config, began)
     except ConfigError as error:
-        failures.send(str(error))
+        failures.send(str(error)[:MAX_SAID])
         os._exit(EXIT_REFUSED)
     except Exception:
         text = traceback.format_exc()
         logger.error("instance %s ends:\n%s", config.id, text)
-        failures.send(text)
+        failures.send(text[-MAX_SAID:])
         os._exit(EXIT_FAILED)
     os._exit(0)  # tearing down an interpreter full of libraries takes a second; the kernel does it at once
 

@@ -17,13 +17,12 @@ from triptych.config import EMBEDDING_BLOCK_TOKENS, KV_BLOCK_TOKENS
 
 @dataclass(frozen=True)
 class KVLayout:
-    """Shape of the KV of a model. `windows` has one entry per layer: the sliding window, or None."""
+    """Shape of the KV of a model."""
 
     num_layers: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    windows: tuple[int | None, ...] = ()
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:

@@ -1,5 +1,6 @@
 """From a conversation in OpenAI's format to the text of a prompt, by the checkpoint's own chat template."""
 
+import inspect
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ _IMAGE_PARTS = frozenset({"image", "image_url"})
 
 # What a template raises on messages that it was not made for: a refusal of its own, or a wrong guess about their shape.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+# Names that variables of a client cannot have: the code between here and the template would take them for its own.
+_TAKEN_NAMES = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"} | {
+    "messages",
+    "conversations",
+}
 
 Message = dict[str, Any]
 
@@ -47,27 +54,34 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
+        continue_final_message: bool,
         chat_template: str | None,
         tools: Sequence[Mapping[str, Any]] | None,
-        **kwargs: Any,
+        variables: Mapping[str, object],
     ) -> str:
         template = chat_template or self._template
         if template is None:
             raise RequestError("the model has no chat template, so it takes no messages", param="messages")
+        for name in variables:
+            if name in _TAKEN_NAMES:
+                field = f"chat_template_kwargs.{name}"
+                raise RequestError(f"{field} cannot be set here", param=field, code="unsupported_parameter")
+        arguments = {
+            **variables,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+        }
         takes = self._takes(template)
         conversation = [self._message(message, takes, f"messages[{i}]") for i, message in enumerate(messages)]
         try:
-            return self._apply(template, conversation, add_generation_prompt, tools=tools, **kwargs)
+            return self._apply(template, conversation, arguments)
         except _TEMPLATE_ERRORS as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
 
-    def _apply(self, template: str, conversation: list[Message], add_generation_prompt: bool, /, **kwargs: Any) -> str:
+    def _apply(self, template: str, conversation: list[Message], arguments: Mapping[str, Any]) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            conversation,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **kwargs,
+            conversation, chat_template=template, tokenize=False, **arguments
         )
         return text
 
@@ -80,7 +94,7 @@ class ChatTemplate:
 
     def _keeps(self, template: str, content: str | list[Message]) -> bool:
         try:
-            text = self._apply(template, [{"role": "user", "content": content}], True)
+            text = self._apply(template, [{"role": "user", "content": content}], {"add_generation_prompt": True})
         except _TEMPLATE_ERRORS:
             return False
         return _PROBE in text and repr(content) not in text

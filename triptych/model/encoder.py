@@ -1,6 +1,7 @@
 """Turns media bytes into rows in the blocks of the embedding region. Knows no request and no language model."""
 
 import io
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,11 @@ from triptych.core import EncodeWork
 from triptych.errors import RequestError
 from triptych.model.caches import EmbeddingRegion
 
+logger = logging.getLogger(__name__)
+
 _WARM_UP_SIDE = 224
+
+_Batch = list[tuple[int, EncodeWork, dict[str, Tensor]]]  # index of the result, the work, its tensors
 
 
 class PixelSource(Protocol):
@@ -27,13 +32,7 @@ class PixelSource(Protocol):
 class EncodeRunner:
     """Encodes batches of units. Items whose tensors fit together run as one forward."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        family: object,
-        processor: PixelSource,
-        region: EmbeddingRegion,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, processor: PixelSource, region: EmbeddingRegion) -> None:
         self._model = model
         self._processor = processor
         self._region = region
@@ -44,16 +43,17 @@ class EncodeRunner:
     def run(self, works: list[EncodeWork]) -> list[RequestError | None]:
         """One result per work: None once its rows are in its blocks, or why the item cannot be encoded."""
         errors: list[RequestError | None] = [None] * len(works)
-        batches: dict[object, list[tuple[EncodeWork, dict[str, Tensor]]]] = {}
+        batches: dict[object, _Batch] = {}
         for index, work in enumerate(works):
-            try:
-                tensors = self._processor.pixels(work.data)
-            except RequestError as error:
-                errors[index] = error
-                continue
-            batches.setdefault((work.unit.modality, _batch_key(tensors)), []).append((work, tensors))
+            tensors = self._pixels(work.data)
+            if isinstance(tensors, RequestError):
+                errors[index] = tensors
+            else:
+                batches.setdefault((work.unit.modality, _batch_key(tensors)), []).append((index, work, tensors))
         for batch in batches.values():
-            self._encode(batch)
+            error = self._try_to_encode(batch)
+            for index, _, _ in batch:
+                errors[index] = error
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # from now on another instance may read the blocks
         return errors
@@ -66,11 +66,31 @@ class EncodeRunner:
         pixels = self._processor.pixels(file.getvalue())
         self.features("image", {name: self._to_device(tensor) for name, tensor in pixels.items()})
 
-    def _encode(self, batch: list[tuple[EncodeWork, dict[str, Tensor]]]) -> None:
+    def _pixels(self, data: bytes) -> dict[str, Tensor] | RequestError:
+        try:
+            return self._processor.pixels(data)
+        except RequestError as error:
+            return error
+        except Exception:  # a request boundary: what a client sent goes through image code of others here
+            logger.exception("the image code failed on an item of %d bytes", len(data))
+            return _encode_failed()
+
+    def _try_to_encode(self, batch: _Batch) -> RequestError | None:
+        """What ends all items of the batch. Raises only where the device can compute no more."""
+        try:
+            self._encode(batch)
+        except Exception as error:  # a request boundary: the tensors follow from what clients sent
+            if _breaks_device(error):
+                raise
+            logger.exception("the encoder failed on a batch of %d items", len(batch))
+            return _encode_failed()
+        return None
+
+    def _encode(self, batch: _Batch) -> None:
         """Features of all items of a batch, written block by block."""
-        works = [work for work, _ in batch]
-        names = batch[0][1]
-        inputs = {name: self._to_device(torch.cat([tensors[name] for _, tensors in batch])) for name in names}
+        works = [work for _, work, _ in batch]
+        names = batch[0][2]
+        inputs = {name: self._to_device(torch.cat([tensors[name] for _, _, tensors in batch])) for name in names}
         rows = self.features(works[0].unit.modality, inputs)
         expected = sum(work.unit.num_tokens for work in works)
         assert rows.shape == (expected, self._region.layout.row_width), (
@@ -90,6 +110,15 @@ class EncodeRunner:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype) if tensor.is_floating_point() else tensor.to(self._device)
+
+
+def _encode_failed() -> RequestError:
+    return RequestError("the media item could not be encoded", status=500, code="encode_failed")
+
+
+def _breaks_device(error: Exception) -> bool:
+    """After an error of the device every later kernel fails too; being short of memory is none."""
+    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
 def _batch_key(tensors: dict[str, Tensor]) -> object:

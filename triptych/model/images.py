@@ -5,6 +5,8 @@ vLLM's loaders do), and whatever is transparent lies on white.
 """
 
 import io
+import struct
+from collections.abc import Iterator
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -29,17 +31,25 @@ _TRANSPOSE = {
 }
 _SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
+# WebP, RFC 9649. Flags of the extended header, and the metadata chunks that they announce.
+_WEBP_METADATA = {b"EXIF": (0x08, "exif"), b"XMP ": (0x04, "xmp")}
+_MAX_WEBP_CHUNKS = 10_000
+
 
 def read_header(data: bytes) -> tuple[str, int, int]:
     """(format, width, height) of the upright picture, without decoding a pixel.
 
     Raises RequestError for bytes that are no picture, or one of a format that is not served.
     """
-    image = _open(data)
-    width, height = _upright_size(image, _orientation(image))
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and "WEBP" in FORMATS:
+        name, image = "WEBP", _webp_header(data)  # where Pillow's `open` decodes
+    else:
+        image = _open(data)
+        name = str(image.format)
+    width, height = _upright_size(image.size, _orientation(image))
     if width < 1 or height < 1:
         raise _invalid(f"its header says {width} x {height} pixels")
-    return str(image.format), width, height
+    return name, width, height
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -47,9 +57,9 @@ def decode_image(data: bytes) -> Image.Image:
 
     Raises RequestError if it is broken anywhere.
     """
+    size = read_header(data)[1:]
     image = _open(data)
     orientation = _orientation(image)
-    size = _upright_size(image, orientation)
     try:
         image.load()
         if orientation in _TRANSPOSE:
@@ -71,6 +81,53 @@ def _open(data: bytes) -> Image.Image:
         raise _invalid(str(error) or type(error).__name__) from error
 
 
+def _webp_header(data: bytes) -> Image.Image:
+    """A picture without pixels, of the size and with the metadata that the file names."""
+    kind, head = data[12:16], data[20:30]
+    image = Image.Image()
+    try:
+        if kind == b"VP8 " and head[3:6] == b"\x9d\x01\x2a":
+            width, height = struct.unpack("<HH", head[6:10])
+            image._size = (width & 0x3FFF, height & 0x3FFF)  # the upper two bits ask for a scaled display
+        elif kind == b"VP8L" and head[:1] == b"\x2f":
+            (bits,) = struct.unpack("<I", head[1:5])
+            image._size = ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+        elif kind == b"VP8X" and len(head) == 10:
+            image._size = (int.from_bytes(head[4:7], "little") + 1, int.from_bytes(head[7:10], "little") + 1)
+            image.info.update(_webp_metadata(data, flags=head[0]))
+        else:
+            raise _invalid("a WebP file without a header that is known")
+    except struct.error:
+        raise _invalid("a WebP file that ends within its header") from None
+    return image
+
+
+def _webp_metadata(data: bytes, flags: int) -> dict[str | tuple[int, int], bytes]:
+    """Metadata chunks that the flags announce, the first of each kind, under Pillow's names for them."""
+    wanted = {name: key for name, (flag, key) in _WEBP_METADATA.items() if flags & flag}
+    found: dict[str | tuple[int, int], bytes] = {}
+    if wanted:
+        for name, start, end in _webp_chunks(data):
+            if name in wanted:
+                found[wanted.pop(name)] = data[start:end]
+                if not wanted:
+                    break
+    return found
+
+
+def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(name, start, end) of each complete chunk of a RIFF file."""
+    position, end = 12, min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    for _ in range(_MAX_WEBP_CHUNKS):
+        start = position + 8
+        length = int.from_bytes(data[position + 4 : start], "little")
+        if start + length > end:
+            return
+        yield data[position : position + 4], start, start + length
+        position = start + length + length % 2
+    raise _invalid(f"more than {_MAX_WEBP_CHUNKS} chunks")
+
+
 def _orientation(image: Image.Image) -> int:
     """1 to 8 as EXIF has them; 1 is upright, and what a broken EXIF block counts as. Call it before `load`.
 
@@ -84,8 +141,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
-    width, height = image.size
+def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    width, height = size
     return (height, width) if orientation in _SWAPS_SIDES else (width, height)
 
 

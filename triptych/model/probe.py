@@ -15,7 +15,6 @@ from triptych.model.caches import EmbeddingLayout, KVLayout
 from triptych.model.loading import meta_model
 
 PROBE_ATTENTION = "triptych_probe"
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -24,26 +23,15 @@ class _Layer:
     kv_heads: int
     key_dim: int
     value_dim: int
-    window: int | None
     softcap: float | None
     sinks: bool
 
 
 def kv_layout(hf_config: PreTrainedConfig, dtype: torch.dtype) -> KVLayout:
     """The KV cache of a model, from its config alone. Raises ConfigError naming what cannot be served exactly."""
-    text = hf_config.get_text_config()
-    others = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
-    if others:
-        raise ConfigError(f"{hf_config.model_type}: layers of type {', '.join(sorted(others))} keep no paged KV cache")
     layers = _run_probe(hf_config)
     _refuse_inexact(hf_config, layers)
-    return KVLayout(
-        num_layers=len(layers),
-        kv_heads=layers[0].kv_heads,
-        head_dim=layers[0].key_dim,
-        dtype=dtype,
-        windows=tuple(layer.window for layer in layers),
-    )
+    return KVLayout(num_layers=len(layers), kv_heads=layers[0].kv_heads, head_dim=layers[0].key_dim, dtype=dtype)
 
 
 def embedding_layout(hf_config: PreTrainedConfig, dtype: torch.dtype) -> EmbeddingLayout:
@@ -82,7 +70,6 @@ def _record(
         kv_heads=key.shape[1],
         key_dim=key.shape[3],
         value_dim=value.shape[3],
-        window=kwargs.get("sliding_window"),  # type: ignore[arg-type]
         softcap=kwargs.get("softcap"),  # type: ignore[arg-type]
         sinks=kwargs.get("s_aux") is not None,
     )

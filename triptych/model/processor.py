@@ -9,22 +9,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.image_processing_utils import BaseImageProcessor
+
+# Not from `transformers`, which says in some versions that this name needs torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from triptych.core import EncodeUnit, Span, UnitHash
 from triptych.errors import ConfigError, RequestError
 from triptych.model.chat import ChatTemplate
 from triptych.model.families import Family, ItemLayout, UnitLayout, family_for
-from triptych.model.images import decode_image, read_header
+from triptych.model.images import decode_image
 from triptych.model.pixel_table import tabulate
 from triptych.model.token_stream import TokenStream
-
-__all__ = ["Processor", "Prompt", "TokenStream", "read_header"]
 
 HASH_BYTES = 16
 
@@ -66,21 +68,19 @@ class Processor:
         self.fingerprint = _fingerprint(image_processor, family.image_arguments, identity)
 
     @classmethod
-    def load(cls, path: str | Path, *, revision: str = "", image_arguments: Mapping[str, object] | None = None) -> Self:
-        """From a local folder. `image_arguments` override those of the checkpoint's image processor.
-
-        Raises ConfigError where a part is missing, or does not fit the others.
-        """
+    def load(cls, path: str | Path, *, revision: str = "") -> Self:
+        """From a local folder. Raises ConfigError where a part is missing, or does not fit the others."""
         folder = Path(path)
         try:
             config = AutoConfig.from_pretrained(folder)
             family = family_for(config)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **(image_arguments or {}))
+            image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ConfigError(f"model {folder}: {error}") from error
         if not tokenizer.is_fast:
             raise ConfigError(f"model {folder}: needs a tokenizer.json")
+        _refuse_unembedded_tokens(folder, config, tokenizer)
         tokenizer.backend_tokenizer.no_truncation()  # some checkpoints were saved with either switched on
         tokenizer.backend_tokenizer.no_padding()
         tabulate(image_processor)
@@ -101,16 +101,23 @@ class Processor:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         chat_template: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
+        variables: Mapping[str, object] = MappingProxyType({}),
     ) -> str:
         """The prompt of a conversation in OpenAI's format, with one placeholder for each picture, in order.
 
-        Raises RequestError for what the template refuses, and for text that contains a placeholder itself.
+        `variables` are the client's own for the template. Raises RequestError for those that would replace something
+        of the server's, for what the template refuses, and for text that contains a placeholder itself.
         """
         return self._chat.render(
-            messages, add_generation_prompt=add_generation_prompt, chat_template=chat_template, tools=tools, **kwargs
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            tools=tools,
+            variables=variables,
         )
 
     def expand(
@@ -151,8 +158,8 @@ class Processor:
         text: str = self.tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def token_stream(self, *, skip_special_tokens: bool = True) -> TokenStream:
-        return TokenStream(self.tokenizer.backend_tokenizer, skip_special_tokens=skip_special_tokens)
+    def token_stream(self) -> TokenStream:
+        return TokenStream(self.tokenizer.backend_tokenizer)
 
     def _repeat(self, compact_ids: list[int], layouts: list[ItemLayout]) -> Prompt:
         """Writes every image token as often as its run is long, and notes which rows stand where."""
@@ -193,11 +200,6 @@ class Processor:
 
     # ---- media
 
-    @staticmethod
-    def read_header(data: bytes) -> tuple[str, int, int]:
-        """(format, width, height) of a picture, without decoding it. Raises RequestError if it is none."""
-        return read_header(data)
-
     def pixels(self, data: bytes) -> dict[str, Tensor]:
         """What the model's get_image_features takes for one picture. Raises RequestError if it cannot be decoded."""
         image = decode_image(data)
@@ -224,6 +226,16 @@ def _fingerprint(image_processor: BaseImageProcessor, image_arguments: Mapping[s
     """128 bits over everything but the media that decides what an encoder makes of a picture."""
     text = json.dumps([image_processor.to_json_string(), dict(image_arguments), identity])
     return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES).digest()
+
+
+def _refuse_unembedded_tokens(folder: Path, config: PreTrainedConfig, tokenizer: Tokenizer) -> None:
+    """A token without a row in the embedding table would end the instance that meets it."""
+    num_embeddings: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    if num_embeddings is not None and num_tokens > num_embeddings:
+        raise ConfigError(
+            f"model {folder}: its tokenizer has {num_tokens} tokens, its text model only {num_embeddings} embeddings"
+        )
 
 
 def _eos_token_ids(folder: Path, config: PreTrainedConfig, tokenizer: Tokenizer) -> frozenset[int]:

@@ -14,6 +14,9 @@ from triptych.core import SampledToken, SamplingParams, Sequence, TokenLogprobs
 
 _MASK64 = (1 << 64) - 1
 _NUCLEUS_GUESS = 512  # most nuclei are smaller; only larger ones pay for sorting the whole vocabulary
+_MIN_TEMPERATURE = 1e-5  # what is below counts as 0, as in vLLM: logits divided by it would leave the range of float32
+_LARGEST_SCORE = 1e30  # of a penalised token: finite, also after the division by the smallest temperature
+_MIN_REPETITION_PENALTY = 1e-30  # a smaller one would be 0 in float32
 
 
 def sample(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: Seq[int]) -> list[SampledToken]:
@@ -26,7 +29,7 @@ def sample(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: Seq[int]) ->
         _penalise(row, sequence)
         _forbid_stops(row, sequence, eos_token_ids)
     tokens = logits.argmax(-1)
-    drawn = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+    drawn = [i for i, sequence in enumerate(sequences) if not _is_greedy(sequence.sampling)]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [sequences[i] for i in drawn])
     chosen = tokens.tolist()
@@ -59,10 +62,14 @@ def _best(logits: Tensor) -> list[int]:
     return best
 
 
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < _MIN_TEMPERATURE
+
+
 def _is_plain_greedy(sequence: Sequence) -> bool:
     params = sequence.sampling
     return (
-        params.temperature == 0
+        _is_greedy(params)
         and params.logprobs is None
         and not _has_penalties(params)
         and params.min_tokens <= sequence.num_output_tokens
@@ -81,11 +88,20 @@ def _penalise(row: Tensor, sequence: Sequence) -> None:
     output = sequence.token_ids[sequence.num_prompt_tokens :]
     if params.repetition_penalty != 1:
         seen, _ = _counts(sequence.token_ids, row)
+        penalty = max(params.repetition_penalty, _MIN_REPETITION_PENALTY)
         score = row[seen]
-        row[seen] = torch.where(score > 0, score / params.repetition_penalty, score * params.repetition_penalty)
+        row[seen] = _bounded(torch.where(score > 0, score / penalty, score * penalty))
     if output and (params.presence_penalty or params.frequency_penalty):
         seen, counts = _counts(output, row)
-        row[seen] -= params.frequency_penalty * counts + params.presence_penalty
+        row[seen] = _bounded(
+            row[seen]
+            - (counts * params.frequency_penalty).clamp(-_LARGEST_SCORE, _LARGEST_SCORE)
+            - min(max(params.presence_penalty, -_LARGEST_SCORE), _LARGEST_SCORE)
+        )
+
+
+def _bounded(scores: Tensor) -> Tensor:
+    return scores.clamp(-_LARGEST_SCORE, _LARGEST_SCORE)
 
 
 def _counts(token_ids: Seq[int], row: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,8 +112,12 @@ def _counts(token_ids: Seq[int], row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forbid_stops(row: Tensor, sequence: Sequence, eos_token_ids: Seq[int]) -> None:
+    """In place. A ban of all tokens is none: there has to be a next one."""
     if sequence.num_output_tokens < sequence.sampling.min_tokens:
-        row[[*eos_token_ids, *sequence.sampling.stop_token_ids]] = -torch.inf
+        vocab = row.shape[0]
+        stops = {token for token in (*eos_token_ids, *sequence.sampling.stop_token_ids) if 0 <= token < vocab}
+        if len(stops) < vocab:
+            row[list(stops)] = -torch.inf
 
 
 def _draw(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
@@ -114,7 +134,8 @@ def _draw(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
     cumulated = logits.softmax(-1).double().cumsum(-1)
     points = [uniform(p.seed, p.choice, s.num_output_tokens) for p, s in zip(params, sequences, strict=True)]
     target = torch.tensor(points, dtype=torch.float64, device=logits.device)[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+    # Logits that are no numbers (a model can overflow) make every comparison false: without the bound, a token too far.
+    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def _keep_min_p(logits: Tensor, params: Seq[SamplingParams]) -> None:

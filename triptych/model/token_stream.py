@@ -6,7 +6,8 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that ar
 
 
 class TokenStream:
-    """What `push` and `flush` return, put together, is what decoding all tokens at once gives.
+    """What `push` and `flush` return, put together, is what decoding all tokens at once gives,
+    without special tokens.
 
     A piece never ends inside a UTF-8 character: such tokens are held back until the rest of it came. (Tokenizers with
     byte-fallback tokens take back a whole run of bytes once one of them is wrong; what was said of it stays said.)
@@ -16,11 +17,10 @@ class TokenStream:
               forgotten      again
     """
 
-    __slots__ = ("_context", "_context_text", "_ids", "_said", "_skips_special", "_tokenizer")
+    __slots__ = ("_context", "_context_text", "_ids", "_said", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._skips_special = skip_special_tokens
         self._ids: list[int] = []
         self._context = 0  # decoding starts here: what a token says may depend on the tokens before it
         self._said = 0
@@ -44,5 +44,5 @@ class TokenStream:
         return new
 
     def _decode(self, start: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[start:], skip_special_tokens=self._skips_special)
+        text: str = self._tokenizer.decode(self._ids[start:], skip_special_tokens=True)
         return text

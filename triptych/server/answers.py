@@ -38,6 +38,14 @@ class TokenText(Protocol):
     def __call__(self, token_id: int, /) -> str: ...
 
 
+class Vocabulary(Protocol):
+    """Single tokens, as log-probabilities show them. The text of half a character is a replacement character."""
+
+    def token_text(self, token_id: int, /) -> str: ...
+
+    def token_bytes(self, token_id: int, /) -> bytes: ...
+
+
 class Answer(Protocol):
     """How one generation is written down."""
 
@@ -53,11 +61,11 @@ class Answer(Protocol):
 
 
 class ChatAnswer:
-    def __init__(self, request_id: str, model: str, token_text: TokenText, options: StreamOptions | None) -> None:
+    def __init__(self, request_id: str, model: str, vocabulary: Vocabulary, options: StreamOptions | None) -> None:
         self._id = f"chatcmpl-{request_id}"
         self._created = int(time.time())
         self._model = model
-        self._token_text = token_text
+        self._vocabulary = vocabulary
         self._usage = _StreamUsage(options)
         self._began: set[int] = set()  # choices whose role was sent
 
@@ -115,12 +123,12 @@ class ChatAnswer:
         return ChatLogprobs([self._token_logprob(token_id, scores) for token_id, scores in tokens])
 
     def _token_logprob(self, token_id: int, scores: TokenLogprobs) -> ChatTokenLogprob:
-        text = self._token_text(token_id)
+        text, spelling = self._vocabulary.token_text, self._vocabulary.token_bytes
         top = [
-            TopLogprob(name := self._token_text(other), logprob, list(name.encode()))
+            TopLogprob(text(other), logprob, list(spelling(other)))
             for other, logprob in zip(scores.top_ids, scores.top_logprobs, strict=True)
         ]
-        return ChatTokenLogprob(text, scores.logprob, list(text.encode()), top)
+        return ChatTokenLogprob(text(token_id), scores.logprob, list(spelling(token_id)), top)
 
 
 class CompletionAnswer:

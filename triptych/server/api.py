@@ -31,10 +31,19 @@ _ORDERS_PER_BODY = 4  # bytes sent to instances for a request, as a multiple of 
 class Api:
     """Handlers that share the frontend, the prompt builder and the limits."""
 
-    def __init__(self, frontend: Frontend, prompts: PromptBuilder, config: ServerConfig, model_root: str) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        prompts: PromptBuilder,
+        config: ServerConfig,
+        *,
+        max_model_len: int,
+        model_root: str,
+    ) -> None:
         self._frontend = frontend
         self._prompts = prompts
         self._config = config
+        self._max_model_len = max_model_len
         self._model_root = model_root
         self._created = int(time.time())
 
@@ -42,24 +51,24 @@ class Api:
         request = decode_body(await exchange.body(self._config.max_body_bytes), ChatRequest)
         check_supported(request)
         model = self._served_model(request.model)
-        stop = stop_strings(request)
+        stop = self._checked_stops(request)
         async with exchange.watched():
             prompt = await self._prompts.chat(
                 request.messages,
                 add_generation_prompt=request.add_generation_prompt is not False,
                 continue_final_message=bool(request.continue_final_message),
-                template_arguments=request.chat_template_kwargs or {},
+                template_variables=request.chat_template_kwargs or {},
             )
             sampling = sampling_params(
                 request,
                 num_prompt_tokens=len(prompt.token_ids),
-                max_model_len=self._config.max_model_len,
+                max_model_len=self._max_model_len,
                 max_tokens=request.max_completion_tokens or request.max_tokens,
                 max_tokens_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
                 logprobs=_chat_logprobs(request),
                 prompt_field="messages",
             )
-            answer = ChatAnswer(exchange.request_id, model, self._prompts.token_text, request.stream_options)
+            answer = ChatAnswer(exchange.request_id, model, self._prompts, request.stream_options)
             await self._answer(exchange, request, answer, [prompt], [sampling], stop)
 
     async def completions(self, exchange: Exchange) -> None:
@@ -68,14 +77,14 @@ class Api:
         if request.best_of is not None and request.best_of != (request.n or 1):
             raise unsupported("best_of", "only the value of n is")
         model = self._served_model(request.model)
-        stop = stop_strings(request)
+        stop = self._checked_stops(request)
         async with exchange.watched():
             prompts = await self._prompts.completion(request.prompt, request.add_special_tokens is not False)
             samplings = [
                 sampling_params(
                     request,
                     num_prompt_tokens=len(prompt.token_ids),
-                    max_model_len=self._config.max_model_len,
+                    max_model_len=self._max_model_len,
                     max_tokens=16 if request.max_tokens is None else request.max_tokens,  # OpenAI's default
                     logprobs=request.logprobs,
                     prompt_field="prompt",
@@ -104,11 +113,11 @@ class Api:
                     request.messages,
                     add_generation_prompt=request.add_generation_prompt is not False,
                     continue_final_message=bool(request.continue_final_message),
-                    template_arguments=request.chat_template_kwargs or {},
+                    template_variables=request.chat_template_kwargs or {},
                 )
         tokens = prompt.token_ids
         names = self._prompts.token_names(tokens) if request.return_token_strs else None
-        await exchange.json(TokenizeResponse(len(tokens), self._config.max_model_len, tokens, names))
+        await exchange.json(TokenizeResponse(len(tokens), self._max_model_len, tokens, names))
 
     async def detokenize(self, exchange: Exchange) -> None:
         request = decode_body(await exchange.body(self._config.max_body_bytes), DetokenizeRequest)
@@ -138,6 +147,11 @@ class Api:
             else:
                 await generation.wait()
                 await exchange.json(answer.whole(generation))
+
+    def _checked_stops(self, request: GenerateRequest) -> tuple[str, ...]:
+        """The stop strings. Raises RequestError for one, or for a stop token, that can never come."""
+        self._prompts.check_token_ids(request.stop_token_ids or (), "stop_token_ids")
+        return stop_strings(request)
 
     def _check_order_size(self, prompts: Sequence[PreparedPrompt], num_choices: int) -> None:
         """Every choice is an order of its own, with the media: a small request must not become a flood of bytes."""
@@ -169,9 +183,7 @@ class Api:
         return name
 
     def _card(self, name: str) -> ModelCard:
-        return ModelCard(
-            id=name, created=self._created, root=self._model_root, max_model_len=self._config.max_model_len
-        )
+        return ModelCard(id=name, created=self._created, root=self._model_root, max_model_len=self._max_model_len)
 
 
 async def _stream(exchange: Exchange, generation: Generation, answer: Answer) -> None:

@@ -30,13 +30,18 @@ def create_app(
     config: ServerConfig,
     telemetry: Telemetry,
     *,
+    max_model_len: int,
     model_root: str = "",
     directory: Directory | None = None,
 ) -> Starlette:
-    """`model_root` is shown by /v1/models. Needs at least one served model name."""
+    """`max_model_len` bounds prompt and answer together, in tokens; `model_root` is shown by /v1/models.
+
+    Needs at least one served model name.
+    """
     assert config.served_model_names, "no served model name"
     media = MediaLoader(config)
-    api = Api(frontend, PromptBuilder(processor, media, config.max_model_len), config, model_root)
+    prompts = PromptBuilder(processor, media, max_model_len)
+    api = Api(frontend, prompts, config, max_model_len=max_model_len, model_root=model_root)
     routes = _routes(api, Operations(frontend, telemetry, directory))
 
     @asynccontextmanager

@@ -69,7 +69,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         """All addresses of the host. Raises RequestError if a single one of them must not be reached."""
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)  # SOCK_STREAM
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             raise RequestError(f"cannot resolve host {host!r}", code="media_unreachable") from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         if not addresses or not all(map(self._is_allowed, addresses)):
@@ -93,15 +93,18 @@ class Fetcher:
             network_backend=CheckedNetwork(is_allowed),
         )
 
-    async def get(self, url: str) -> bytes:
-        """The body. Raises RequestError for anything that goes wrong, in words for the client."""
+    async def get(self, url: str, count: Callable[[int], None]) -> bytes:
+        """The body. Raises RequestError for anything that goes wrong, in words for the client.
+
+        `count` is told of every piece of the body, in bytes, as it comes: what it raises ends the fetch.
+        """
         try:
             async with asyncio.timeout(self._timeout_s):
                 for _ in range(MAX_REDIRECTS + 1):
-                    body, location = await self._get_once(url)
+                    body, location = await self._get_once(url, count)
                     if location is None:
                         return body
-                    url = urljoin(url, location)
+                    url = _joined(url, location)
         except TimeoutError as error:
             raise RequestError(f"fetching took longer than {self._timeout_s:g} s", code="media_timeout") from error
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
@@ -111,10 +114,11 @@ class Fetcher:
     async def close(self) -> None:
         await self._pool.aclose()
 
-    async def _get_once(self, url: str) -> tuple[bytes, str | None]:
+    async def _get_once(self, url: str, count: Callable[[int], None]) -> tuple[bytes, str | None]:
         """The body, or where a redirect points."""
-        headers = [("host", _checked_host(url)), ("accept", "image/*"), ("accept-encoding", "identity")]
-        async with self._pool.stream("GET", _target(url), headers=[*headers, ("user-agent", "triptych")]) as response:
+        target = _checked_target(url)
+        headers = [(b"host", _host_header(target)), (b"accept", b"image/*"), (b"accept-encoding", b"identity")]
+        async with self._pool.stream("GET", target, headers=[*headers, (b"user-agent", b"triptych")]) as response:
             fields = {name.lower(): value.decode("latin-1") for name, value in response.headers}
             if response.status in _REDIRECTS and b"location" in fields:
                 return b"", fields[b"location"]
@@ -126,6 +130,7 @@ class Fetcher:
             body = bytearray()
             async for piece in response.aiter_stream():
                 body += piece
+                count(len(piece))
                 if len(body) > self._max_bytes:
                     raise self._too_large()
             return bytes(body), None
@@ -134,31 +139,37 @@ class Fetcher:
         return RequestError(f"larger than the limit of {self._max_bytes} bytes", code="media_too_large")
 
 
-def _checked_host(url: str) -> str:
-    """The Host header. Raises RequestError for a URL that is none, or of another scheme than http and https."""
+def _checked_target(url: str) -> httpcore.URL:
+    """Spelt in ASCII for the wire. Raises RequestError for what is no URL, or of another scheme than http and https."""
     try:
         parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise RequestError(f"not a valid URL: {error}", code="media_forbidden") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+        host, port = parts.hostname or "", parts.port
+        # A literal IPv6 address is ASCII already, and its labels are not those of a name.
+        wire_host = host.encode("ascii" if ":" in host else "idna")
+    except ValueError as error:  # also UnicodeError: a label that is empty, too long or not allowed
+        raise RequestError(f"not a valid URL, or not a valid host in it: {error}", code="media_forbidden") from error
+    if parts.scheme not in ("http", "https") or not wire_host:
         raise RequestError("only http and https URLs with a host are fetched", code="media_forbidden")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return host if port is None else f"{host}:{port}"
-
-
-def _target(url: str) -> httpcore.URL:
-    """Spelt in ASCII for the wire; the parts are those that were checked."""
-    parts = urlsplit(url)
-    assert parts.hostname is not None
     path = parts.path or "/"
     target = f"{path}?{parts.query}" if parts.query else path
     return httpcore.URL(
         scheme=parts.scheme.encode(),
-        host=parts.hostname.encode("idna"),
-        port=parts.port,
+        host=wire_host,
+        port=port,
         target="".join(c if 32 < ord(c) < 127 else _percent(c) for c in target).encode(),
     )
+
+
+def _host_header(target: httpcore.URL) -> bytes:
+    host = b"[%b]" % target.host if b":" in target.host else target.host
+    return host if target.port is None else b"%b:%d" % (host, target.port)
+
+
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise RequestError(f"redirected to what is not a valid URL: {error}", code="media_unreachable") from error
 
 
 def _percent(character: str) -> str:

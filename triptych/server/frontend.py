@@ -17,7 +17,7 @@ import msgspec
 
 from triptych.core import EncodeUnit, InstanceId, RequestId, SamplingParams, Span, Stage, UnitHash
 from triptych.errors import RequestError
-from triptych.messages import Abort, AnyMessage, Encode, Failed, Load, Located, Submit, Table, Tokens
+from triptych.messages import Abort, AnyMessage, Encode, Failed, Load, Located, Submit, Table, Tokens, TokenUpdate
 from triptych.model.processor import Processor
 from triptych.routing import RoutingTable, assign_units, pick
 from triptych.server.output import Output
@@ -152,10 +152,6 @@ class Frontend:
         """Whether every stage has an active instance."""
         return self.table.complete
 
-    @property
-    def num_live(self) -> int:
-        return len(self._live)
-
     # ---- what clients ask for
 
     def generate(
@@ -203,21 +199,19 @@ class Frontend:
             case Failed():
                 self._failed(message)
             case Load():
-                self.loads[message.instance] = message
-                self._unreported_s.pop(message.instance, None)
+                if message.instance in self.table.peers:  # else its last words; a new one says it again soon
+                    self.loads[message.instance] = message
+                    self._unreported_s.pop(message.instance, None)
             case Table():
-                if message.version > self.table.version:
-                    self.table = RoutingTable.of(message)
-                    self.loads = {id: load for id, load in self.loads.items() if id in self.table.peers}
+                self._table(message)
             case _:
                 logger.warning("frontend got %s, which is not for it", type(message).__name__)
 
     def instance_lost(self, instance: InstanceId) -> None:
         """Ends every request that the instance held a part of with 503."""
-        error = RequestError(f"instance {instance} was lost", status=503, code="instance_lost")
         held = {id(generation): generation for output, generation in self._live.values() if instance in output.holders}
         for generation in held.values():
-            self._fail(generation, error)
+            self._fail(generation, _lost(instance))
 
     def close(self) -> None:
         """Ends everything with 503: the server stops."""
@@ -233,22 +227,46 @@ class Frontend:
                 if update.finish is None:  # aborted, but that instance did not know yet that it held it
                     self._wire.send(message.instance, Abort(update.request_id))
                 continue
-            output, generation = live
-            output.holders.add(message.instance)
-            for due in output.in_order(update):
-                output.push(due)
-                self._observe(output, generation, now)
-                generation.notify(output)
-                if output.finish is not None:
-                    self._finish(output, generation, by_instance=due.finish is not None, now=now)
-                    break
+            try:
+                self._update(*live, update, message.instance, now)
+            except Exception:  # the boundary of a request: the others of this step go on
+                logger.exception("%s: cannot take token %d", update.request_id, update.index)
+                self._fail(live[1], RequestError("internal server error", status=500, code="internal_error"))
+
+    def _update(
+        self, output: Output, generation: Generation, update: TokenUpdate, instance: InstanceId, now: float
+    ) -> None:
+        output.holders.add(instance)
+        for due in output.in_order(update):
+            output.push(due)
+            self._observe(output, generation, now)
+            generation.notify(output)
+            if output.finish is not None:
+                self._finish(output, generation, by_instance=due.finish is not None, now=now)
+                return
+        # A token behind the first one comes from the instance that decodes: it has pulled everything. Only once the
+        # first one is here too, or its loss on the way would never be noticed.
+        if update.index >= 1 and output.num_tokens > update.index and len(output.holders) > 1:
+            output.holders = {instance}
+
+    def _table(self, message: Table) -> None:
+        if message.version <= self.table.version:
+            return
+        self.table = RoutingTable.of(message)
+        peers = self.table.peers
+        self.loads = {id: load for id, load in self.loads.items() if id in peers}
+        self._unreported_s = {id: seconds for id, seconds in self._unreported_s.items() if id in peers}
 
     def _located(self, message: Located) -> None:
         live = self._live.get(message.request_id)
         if live is None:  # aborted while it was on its way there; if it is finished, this changes nothing
             self._wire.send(message.decode, Abort(message.request_id))
-        else:
-            live[0].holders.add(message.decode)
+            return
+        output, generation = live
+        output.holders.add(message.decode)
+        # Lost before this was known: `instance_lost` could not count the request among those that it held.
+        if self.table.version and message.decode not in self.table.peers:
+            self._fail(generation, _lost(message.decode))
 
     def _failed(self, message: Failed) -> None:
         live = self._live.get(message.request_id)
@@ -293,6 +311,9 @@ class Frontend:
                 output.sampling,
             ),
         )
+        # Once per choice, although all choices have the same media: a later one may start when the embedding that the
+        # first one ordered has been evicted, and would then wait for one that nobody makes. E's cache, and P's, save
+        # the computation; what is paid is the bytes, which `Api` bounds.
         for unit in prompt.distinct_units:
             order = Encode(output.request_id, unit, prompt.media[unit.hash], prefill)
             self._wire.send(encoders[unit.hash], order)
@@ -300,12 +321,6 @@ class Frontend:
     def _observe(self, output: Output, generation: Generation, now: float) -> None:
         if output.num_tokens == 1:
             self._telemetry.first_token(now - generation.started_at, len(generation.prompt_of(output).token_ids))
-            # The prompt is computed, so every embedding of it was read: encode instances hold nothing any more.
-            language = (Stage.PREFILL, Stage.DECODE)
-            peers = self.table.peers
-            output.holders = {
-                id for id in output.holders if id not in peers or any(s in peers[id].role.stages for s in language)
-            }
         else:
             self._telemetry.next_token(now - output.last_token_at)
         output.last_token_at = now
@@ -349,3 +364,7 @@ class Frontend:
 
     def _new_id(self) -> RequestId:
         return RequestId(f"{self._id_prefix}-{next(self._id_count)}")
+
+
+def _lost(instance: InstanceId) -> RequestError:
+    return RequestError(f"instance {instance} was lost", status=503, code="instance_lost")

@@ -1,9 +1,10 @@
 """From messages, text or token ids to a prompt that can be sent: placeholders expanded, units hashed. No pixels."""
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 from triptych.core import UnitHash
 from triptych.errors import RequestError
@@ -18,14 +19,18 @@ MAX_PROMPTS = 2048  # of one request
 _LONG_TEXT = 20_000  # characters; tokenising more would hold up the event loop for more than some milliseconds
 _PIECE_COST = 100  # what a message or a content part costs the template, counted in characters of text
 
-# Parameters of what calls the template: not for clients.
-_NOT_TEMPLATE_VARIABLES = frozenset(
-    (
-        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
-        *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-        *("return_assistant_tokens_mask", "tokenizer_kwargs", "template", "takes"),
-    )
-)
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # the text of bytes that are no whole character
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece vocabularies spell a byte
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """How byte-level vocabularies spell a byte: as itself where that prints in Latin-1, else from U+0100 on."""
+    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in printing} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_level_alphabet()
 
 
 class PromptBuilder:
@@ -45,7 +50,7 @@ class PromptBuilder:
         *,
         add_generation_prompt: bool,
         continue_final_message: bool,
-        template_arguments: Mapping[str, object],
+        template_variables: Mapping[str, object],
     ) -> PreparedPrompt:
         """Raises RequestError naming the part of the messages that is to blame."""
         for index, message in enumerate(messages):
@@ -58,17 +63,14 @@ class PromptBuilder:
         if num_pieces > 2 * self._max_model_len:  # the template writes tokens around each
             raise self._too_long("messages", f"{num_pieces} messages and parts")
         items = await self._media.load(_image_sources(messages))
-        arguments = _checked_arguments(template_arguments)
-        if continue_final_message:
-            arguments["continue_final_message"] = True
-            add_generation_prompt = False
         return await self._in_thread_if_long(
             sum(map(_text_len, messages)) + _PIECE_COST * num_pieces,
             "messages",
             self._build_chat,
             messages,
-            add_generation_prompt,
-            arguments,
+            add_generation_prompt and not continue_final_message,
+            continue_final_message,
+            template_variables,
             items,
         )
 
@@ -98,16 +100,37 @@ class PromptBuilder:
 
     def text_of(self, token_ids: list[int], field: str) -> str:
         """Raises RequestError for an id that the vocabulary does not have."""
-        self._check_token_ids(token_ids, field)
+        self.check_token_ids(token_ids, field)
         return self._processor.decode(token_ids, skip_special_tokens=False)
 
     def token_text(self, token_id: int) -> str:
         return self._processor.decode([token_id], skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to the answer, also where it is a part of a character only."""
+        text = self.token_text(token_id)
+        if _REPLACEMENT not in text:
+            return text.encode()
+        (name,) = self.token_names([token_id])
+        fallback = _BYTE_FALLBACK.fullmatch(name)
+        if fallback is not None:
+            return bytes.fromhex(fallback[1])
+        if all(character in _BYTE_OF for character in name):
+            return bytes(_BYTE_OF[character] for character in name)
+        return text.encode()
+
     def token_names(self, token_ids: list[int]) -> list[str]:
         """As the vocabulary spells them."""
         names: list[str] = self._processor.tokenizer.convert_ids_to_tokens(token_ids)
         return names
+
+    def check_token_ids(self, token_ids: Sequence[int], field: str) -> None:
+        """Raises RequestError naming the first id that the vocabulary does not have."""
+        size = len(self._processor.tokenizer)
+        for index, token_id in enumerate(token_ids):
+            if not 0 <= token_id < size:
+                place = f"{field}[{index}]"
+                raise RequestError(f"{place}: expected 0 to {size - 1}", param=place, code="invalid_value")
 
     # ---- inside
 
@@ -115,14 +138,16 @@ class PromptBuilder:
         self,
         messages: Sequence[ChatMessage],
         add_generation_prompt: bool,
-        arguments: dict[str, Any],
+        continue_final_message: bool,
+        variables: Mapping[str, object],
         items: list[MediaItem],
     ) -> PreparedPrompt:
         with _blamed("messages"):
             text = self._processor.render(
                 [_for_template(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                **arguments,
+                continue_final_message=continue_final_message,
+                variables=variables,
             )
             expanded = self._processor.expand(text, [(item.width, item.height) for item in items])
         return self._with_units(expanded, items)
@@ -146,7 +171,7 @@ class PromptBuilder:
         return self._without_units(prompt, field)
 
     def _from_token_ids(self, token_ids: list[int], field: str) -> PreparedPrompt:
-        self._check_token_ids(token_ids, field)
+        self.check_token_ids(token_ids, field)
         with _blamed(field):
             prompt = self._processor.from_token_ids(token_ids)
         return self._without_units(prompt, field)
@@ -155,13 +180,6 @@ class PromptBuilder:
         if not prompt.token_ids:
             raise RequestError(f"{field}: must not be empty", param=field, code="invalid_value")
         return PreparedPrompt(prompt.token_ids)
-
-    def _check_token_ids(self, token_ids: Sequence[int], field: str) -> None:
-        size = len(self._processor.tokenizer)
-        for index, token_id in enumerate(token_ids):
-            if token_id >= size:
-                place = f"{field}[{index}]"
-                raise RequestError(f"{place}: expected 0 to {size - 1}", param=place, code="invalid_value")
 
     async def _in_thread_if_long(
         self, num_characters: int, field: str, build: Callable[P, PreparedPrompt], *args: P.args, **kwargs: P.kwargs
@@ -185,15 +203,6 @@ def _blamed(field: str) -> Iterator[None]:
     except RequestError as error:
         param = error.param or field
         raise RequestError(f"{param}: {error}", status=error.status, param=param, code=error.code) from error
-
-
-def _checked_arguments(arguments: Mapping[str, object]) -> dict[str, Any]:
-    """Variables for the template, and nothing that steers the code around it."""
-    for name in arguments:
-        if name in _NOT_TEMPLATE_VARIABLES:
-            field = f"chat_template_kwargs.{name}"
-            raise RequestError(f"{field} cannot be set here", param=field, code="unsupported_parameter")
-    return dict(arguments)
 
 
 def _image_sources(messages: Sequence[ChatMessage]) -> list[tuple[str, str]]:

@@ -6,6 +6,8 @@ from triptych.core import SamplingParams
 from triptych.errors import RequestError
 from triptych.server.schema import MAX_SEED, GenerateRequest
 
+_GREEDY_BELOW = 1e-5  # dividing logits by less overflows in half precision; vLLM draws the line at the same place
+
 
 def sampling_params(
     request: GenerateRequest,
@@ -46,7 +48,7 @@ def sampling_params(
     return SamplingParams(
         max_tokens=max_tokens,
         seed=secrets.randbelow(MAX_SEED) if request.seed is None else request.seed,
-        temperature=_default(request.temperature, 1.0),
+        temperature=_temperature(request),
         top_p=_default(request.top_p, 1.0),
         top_k=max(request.top_k or 0, 0),
         min_p=request.min_p or 0.0,
@@ -68,6 +70,11 @@ def stop_strings(request: GenerateRequest) -> tuple[str, ...]:
             field = "stop" if isinstance(request.stop, str) else f"stop[{index}]"
             raise RequestError(f"{field}: must not be empty", param=field, code="invalid_value")
     return stops
+
+
+def _temperature(request: GenerateRequest) -> float:
+    temperature = _default(request.temperature, 1.0)
+    return 0.0 if temperature < _GREEDY_BELOW else temperature
 
 
 def _default(value: float | None, default: float) -> float:

@@ -15,6 +15,7 @@ PositiveCount = Annotated[int, Meta(ge=1, le=1 << 31)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 Logprobs = Annotated[int, Meta(ge=0, le=20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+MAX_STOP_TOKENS = 1024  # every sampled token is compared with each of them
 
 
 # ---- requests
@@ -80,15 +81,15 @@ class GenerateRequest(Refused, kw_only=True):
     stop: str | list[str] | None = None
     max_tokens: PositiveCount | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=1 << 31, description="-1 and 0: all tokens")] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=(1 << 31) - 1, description="-1 and 0: all tokens")] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.001, le=1000)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None

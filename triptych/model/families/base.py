@@ -33,12 +33,10 @@ class UnitLayout:
 class ItemLayout:
     """What replaces the placeholder of one picture.
 
-    `text` is the replacement word for word. `compact` is the same with every run of image tokens written as one
-    token, and `runs` are their lengths: tokenising the short text and repeating afterwards gives the same ids.
-    The rows of the units fill the runs in order.
+    `compact` is the replacement with every run of image tokens written as one token, and `runs` are their lengths:
+    tokenising the short text and repeating afterwards gives the same ids. The rows of the units fill the runs in order.
     """
 
-    text: str
     compact: str
     runs: tuple[int, ...]
     units: tuple[UnitLayout, ...]
@@ -49,7 +47,6 @@ class ItemLayout:
         rows = sum(unit.num_tokens for unit in units)
         assert sum(runs) == rows, f"runs of {sum(runs)} tokens for units of {rows} rows"
         return cls(
-            text="".join(image_token * piece if isinstance(piece, int) else piece for piece in pieces),
             compact="".join(image_token if isinstance(piece, int) else piece for piece in pieces),
             runs=runs,
             units=units,
