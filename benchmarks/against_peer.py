@@ -21,7 +21,7 @@ from servers import ForeignLoad, triptych_server
 
 from triptych.bench.environment import environment
 
-# name: pictures, words of text, output tokens
+# name: pictures, tokens of text, output tokens
 SCENARIOS = {"text": (0, 128, 64), "1 picture": (1, 32, 64), "4 pictures": (4, 32, 32), "8 pictures": (8, 32, 32)}
 FOREIGN_LIMIT = 0.15
 FIGURES = ("ttft_ms", "tpot_ms")
@@ -66,12 +66,12 @@ def _compare(
 def _bench(
     options: argparse.Namespace, url: str, model: str | None, scenario: str, concurrency: int, seed: int
 ) -> dict[str, Any]:
-    images, words, output_tokens = SCENARIOS[scenario]
+    images, text_tokens, output_tokens = SCENARIOS[scenario]
     num_requests = max(options.requests, options.requests_per_client * concurrency)
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, "-m", "triptych.cli", "bench", "--url", url, "--json", file.name, "--ignore-eos"]
         command += ["--requests", num_requests, "--concurrency", concurrency, "--images", images, "--seed", seed]
-        command += ["--text-words", words, "--output-tokens", output_tokens, "--warmup", 2]
+        command += ["--prompt-tokens", text_tokens, "--output-tokens", output_tokens, "--warmup", 2]
         if model is not None:
             command += ["--model", model]
         subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)

@@ -68,9 +68,9 @@ ENVIRONMENT = {
     # faults, 5 ms. Large blocks stay on the heap instead.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    # Threads of one step wait for each other by spinning, 50 us at most: waking one up costs as much. Without a bound a
+    # Threads of one step wait for each other by spinning, a fraction of a millisecond at most. Without a bound a
     # process that needs the core made a step up to 100 times slower; without spinning a quiet one took 1.5 to 3 times.
-    "GOMP_SPINCOUNT": "20000",
+    "GOMP_SPINCOUNT": "10000",
 }
 
 

@@ -53,9 +53,12 @@ def ensure_pool(
     folder.mkdir(parents=True, exist_ok=True)
     shards = [(folder / f"{first_seed + i}", first_seed + i, shard_pictures) for i in range(num_shards)]
     missing = [shard for shard in shards if not shard[0].with_suffix(".rows.npy").exists()]
-    if missing:
+    if processes > 1 and missing:
         with multiprocessing.get_context("spawn").Pool(processes) as workers:
             workers.starmap(_draw_shard, missing, chunksize=1)
+    else:
+        for shard in missing:
+            _draw_shard(*shard)
     patches = [np.load(path.with_suffix(".patches.npy"), mmap_mode="r") for path, *_ in shards]
     rows = np.concatenate([np.load(path.with_suffix(".rows.npy")) for path, *_ in shards])
     facts = [Facts.from_row(row[2:]) for row in rows.tolist()]
