@@ -60,7 +60,7 @@ class ForeignLoad:
     """How many cores were busy with something other than the given process trees, between start and `stop`."""
 
     def __init__(self, pids: list[int]) -> None:
-        self._pids = [*pids, os.getpid()]
+        self._pids = pids
         self._began = (time.perf_counter(), self._busy(), self._own())
 
     def stop(self) -> float:
@@ -73,4 +73,5 @@ class ForeignLoad:
         return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
 
     def _own(self) -> float:
-        return sum(cpu_seconds(pid) for pid in self._pids)
+        """The servers, and this process with the clients that it has run and waited for."""
+        return sum(cpu_seconds(pid) for pid in self._pids) + sum(os.times()[:4])

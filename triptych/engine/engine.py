@@ -114,6 +114,7 @@ class Engine:
         self._stopping = False
         self._reported_at = 0.0
         self._was_busy = False
+        self._unchecked = False  # whether anything happened since the books were checked
         self._num_steps = 0
         self._poller = zmq.Poller()
         self._poller.register(inbox.socket, zmq.POLLIN)
@@ -299,9 +300,11 @@ class Engine:
     # ---- reports
 
     def _report(self, busy: bool) -> None:
-        """Once a heartbeat, and at once when the last work is done. An idle instance checks its books on the way."""
+        """Once a heartbeat, and at once when the last work is done. The first heartbeat of an idle instance checks its
+        books."""
         now = time.monotonic()
         fell_idle, self._was_busy = self._was_busy and not busy, busy
+        self._unchecked |= busy
         due = now - self._reported_at >= self._heartbeat_s
         if not fell_idle and not due:
             return
@@ -314,7 +317,8 @@ class Engine:
                     self._send(peer.id, load)
         if due:
             self._reported_at = now
-            if not busy:
+            if self._unchecked and not busy:
+                self._unchecked = False
                 self.check_integrity()
 
     def load(self) -> Load:
