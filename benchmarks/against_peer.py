@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from triptych.bench.environment import environment
 # name: pictures, tokens of text, output tokens
 SCENARIOS = {"text": (0, 128, 64), "1 picture": (1, 32, 64), "4 pictures": (4, 32, 32), "8 pictures": (8, 32, 32)}
 FOREIGN_LIMIT = 0.15
+STARTED_AT = datetime.now(UTC).isoformat()
 FIGURES = ("ttft_ms", "tpot_ms")
 
 
@@ -51,7 +53,9 @@ def _compare(
     for number in range(options.rounds):
         for name, (url, _, model) in engines.items():
             load = ForeignLoad([ours[1], options.peer_pid])
-            summary = _bench(options, url, model, scenario, concurrency, seed=hash_seed(placement, scenario, number))
+            summary = _bench(
+                options, url, model, scenario, concurrency, seed=fresh_seed(placement, scenario, concurrency, number)
+            )
             rounds[name].append({"foreign_cores": load.stop(), **summary})
     rows = [_row(name, scenario, concurrency, summaries) for name, summaries in rounds.items()]
     for row in rows:
@@ -79,11 +83,9 @@ def _bench(
         return summary
 
 
-def hash_seed(placement: str, scenario: str, number: int) -> int:
+def fresh_seed(*run: object) -> int:
     """Another one for every run on a live server, so that no cache ever helps; the same for both engines."""
-    import zlib
-
-    return zlib.crc32(f"{placement}/{scenario}/{number}/{datetime.now(UTC):%H%M}".encode()) % 1_000_000
+    return zlib.crc32(f"{run} {STARTED_AT}".encode()) % 1_000_000
 
 
 def _row(name: str, scenario: str, concurrency: int, summaries: list[dict[str, Any]]) -> dict[str, Any]:
