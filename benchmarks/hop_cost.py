@@ -88,7 +88,7 @@ def _picture(rng: random.Random) -> str:
 
 
 def _ask(client: httpx.Client, url: str, body: dict[str, Any]) -> tuple[float, float]:
-    """TTFT and TPOT in milliseconds. Tokens without text of their own come with a later one: counted by the usage."""
+    """TTFT and TPOT in milliseconds, from the first text to the end: tokens without text of their own count as well."""
     began = time.perf_counter()
     first = last = 0.0
     num_tokens = 0
@@ -100,7 +100,9 @@ def _ask(client: httpx.Client, url: str, body: dict[str, Any]) -> tuple[float, f
             chunk = json.loads(line[6:])
             if chunk.get("usage"):
                 num_tokens = chunk["usage"]["completion_tokens"]
-            elif chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+            elif chunk["choices"] and (
+                chunk["choices"][0]["delta"].get("content") or chunk["choices"][0]["finish_reason"]
+            ):
                 last = time.perf_counter()
                 first = first or last
     return (first - began) * 1e3, (last - first) * 1e3 / max(1, num_tokens - 1)
