@@ -121,8 +121,8 @@ def serve(
         ),
         memory=checked(
             MemoryConfig,
-            kv_cache_bytes=_bytes(kv_cache_gib),
-            embedding_cache_bytes=_bytes(embedding_cache_gib),
+            kv_cache_bytes=_bytes("--kv-cache-gib", kv_cache_gib),
+            embedding_cache_bytes=_bytes("--embedding-cache-gib", embedding_cache_gib),
             gpu_memory_utilization=gpu_memory_utilization,
         ),
         scheduling=checked(SchedulingConfig, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
@@ -228,8 +228,9 @@ def _json(flag: str, text: str) -> Any:
         raise ConfigError(f"{flag}: {text!r} is not JSON") from None
 
 
-def _bytes(gib: float | None) -> int | None:
-    return None if gib is None or not math.isfinite(gib) else int(gib * GIB)
+def _bytes(flag: str, gib: float | None) -> int | None:
+    require(gib is None or math.isfinite(gib), flag, f"{gib} is not a finite number above 0")
+    return None if gib is None else int(gib * GIB)
 
 
 def _say(error: TriptychError, code: int) -> int:

@@ -193,7 +193,6 @@ class Ready(Message, frozen=True):
     """Instance -> controller: loaded, listening, pools registered."""
 
     peer: Peer
-    pid: int
     start_s: float
 
 

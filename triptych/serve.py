@@ -31,7 +31,7 @@ from triptych.control.controller import Controller
 from triptych.core import InstanceId, Placement
 from triptych.engine.build import fitting_model_len
 from triptych.engine.sockets import Inbox, Post
-from triptych.errors import ConfigError
+from triptych.errors import ConfigError, InstanceError
 from triptych.messages import Ready
 from triptych.model.processor import Processor
 from triptych.server.app import create_app
@@ -133,7 +133,8 @@ class _Running:
             if await _first(self._starting, serving, stopping):
                 self._controller.open(frontend)
                 on_ready(_address(self._listener))
-                await _first(serving, stopping)
+                if await _first(serving, stopping):
+                    raise InstanceError("the HTTP server ended by itself")
         finally:
             frontend.close()
             http.should_exit = True

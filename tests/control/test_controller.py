@@ -78,7 +78,7 @@ def config(instance: str, role: Role) -> InstanceConfig:
 def ready(instance: str, role: Role, epoch: str | None = None) -> Ready:
     slab = SlabDescription({}, "host", "cpu", 0, {})
     peer = Peer(InstanceId(instance), role, epoch or f"epoch-{instance}", f"address-{instance}", slab)
-    return Ready(peer, pid=1, start_s=0.1)
+    return Ready(peer, start_s=0.1)
 
 
 class Scene:

@@ -17,6 +17,7 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.flows.servers import running
+from triptych.cli import main
 from triptych.errors import ConfigError
 
 STOP_S = 5.0
@@ -114,6 +115,25 @@ def test_an_unknown_choice_is_refused_with_the_valid_ones(folder: Path) -> None:
     code, said = refused(folder, "--dtype", "int3")
     assert code == 2
     assert "dtype: 'int3' is none of auto, float32, bfloat16, float16" in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--kv-cache-gib", "nan", "--kv-cache-gib: nan is not a finite number above 0"),
+        ("--gpu-memory-utilization", "nan", "gpu_memory_utilization"),
+        ("--media-fetch-timeout-s", "-1", "media_fetch_timeout_s"),
+        ("--port", "70000", "port"),
+    ],
+)
+def test_a_number_outside_its_range_is_refused_by_name(
+    flag: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["triptych", "serve", flag, value])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def _run(config: InstanceConfig, began: float) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     engine, peer = build(config, context)
     post = Post(context)
-    post.send(config.frontend, Ready(peer, os.getpid(), time.monotonic() - began))
+    post.send(config.frontend, Ready(peer, time.monotonic() - began))
     logger.info("instance %s serves %s on %d thread(s)", config.id, config.role, config.threads)
     with torch.inference_mode():
         engine.run()

@@ -44,10 +44,6 @@ class EncodeStage:
         return {"encode_waiting": len(self._waiting), "encode_running": len(self._running)}
 
     @property
-    def has_work(self) -> bool:
-        return bool(self._waiting)
-
-    @property
     def queued_tokens(self) -> int:
         return sum(job.unit.num_tokens for job in self._waiting) + sum(job.unit.num_tokens for job in self._running)
 
