@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import httpx
 import psutil
 
 
@@ -37,6 +39,37 @@ def triptych_server(*arguments: object) -> Iterator[tuple[str, int]]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
+
+
+def instances(url: str) -> list[dict[str, Any]]:
+    """Of a Triptych server: id, pid and role of each."""
+    return list(httpx.get(f"{url}/cluster").raise_for_status().json()["instances"])
+
+
+def pin_roles(url: str, cores: dict[str, list[int]]) -> None:
+    """Each instance of a role onto its core: the first onto the first of the list, and so on, round again."""
+    for role, wanted in cores.items():
+        of_role = [instance for instance in instances(url) if instance["role"] == role]
+        for index, instance in enumerate(of_role):
+            pin(instance["pid"], {wanted[index % len(wanted)]})
+
+
+def pin(pid: int, cores: set[int]) -> None:
+    """All threads of a process; those that it starts later inherit it."""
+    for thread in psutil.Process(pid).threads():
+        os.sched_setaffinity(thread.id, cores)
+
+
+def counters(url: str, name: str) -> dict[str, float]:
+    """Totals of a counter of a Triptych server over all instances, by its label `source`, or by the end of its name."""
+    totals: dict[str, float] = {}
+    for line in httpx.get(f"{url}/metrics").raise_for_status().text.splitlines():
+        found = re.fullmatch(rf"{re.escape(name)}(?:_(\w+?))?_total(?:{{(.*)}})? (\S+)", line)
+        if found is not None:
+            source = re.search(r'source="([^"]*)"', found[2] or "")
+            key = source[1] if source else found[1] or ""
+            totals[key] = totals.get(key, 0.0) + float(found[3])
+    return totals
 
 
 def cpu_seconds(pid: int) -> float:
@@ -75,3 +108,26 @@ class ForeignLoad:
     def _own(self) -> float:
         """The servers, and this process with the clients that it has run and waited for."""
         return sum(cpu_seconds(pid) for pid in self._pids) + sum(os.times()[:4])
+
+
+class CoreWatch:
+    """Cores busy between start and `stop`: of the server that is measured, of others that should idle, of strangers."""
+
+    def __init__(self, pids: list[int], idle_pids: list[int]) -> None:
+        self._pids, self._idle_pids = pids, idle_pids
+        self._foreign = ForeignLoad([*pids, *idle_pids])
+        self._began = (time.perf_counter(), _total(pids), _total(idle_pids))
+
+    def stop(self) -> dict[str, float]:
+        foreign = self._foreign.stop()
+        at, server, idle = self._began
+        elapsed = time.perf_counter() - at
+        return {
+            "server_cores": (_total(self._pids) - server) / elapsed,
+            "idle_servers_cores": (_total(self._idle_pids) - idle) / elapsed,
+            "foreign_cores": foreign,
+        }
+
+
+def _total(pids: list[int]) -> float:
+    return sum(map(cpu_seconds, pids))

@@ -2,10 +2,23 @@
 
 from dataclasses import dataclass
 
-from triptych.core import EncodeUnit, InstanceId, LeaseId, RequestId, Role, SamplingParams, Span, Stage, UnitHash
+from triptych.core import (
+    BlockHashes,
+    EncodeUnit,
+    InstanceId,
+    LeaseId,
+    Media,
+    RequestId,
+    Role,
+    SamplingParams,
+    Span,
+    Stage,
+    UnitHash,
+)
 from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
+from triptych.memory.prefix import prompt_hashes
 from triptych.messages import Embedded, Encode, Peer, Prefilled, SlabDescription, Submit, Ticket
 from triptych.routing import RoutingTable
 from triptych.stages.base import Surroundings
@@ -48,12 +61,33 @@ def make_prompt(units: tuple[EncodeUnit, ...] = (), text: int = 3) -> tuple[list
 
 
 def make_request(
-    name: str = "r", units: tuple[EncodeUnit, ...] = (), *, num_images: int = 0, text: int = 3, max_tokens: int = 4
+    name: str = "r",
+    units: tuple[EncodeUnit, ...] = (),
+    *,
+    num_images: int = 0,
+    text: int = 3,
+    max_tokens: int = 4,
+    hashed: bool = False,
+    ordered: bool = True,
 ) -> Submit:
-    """With `num_images`, the units are distinct pictures of 8 rows."""
+    """With `num_images`, the units are distinct pictures of 8 rows. `hashed`: its prefix may be found; `ordered`: its
+    units are announced without being asked for."""
     units = units or tuple(make_unit(f"{name}-{i}") for i in range(num_images))
     token_ids, spans = make_prompt(units, text)
-    return Submit(RequestId(name), token_ids, len(token_ids), units, spans, make_sampling(max_tokens))
+    return Submit(
+        RequestId(name),
+        token_ids,
+        len(token_ids),
+        units,
+        spans,
+        make_sampling(max_tokens),
+        prompt_hashes=prompt_hashes(b"", token_ids, units, spans, BLOCK_TOKENS) if hashed else BlockHashes(),
+        ordered=tuple(unit.hash for unit in units) if ordered else (),
+    )
+
+
+def make_media(data: bytes = b"jpeg") -> Media:
+    return Media(data.ljust(16, b"\0"), "image", data)
 
 
 def make_ticket(
@@ -64,7 +98,7 @@ def make_ticket(
 
 
 def make_order(name: str = "r", unit: EncodeUnit | None = None, prefill: str = "p0") -> Encode:
-    return Encode(RequestId(name), unit or make_unit(), b"jpeg", InstanceId(prefill))
+    return Encode(RequestId(name), make_media(), (unit or make_unit(),), InstanceId(prefill))
 
 
 def make_embedded(name: str = "r", unit: EncodeUnit | None = None, lease: int = 1, holder: str = "e0") -> Embedded:
@@ -78,7 +112,7 @@ def make_prefilled(
     """A prompt whose KV waits at `holder`, and its first token."""
     token_ids = list(range(100, 100 + num_prompt_tokens + 1))
     ticket = make_ticket(holder, lease, "kv", num_prompt_tokens)
-    return Prefilled(RequestId(name), token_ids, num_prompt_tokens, make_sampling(max_tokens), 0, ticket)
+    return Prefilled(RequestId(name), token_ids, num_prompt_tokens, make_sampling(max_tokens), 0, BlockHashes(), ticket)
 
 
 @dataclass
@@ -111,7 +145,7 @@ def make_pools(kv_blocks: int = 16, embedding_blocks: int = 8, near: Surrounding
 def make_stage(stage: Stage, pools: Pools, **options: object) -> EncodeStage | PrefillStage | DecodeStage:
     """A stage over the pools; options go to its constructor."""
     if stage is Stage.ENCODE:
-        return EncodeStage(pools.near, pools.share, pools.leases, **({"max_encode_tokens": 16} | options))
+        return EncodeStage(pools.near, pools.share, pools.leases, **options)
     options = {"max_num_seqs": 8} | options
     if stage is Stage.PREFILL:
         return PrefillStage(pools.near, pools.kv, pools.share, pools.leases, **options)

@@ -5,9 +5,11 @@ need torchvision.
 """
 
 import base64
+import importlib
 import inspect
 import io
 import json
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,13 +18,19 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image, ImageOps
-from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
 processing_smolvlm.num2words = processing_smolvlm.num2words or str  # SmolVLM insists on a package that only videos use
+# Pixtral's insists on a module that needs torchvision, for a function that the one on Pillow has as well.
+sys.modules.setdefault("transformers.models.pixtral.image_processing_pixtral", image_processing_pil_pixtral)
+transformers.PixtralProcessor = importlib.import_module(
+    "transformers.models.pixtral.processing_pixtral"
+).PixtralProcessor
 
 Messages = list[dict[str, Any]]
 
@@ -42,7 +50,8 @@ def reference_tokens(folder: Path, messages: Messages, max_new_tokens: int) -> l
 
 
 def reference(folder: Path, messages: Messages, max_new_tokens: int) -> Reference:
-    """`messages` as a client sends them, pictures as data: URLs; or {"type": "image", "image": PIL image or bytes}."""
+    """`messages` as a client sends them, pictures as data: URLs; or {"type": "image", "image": PIL image or bytes}, or
+    {"type": "audio", "audio": samples at the model's rate}."""
     inputs = reference_inputs(folder, messages)
     model = reference_model(folder)
     prompt_len = inputs["input_ids"].shape[1]
@@ -70,11 +79,15 @@ def reference_inputs(folder: Path, messages: Messages) -> Any:
     )
     bos = processor.tokenizer.bos_token
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    pictures = [upright(_picture(part)) for part in parts if part["type"] not in ("text", "audio")]
+    clips = [part["audio"] for part in parts if part["type"] == "audio"]
+    media: dict[str, Any] = {"images": [pictures]} if pictures else {}  # nested, as one prompt's: some count them
     return processor(
         text=[template],
-        images=[upright(_picture(part)) for part in parts if part["type"] != "text"] or None,
         return_tensors="pt",
         add_special_tokens=not (bos and template.startswith(bos)),  # as its apply_chat_template(tokenize=True) does
+        **media,
+        **({"audio": clips} if clips else {}),
     )
 
 
@@ -105,11 +118,15 @@ def reference_processor(folder: Path) -> ProcessorMixin:
         folder / name for name in ("processor_config.json", "tokenizer_config.json") if (folder / name).exists()
     )
     arguments = json.loads(file.read_text())
-    full_class = getattr(transformers, arguments.pop("processor_class"))
+    name = arguments.pop("processor_class")
+    full_class = _OWN_WAYS.get(name) or getattr(transformers, name)
     takes = inspect.signature(full_class).parameters
+    if "image_processor" in takes:
+        arguments["image_processor"] = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    if "feature_extractor" in takes:
+        arguments["feature_extractor"] = AutoFeatureExtractor.from_pretrained(folder)
     return _without_video(full_class)(
-        AutoImageProcessor.from_pretrained(folder, backend="pil"),
-        AutoTokenizer.from_pretrained(folder),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
         chat_template=(folder / "chat_template.jinja").read_text(),
         **{name: value for name, value in arguments.items() if name in takes and not isinstance(value, dict)},
     )
@@ -117,14 +134,66 @@ def reference_processor(folder: Path) -> ProcessorMixin:
 
 def _without_video(full_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """The same class, minus the video processor: ProcessorMixin reads its parts off the signature of __init__."""
-    if "video_processor" not in inspect.signature(full_class).parameters:
+    takes = inspect.signature(full_class).parameters
+    if "video_processor" not in takes:
         return full_class
 
     class ImagesOnly(full_class):
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **arguments):
-            super().__init__(image_processor, tokenizer, video_processor=None, chat_template=chat_template, **arguments)
+            super().__init__(
+                image_processor=image_processor,
+                tokenizer=tokenizer,
+                video_processor=None,
+                chat_template=chat_template,
+                **arguments,
+            )
 
-    return ImagesOnly
+    class ImagesAndAudio(full_class):
+        def __init__(self, image_processor=None, feature_extractor=None, tokenizer=None, chat_template=None):
+            for kind in ("image", "video", "audio"):
+                setattr(self, f"{kind}_token", getattr(tokenizer, f"{kind}_token"))
+                setattr(self, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
+            ProcessorMixin.__init__(self, image_processor, feature_extractor, tokenizer, chat_template=chat_template)
+
+    return ImagesAndAudio if "feature_extractor" in takes else ImagesOnly
+
+
+class _ManyClips(transformers.AudioFlamingo3Processor):
+    """The family's own refuses more than one clip in a prompt; its expansion does not mind."""
+
+    def validate_inputs(self, *_: Any, **__: Any) -> None: ...
+
+
+class _VoxtralByText(ProcessorMixin):
+    """The family's own takes a tokeniser of another library, which writes the tokens of a clip itself: a begin token,
+    then 375 for each window of 30 seconds; here as many as the tower of a tiny model gives. The features are its own.
+    """
+
+    def __init__(self, feature_extractor=None, tokenizer=None, chat_template=None, rows_per_window=375):
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        self.rows_per_window = rows_per_window
+
+    def __call__(self, text, audio=(), **arguments):
+        extractor = self.feature_extractor
+        features = [
+            transformers.VoxtralProcessor._retrieve_input_features(
+                self,
+                [clip],
+                **transformers.VoxtralProcessor.audio_kwargs
+                | {"pad_to_multiple_of": extractor.n_samples, "max_source_positions": extractor.nb_max_frames},
+            )
+            for clip in audio
+        ]
+        pieces = text[0].split("[AUDIO]")
+        runs = ["[BEGIN_AUDIO]" + "[AUDIO]" * (len(windows) * self.rows_per_window) for windows in features]
+        expanded = pieces[0] + "".join(run + piece for run, piece in zip(runs, pieces[1:], strict=True))
+        return {
+            **self.tokenizer([expanded], **arguments),
+            **({"input_features": torch.cat(features)} if features else {}),
+        }
+
+
+_OWN_WAYS = {"AudioFlamingo3Processor": _ManyClips, "VoxtralProcessor": _VoxtralByText}
 
 
 def _hugging_face(messages: Messages) -> Messages:
@@ -135,4 +204,5 @@ def _hugging_face(messages: Messages) -> Messages:
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return [part if part["type"] == "text" else {"type": "image"} for part in content]
+    names = {"text": "text", "audio": "audio"}
+    return [part if part["type"] == "text" else {"type": names.get(part["type"], "image")} for part in content]

@@ -20,6 +20,7 @@ SCALARS = {
     float: st.floats(allow_nan=False),
     bool: st.booleans(),
     type(None): st.none(),
+    typing.Any: st.lists(integers, max_size=3),  # a position argument
     Role: st.sampled_from(Role),
     FinishReason: st.sampled_from(FinishReason),
 }

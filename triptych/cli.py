@@ -62,7 +62,10 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Prompt + output tokens of one request.")] = None,
     limit_mm_per_prompt: Annotated[
         str, typer.Option(help="Media items of each kind in one request, as JSON, for example '{\"image\": 8}'.")
-    ] = '{"image": 32}',
+    ] = '{"image": 32, "video": 4, "audio": 4}',
+    media_io_kwargs: Annotated[
+        str, typer.Option(help='How media are read, as JSON, for example \'{"video": {"num_frames": 16}}\'.')
+    ] = "{}",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda (all devices in turn) or cuda:N.")] = "cpu",
     load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights (benchmarks).")] = "auto",
@@ -78,6 +81,17 @@ def serve(
     ] = 0.9,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that decode together on one instance.")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one language step.")] = 2048,
+    max_encode_tokens: Annotated[int, typer.Option(help="Embedding rows of one encode step, at most.")] = 1024,
+    irp: Annotated[
+        bool, typer.Option("--irp/--no-irp", help="Spread the media of one request over all encode instances.")
+    ] = True,
+    streamed_prefill: Annotated[
+        bool, typer.Option(help="Start prefill on the part of a prompt whose media are encoded.")
+    ] = True,
+    chunked_kv_transfer: Annotated[
+        bool, typer.Option(help="Send KV to decode while the rest of the prompt is computed.")
+    ] = True,
+    enable_prefix_caching: Annotated[bool, typer.Option(help="Compute the KV of equal beginnings once.")] = True,
     max_image_pixels: Annotated[int, typer.Option(help="Largest picture, decided from its header.")] = 64_000_000,
     max_body_mib: Annotated[int, typer.Option(help="Largest request body.")] = 64,
     media_fetch_timeout_s: Annotated[float, typer.Option(help="For one http(s) media URL.")] = 10.0,
@@ -124,8 +138,17 @@ def serve(
             kv_cache_bytes=_bytes("--kv-cache-gib", kv_cache_gib),
             embedding_cache_bytes=_bytes("--embedding-cache-gib", embedding_cache_gib),
             gpu_memory_utilization=gpu_memory_utilization,
+            prefix_caching=enable_prefix_caching,
         ),
-        scheduling=checked(SchedulingConfig, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+        scheduling=checked(
+            SchedulingConfig,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_encode_tokens=max_encode_tokens,
+            parallel_encode=irp,
+            streamed_prefill=streamed_prefill,
+            chunked_kv_transfer=chunked_kv_transfer,
+        ),
         server=checked(
             ServerConfig,
             host=host,
@@ -133,6 +156,7 @@ def serve(
             api_key=api_key,
             served_model_names=names,
             limit_mm_per_prompt=_json("--limit-mm-per-prompt", limit_mm_per_prompt),
+            media_io_kwargs=_json("--media-io-kwargs", media_io_kwargs),
             max_body_bytes=max_body_mib << 20,
             max_image_pixels=max_image_pixels,
             media_fetch_timeout_s=media_fetch_timeout_s,

@@ -36,6 +36,7 @@ class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     kv_cache_bytes: Count | None = None  # None: CPU 1 GiB (or less where it can never be filled), CUDA by utilisation
     embedding_cache_bytes: Count = GIB // 4
+    prefix_caching: bool = True  # KV of equal beginnings is computed once
     gpu_memory_utilization: Share = 0.9
 
 
@@ -44,7 +45,10 @@ class SchedulingConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     max_num_seqs: Count = 64  # sequences that decode together
     max_num_batched_tokens: Count = 2048  # tokens of one language step: decodes first, prefill chunks fill the rest
-    max_encode_tokens: Count = 1024  # embedding rows of one encode step; a larger single unit goes alone
+    max_encode_tokens: Count = 1024  # embedding rows of one encode step, a bound of memory; a larger unit goes alone
+    parallel_encode: bool = True  # units of one request on all encode instances (IRP)
+    streamed_prefill: bool = True  # prefill starts on the prefix whose embeddings are here
+    chunked_kv_transfer: bool = True  # KV goes to decode after every chunk of prefill
 
     def __post_init__(self) -> None:
         require(
@@ -81,7 +85,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     api_key: str | None = None
     served_model_names: tuple[str, ...] = ()
-    limit_mm_per_prompt: dict[str, Annotated[int, Meta(ge=0)]] = msgspec.field(default_factory=lambda: {"image": 32})
+    limit_mm_per_prompt: dict[str, Annotated[int, Meta(ge=0)]] = msgspec.field(
+        default_factory=lambda: {"image": 32, "video": 4, "audio": 4}
+    )
+    media_io_kwargs: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)  # as in vLLM: {"video": {...}}
+    media_store_bytes: Annotated[int, Meta(ge=0)] = GIB // 4  # of media that clients may name by `uuid` later
     max_body_bytes: Count = 64 << 20
     max_image_pixels: Count = 64_000_000  # decided from the header, before any pixel exists
     max_media_bytes: Count = 32 << 20  # of one fetched or embedded item

@@ -4,7 +4,7 @@ import enum
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NewType, Self
+from typing import Any, NewType, Self
 
 import msgspec
 
@@ -14,6 +14,7 @@ InstanceId = NewType("InstanceId", str)
 RequestId = NewType("RequestId", str)
 UnitHash = NewType("UnitHash", bytes)  # 16 bytes, see EncodeUnit
 LeaseId = NewType("LeaseId", int)
+BlockHash = NewType("BlockHash", bytes)  # 16 bytes, see BlockHashes
 
 
 class Stage(enum.StrEnum):
@@ -96,18 +97,31 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None  # how many alternatives to report per token; 0: the chosen token only
 
 
-class EncodeUnit(msgspec.Struct, frozen=True):
-    """The smallest piece of a media item that the encoder treats independently.
+class Media(msgspec.Struct, frozen=True):
+    """One picture, video or audio clip as the encoder gets it.
 
-    `hash` is 128 bits over media bytes, processor arguments, model, revision and unit index. `num_tokens` is exact
-    and known before encoding. `grid` is what the language model needs to place the tokens: (time, height, width) in
-    patches for families with multi-axis rotary positions, else None.
+    `hash` is 128 bits over the bytes and over every field here that changes what is encoded.
+    """
+
+    hash: bytes
+    modality: str  # image, video or audio
+    data: bytes  # the encoded file (JPEG, MP4, WAV, ...)
+    frames: tuple[int, ...] = ()  # of a video: indices of the frames that the model sees, ascending
+    num_items: int = 1  # items of this modality in the prompt, where the family's tiling depends on that; else 1
+
+
+class EncodeUnit(msgspec.Struct, frozen=True):
+    """The smallest piece of a media item that the encoder treats independently: a picture, a tile, a temporal slice
+    of a video, a window of audio.
+
+    `hash` is 128 bits over the item's hash, processor arguments, model, revision and `index`, the unit's place in its
+    item. `num_tokens` counts its embedding rows: exact, and known before encoding.
     """
 
     hash: UnitHash
     modality: str
     num_tokens: int
-    grid: tuple[int, int, int] | None = None
+    index: int = 0
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -117,6 +131,23 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     length: int
     unit: int  # index into the request's units
     offset: int
+
+
+class BlockHashes(msgspec.Struct, frozen=True, array_like=True):
+    """What the KV of a prompt is a function of, block by block: `memory.prefix` makes and continues them.
+
+    `blocks[i]` is 128 bits over `root` (model and revision), all tokens and all media up to the end of block i.
+    `tail` names the media that fall into the last block, which the prompt does not fill.
+    """
+
+    root: bytes = b""
+    blocks: tuple[BlockHash, ...] = ()
+    tail: bytes = b""
+
+
+# What the position rule of a model wants to know about the media of a prompt, by the name that it gives it: one value
+# per item, in the order of the prompt (image_grid_thw: [[1, 16, 16], ...]). Empty for models that count tokens only.
+PositionArguments = dict[str, list[Any]]
 
 
 class FinishReason(enum.StrEnum):
@@ -154,8 +185,11 @@ class Sequence:
     sampling: SamplingParams
     units: tuple[EncodeUnit, ...] = ()
     spans: tuple[Span, ...] = ()
+    position_arguments: PositionArguments = field(default_factory=dict)
+    prompt_hashes: BlockHashes = field(default_factory=BlockHashes)
     num_computed: int = 0  # leading tokens whose KV is in the blocks
     block_table: list[int] = field(default_factory=list)
+    sealed: list[BlockHash] = field(default_factory=list)  # of the leading blocks that others may use, see KVCache.seal
     rope_delta: int = 0  # set by the language runner in prefill: decode position = index + rope_delta
     status: Status = Status.WAITING
     scratch: object = None  # per-sequence state of the runner that runs it; never leaves the instance
@@ -171,7 +205,7 @@ class EncodeWork:
     """One unit to encode, and where its rows go."""
 
     unit: EncodeUnit
-    data: bytes  # the encoded media item (JPEG, PNG, ...) that the unit is a part of
+    media: Media  # the item that the unit is a part of
     blocks: list[int]  # of the embedding region
 
 

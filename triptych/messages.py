@@ -7,10 +7,14 @@ unknown request is answered by giving back what it holds, never by an error. doc
 import msgspec
 
 from triptych.core import (
+    BlockHash,
+    BlockHashes,
     EncodeUnit,
     FinishReason,
     InstanceId,
     LeaseId,
+    Media,
+    PositionArguments,
     RequestId,
     Role,
     SamplingParams,
@@ -41,18 +45,20 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Encode(Message, frozen=True):
-    """Frontend -> E: encode one unit and tell `prefill` when it can be pulled."""
+    """Frontend -> E: encode these units of one media item and tell `prefill` when each can be pulled."""
 
     request_id: RequestId
-    unit: EncodeUnit
-    data: bytes
+    media: Media
+    units: tuple[EncodeUnit, ...]
     prefill: InstanceId
 
 
 class Submit(Message, frozen=True):
     """Frontend -> P: prefill this prompt; its embeddings arrive as `Embedded`.
 
-    `token_ids` is the expanded prompt followed, for a request that is taken up again, by the output so far.
+    `token_ids` is the expanded prompt followed, for a request that is taken up again, by the output so far. `ordered`
+    are the units that somebody was told to encode for this request; `held` names instances that seem to have others.
+    What is neither ordered nor in a cache of P is asked for by `Share` or `Wanted` when its turn comes.
     """
 
     request_id: RequestId
@@ -61,6 +67,10 @@ class Submit(Message, frozen=True):
     units: tuple[EncodeUnit, ...]
     spans: tuple[Span, ...]
     sampling: SamplingParams
+    position_arguments: PositionArguments = {}
+    prompt_hashes: BlockHashes = BlockHashes()
+    ordered: tuple[UnitHash, ...] = ()
+    held: dict[UnitHash, InstanceId] = {}
 
 
 class Abort(Message, frozen=True):
@@ -72,22 +82,48 @@ class Abort(Message, frozen=True):
 # ---- between instances
 
 
+class Share(Message, frozen=True):
+    """P -> an instance that seems to hold a unit: tell `prefill` that it can be pulled, or the frontend that it is
+    `Wanted`. Sent when there is space for it, so that it is pulled at once."""
+
+    request_id: RequestId
+    unit: EncodeUnit
+    prefill: InstanceId
+
+
 class Embedded(Message, frozen=True):
-    """E -> P: a unit's embeddings can be pulled."""
+    """E -> P: a unit's embeddings can be pulled. `computed`: they were encoded for this very order."""
 
     request_id: RequestId
     unit: UnitHash
     ticket: Ticket
+    computed: bool = True
+
+
+class Prefilling(Message, frozen=True):
+    """P -> D: the KV of the leading `ticket.num_tokens` tokens of a prompt can be pulled, while the rest is computed.
+
+    A D without room for the whole sequence gives the ticket back: it gets everything with `Prefilled`.
+    """
+
+    request_id: RequestId
+    num_tokens: int  # of the whole sequence
+    prompt_hashes: BlockHashes
+    ticket: Ticket
 
 
 class Prefilled(Message, frozen=True):
-    """P -> D: a sequence's KV can be pulled. `token_ids` ends with the first token, whose KV does not exist yet."""
+    """P -> D: a sequence's KV can be pulled: all blocks of it, of which D reads those that it does not have yet.
+
+    `token_ids` ends with the first token, whose KV does not exist yet.
+    """
 
     request_id: RequestId
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: SamplingParams
     rope_delta: int
+    prompt_hashes: BlockHashes
     ticket: Ticket
 
 
@@ -111,6 +147,7 @@ class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
     index: int
     finish: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
+    num_cached: int = 0  # with the first token: leading prompt tokens whose KV was there before
 
 
 class Tokens(Message, frozen=True):
@@ -125,6 +162,13 @@ class Located(Message, frozen=True):
 
     request_id: RequestId
     decode: InstanceId
+
+
+class Wanted(Message, frozen=True):
+    """P, or who was asked by `Share` -> frontend: this unit of a request has to be encoded; nobody is about to."""
+
+    request_id: RequestId
+    unit: UnitHash
 
 
 class Failed(Message, frozen=True):
@@ -155,6 +199,14 @@ class Load(Message, frozen=True):
     work_s: dict[str, float]  # predicted seconds of work queued, per stage letter
     counters: dict[str, float]  # monotonic totals for metrics
     pace_s: dict[str, float]  # predicted seconds per token (e: per embedding row), per stage letter
+
+
+class Evicted(Message, frozen=True):
+    """Instance -> frontend: what left its caches since it last said so."""
+
+    instance: InstanceId
+    units: list[UnitHash]
+    blocks: list[BlockHash]
 
 
 # ---- cluster life cycle
@@ -211,13 +263,17 @@ AnyMessage = (
     Encode
     | Submit
     | Abort
+    | Share
     | Embedded
+    | Prefilling
     | Prefilled
     | Release
     | Tokens
     | Located
+    | Wanted
     | Failed
     | Load
+    | Evicted
     | Ready
     | Table
     | Shutdown

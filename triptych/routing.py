@@ -1,7 +1,8 @@
 """Who does what: an immutable picture of the cluster and pure pickers over it. Knows no socket and no clock."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from triptych.core import EncodeUnit, InstanceId, Stage, UnitHash
 from triptych.errors import RequestError
@@ -56,18 +57,33 @@ def pick_decode(table: RoutingTable, loads: Loads, prefill: InstanceId) -> Peer:
 
 
 def assign_units(
-    table: RoutingTable, units: Iterable[EncodeUnit], loads: Loads, cost_s: float
+    table: RoutingTable,
+    units: Iterable[EncodeUnit],
+    loads: Loads,
+    cost_s: float,
+    *,
+    holders: Mapping[UnitHash, Collection[InstanceId]] = MappingProxyType({}),
+    spread: bool = True,
 ) -> dict[UnitHash, InstanceId]:
-    """Spreads the distinct units of one request over all encode instances by cost: intra-request parallelism.
+    """Picks an encode instance for each distinct unit of one request.
 
-    Longest first onto the instance that would finish it earliest (Graham's LPT rule: at most 4/3 of the best makespan).
+    A unit goes to an instance that seems to hold it already (`holders`). The others are spread over all encode
+    instances by cost, intra-request parallelism (section 3.2.2 of the paper): longest first onto the instance that
+    would finish it earliest (Graham's LPT rule: at most 4/3 of the best makespan). Without `spread` all go to the least
+    loaded one.
     `cost_s` is the predicted time of one embedding row. Raises RequestError(503) without an encode instance.
     """
     busy = dict(loads)
     assigned: dict[UnitHash, InstanceId] = {}
+    able = {peer.id for peer in table.serving(Stage.ENCODE)}
     distinct = {unit.hash: unit for unit in units}
+    only = None if spread else pick(table, Stage.ENCODE, busy).id
     for unit in sorted(distinct.values(), key=lambda unit: -unit.num_tokens):
-        peer = pick(table, Stage.ENCODE, busy)
-        assigned[unit.hash] = peer.id
-        busy[peer.id] = busy.get(peer.id, 0.0) + unit.num_tokens * cost_s
+        held = sorted(able.intersection(holders.get(unit.hash, ())))
+        if held:
+            assigned[unit.hash] = min(held, key=lambda id: busy.get(id, 0.0))
+            continue
+        chosen = only or pick(table, Stage.ENCODE, busy).id
+        assigned[unit.hash] = chosen
+        busy[chosen] = busy.get(chosen, 0.0) + unit.num_tokens * cost_s
     return assigned

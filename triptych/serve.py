@@ -144,7 +144,13 @@ class _Running:
         model, server = self._options.model, self._options.server
         processor = await asyncio.to_thread(Processor.load, model.path, revision=model.revision)
         telemetry = Telemetry(model.name)
-        frontend = Frontend(processor, self._controller, telemetry)
+        frontend = Frontend(
+            processor,
+            self._controller,
+            telemetry,
+            parallel_encode=self._options.scheduling.parallel_encode,
+            prefix_caching=self._options.memory.prefix_caching,
+        )
         self._read_for(frontend)
         assert model.max_model_len is not None
         app = create_app(

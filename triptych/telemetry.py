@@ -19,6 +19,18 @@ _E2E_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40,
 _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
+_LABELS = ("model_name", "instance", "role")
+_UNIT_SOURCES = ("computed", "cached", "transferred", "prefix")
+_INSTANCE_TOTALS = {  # counters of an instance that are metrics of their own, under better names
+    "embedding_hits": ("triptych:embedding_cache_hits", "Embeddings that were there already when they were asked for"),
+    "embeddings_evicted": ("triptych:embedding_cache_evictions", "Embeddings given up for others"),
+}
+_SUMMED_TOTALS = {  # of all instances together
+    "prefix_queries": ("vllm:prefix_cache_queries", "Prompt tokens that were looked for in a prefix cache"),
+    "prefix_hits": ("vllm:prefix_cache_hits", "Prompt tokens that were found in a prefix cache"),
+}
+
+
 @dataclass(frozen=True)
 class InstanceSample:
     """What one instance last said about itself: its queues, pools as (total, free, used, cached), running totals."""
@@ -108,36 +120,58 @@ class _InstanceCollector(Collector):
         yield self._gauge("vllm:num_requests_running", "Sequences and units in batches, all instances", running)
         yield self._gauge("vllm:num_requests_waiting", "Sequences and units in queues, all instances", waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Used share of all KV blocks (0 to 1)", used / max(total, 1))
-        yield from self._per_instance()
+        yield from self._summed()
+        yield from self._queues_and_pools()
+        yield from self._totals()
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=["model_name"])
         family.add_metric([self._model_name], value)
         return family
 
-    def _per_instance(self) -> Iterator[Metric]:
-        labels = ["model_name", "instance", "role"]
-        queues = GaugeMetricFamily("triptych:queue_length", "Entries of a queue", labels=[*labels, "queue"])
+    def _summed(self) -> Iterator[Metric]:
+        for counter, (name, text) in _SUMMED_TOTALS.items():
+            family = CounterMetricFamily(name, text, labels=["model_name"])
+            values = (sample.counters.get(counter, 0.0) for sample in self.samples.values())
+            family.add_metric([self._model_name], sum(values))
+            yield family
+
+    def _queues_and_pools(self) -> Iterator[Metric]:
+        queues = GaugeMetricFamily("triptych:queue_length", "Entries of a queue", labels=[*_LABELS, "queue"])
         blocks = GaugeMetricFamily(
-            "triptych:pool_blocks", "Blocks of a pool by state", labels=[*labels, "pool", "state"]
+            "triptych:pool_blocks", "Blocks of a pool by state", labels=[*_LABELS, "pool", "state"]
         )
-        totals: dict[str, CounterMetricFamily] = {}
-        for instance, sample in self.samples.items():
-            values = [self._model_name, instance, sample.role]
+        for values, sample in self._labelled():
             for queue, count in sample.queues.items():
                 queues.add_metric([*values, queue], count)
             for pool, counts in sample.pools.items():
                 for state, count in zip(("total", "free", "used", "cached"), counts, strict=True):
                     blocks.add_metric([*values, pool, state], count)
-            for name, value in sample.counters.items():
-                name = name.removesuffix("_total")
-                family = totals.setdefault(
-                    name, CounterMetricFamily(f"triptych:{name}", f"Running total of {name}", labels=labels)
-                )
-                family.add_metric(values, value)
         yield queues
         yield blocks
-        yield from totals.values()
+
+    def _totals(self) -> Iterator[Metric]:
+        """The counters of every instance: those of units as one family, the others under their own names."""
+        units = CounterMetricFamily(
+            "triptych:encode_units", "Encode units by where they came from", labels=[*_LABELS, "source"]
+        )
+        families: dict[str, CounterMetricFamily] = {}
+        sources = {f"encode_units_{source}": source for source in _UNIT_SOURCES}
+        for values, sample in self._labelled():
+            for counter, value in sample.counters.items():
+                if counter in sources:
+                    units.add_metric([*values, sources[counter]], value)
+                elif counter not in _SUMMED_TOTALS:
+                    plain = counter.removesuffix("_total")
+                    name, text = _INSTANCE_TOTALS.get(counter, (f"triptych:{plain}", f"Running total of {plain}"))
+                    families.setdefault(name, CounterMetricFamily(name, text, labels=_LABELS)).add_metric(values, value)
+        yield units
+        yield from families.values()
+
+    def _labelled(self) -> Iterator[tuple[list[str], InstanceSample]]:
+        """Every instance with the values of `_LABELS`."""
+        for instance, sample in self.samples.items():
+            yield [self._model_name, instance, sample.role], sample
 
 
 def set_up_logging(level: str = "INFO", process: str = "") -> None:

@@ -32,7 +32,7 @@ def test_failures_count_as_misses_and_as_nothing_else() -> None:
     options = BenchOptions(slo_ttft_ms=600, slo_tpot_ms=250)
     answers = [answer(0, 0.5, 0.7), answer(0, 0.5, 0.8), answer(0, 0.7, 0.8), Answer(0.0, error="x")]
     records = [Record.of(i, 0, 0, a) for i, a in enumerate(answers)]
-    summary = Summary.of(options, records, 2.0, CpuSeconds(0.1))
+    summary = Summary.of_run(options, records, 2.0, CpuSeconds(0.1))
     assert (summary.num_requests, summary.num_failed, summary.errors) == (4, 1, {"x": 1})
     assert summary.slo_attainment == 0.25
     assert summary.goodput_requests_per_s == 0.5
@@ -43,7 +43,7 @@ def test_failures_count_as_misses_and_as_nothing_else() -> None:
 
 
 def test_nothing_but_failures_is_still_a_summary() -> None:
-    summary = Summary.of(BenchOptions(), [Record.of(0, 0, 0, Answer(0.0, error="x"))], 1.0, CpuSeconds(0.0))
+    summary = Summary.of_run(BenchOptions(), [Record.of(0, 0, 0, Answer(0.0, error="x"))], 1.0, CpuSeconds(0.0))
     assert summary.ttft_ms is None
     assert summary.slo_attainment is None
 

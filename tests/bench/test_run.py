@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.server.fakes import Stack, ids
-from triptych.bench import BenchOptions, run
+from triptych.bench import BenchOptions, Kind, run
 from triptych.errors import InstanceError
 from triptych.messages import Submit
 
@@ -64,8 +64,20 @@ def test_prompt_tokens_are_found_by_asking(stack: Stack, tmp_path: Path) -> None
     assert sum(counts) / len(counts) == pytest.approx(200, rel=0.15)
 
 
+def test_the_figures_of_a_mix_are_told_apart(stack: Stack, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = (Kind(name="text", prompt_tokens=150, output_tokens=3), Kind(name="pictures", images=2, output_tokens=5))
+    result = measured(stack, tmp_path / "r.json", kinds=kinds, rate=500.0)
+    figures = result["summary"]["kinds"]
+    assert {name: figures[name]["num_requests"] for name in figures} == {"text": 6, "pictures": 6}
+    assert result["summary"]["num_requests"] == 12
+    for record in result["requests"]:
+        assert record["completion_tokens"] == {"text": 3, "pictures": 5}[record["kind"]]
+    assert result["summary"]["images_per_s"] > 0
+    assert "pictures TTFT" in capsys.readouterr().out
+
+
 def test_the_cpu_time_of_the_server_and_of_others_is_told_apart(stack: Stack, tmp_path: Path) -> None:
-    result = measured(stack, tmp_path / "r.json", server_pid=os.getpid())
+    result = measured(stack, tmp_path / "r.json", server_pid=os.getpid(), requests=100)  # longer than a clock tick
     cpu_s = result["summary"]["cpu_s"]
     assert cpu_s["server"] > 0
     assert cpu_s["others"] >= 0

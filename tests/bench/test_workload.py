@@ -5,12 +5,14 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from triptych.bench.options import BenchOptions
+from triptych.bench.options import BenchOptions, Kind
 from triptych.bench.workload import Workload
 
 
 def parsed(options: BenchOptions, index: int) -> dict[str, Any]:
-    return dict(msgspec.json.decode(Workload(options, "m", options.text_words).body(index)))
+    return dict(
+        msgspec.json.decode(Workload(options, "m", {kind.name: kind.text_words for kind in options.mix}).body(index))
+    )
 
 
 def pictures(body: dict[str, Any]) -> list[Image.Image]:
@@ -41,3 +43,18 @@ def test_only_standard_fields_unless_asked_for_more() -> None:
     standard = {"model", "messages", "max_tokens", "temperature", "stream", "stream_options"}
     assert set(parsed(BenchOptions(), 0)) == standard
     assert parsed(BenchOptions(ignore_eos=True), 0)["ignore_eos"] is True
+
+
+def test_a_mix_has_equally_many_of_each_kind_in_an_order_that_hangs_on_the_seed() -> None:
+    kinds = (Kind(name="text", text_words=3, output_tokens=9), Kind(name="pictures", images=2, output_tokens=5))
+    options = BenchOptions(requests=40, image_sizes=("32x32",), kinds=kinds)
+    orders = []
+    for seed in (0, 0, 1):
+        workload = Workload(msgspec.structs.replace(options, seed=seed), "m", {"text": 3, "pictures": 4})
+        orders.append([workload.kind(index).name for index in range(40)])
+        for index in range(40):
+            body = msgspec.json.decode(workload.body(index))
+            assert (len(pictures(body)) if workload.kind(index).images else 0) == workload.kind(index).images
+            assert body["max_tokens"] == workload.kind(index).output_tokens
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0].count("text") == orders[2].count("text") == 20

@@ -1,5 +1,7 @@
 """A whole cluster of real stages without a model: what is in a block is remembered, so that a wrong one is noticed.
 
+The content of a KV slot stands for everything before it, tokens and media: shared prefixes are right or noticed, too.
+
 The network keeps messages of one pair in order and nothing else; pulls copy some blocks when they begin and the rest
 when they settle. A step runs when something arrived or the last step did something: a missed wake-up is a deadlock.
 """
@@ -9,9 +11,10 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from itertools import count
 
-from tests.builders import BLOCK_TOKENS, make_peer, make_prompt, make_unit
+from tests.builders import BLOCK_TOKENS, make_media, make_peer, make_prompt, make_unit
 from triptych import messages
 from triptych.core import (
+    BlockHash,
     Chunk,
     EncodeUnit,
     EncodeWork,
@@ -22,26 +25,34 @@ from triptych.core import (
     Role,
     SampledToken,
     SamplingParams,
+    Sequence,
     Stage,
+    UnitHash,
 )
 from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
+from triptych.memory.prefix import prompt_hashes
 from triptych.messages import (
     FRONTEND,
     Abort,
     AnyMessage,
     Embedded,
     Encode,
+    Evicted,
     Failed,
     Located,
     Prefilled,
+    Prefilling,
     Release,
+    Share,
     Submit,
     Tokens,
+    Wanted,
 )
 from triptych.routing import RoutingTable, assign_units, pick
+from triptych.server.directory import Directory
 from triptych.stages.base import Pull, Surroundings
 from triptych.stages.decode import DecodePlan, DecodeStage
 from triptych.stages.encode import EncodeStage
@@ -75,6 +86,10 @@ class Scenario:
     budget: int = 16
     max_encode_tokens: int = 8
     streamed: bool = True
+    chunked_transfer: bool = True
+    prefix_caching: bool = True
+    state_blocks: int = 0
+    lies: float = 0.0  # how often the directory is told of a unit that an instance does not have
     whole_spans: bool = False
     pull_failures: float = 0.0
     encode_failures: float = 0.0
@@ -111,7 +126,9 @@ class Flight:
 class Instance:
     """Engine, runner and slab of one instance."""
 
-    def __init__(self, name: str, role: Role, scenario: Scenario, rng: random.Random) -> None:
+    def __init__(
+        self, name: str, role: Role, scenario: Scenario, rng: random.Random, chains: dict[RequestId, "Chain"]
+    ) -> None:
         self.id = InstanceId(name)
         self.role = role
         self.scenario = scenario
@@ -120,15 +137,19 @@ class Instance:
         self.near = Surroundings(self.id, "1", frozenset({EOS}), scenario.max_model_len)
         self.near.decode_pace_s = 1.0  # so that sequences are handed to the instance with less to do
         self.leases = Leases()
-        self.kv = KVCache(scenario.kv_blocks + rng.randint(0, scenario.more_kv_blocks), BLOCK_TOKENS)
+        num_blocks = scenario.kv_blocks + scenario.state_blocks + rng.randint(0, scenario.more_kv_blocks)
+        self.kv = KVCache(
+            num_blocks, BLOCK_TOKENS, state_blocks=scenario.state_blocks, prefix_caching=scenario.prefix_caching
+        )
+        self.chains = chains
         shares = (Stage.ENCODE in role.stages) + (Stage.PREFILL in role.stages)
         self.cache = EmbeddingCache(scenario.embedding_blocks * shares, BLOCK_TOKENS)
-        self.kv_content: dict[int, object] = {}  # slot -> (request, position, token)
+        self.kv_content: dict[int, object] = {}  # slot -> link of a chain
         self.row_content: dict[int, object] = {}  # slot -> (unit, row)
         self.encode = self.prefill = self.decode = None
         if Stage.ENCODE in role.stages:
             share = EmbeddingShare(self.cache, scenario.embedding_blocks)
-            self.encode = EncodeStage(self.near, share, self.leases, scenario.max_encode_tokens)
+            self.encode = EncodeStage(self.near, share, self.leases)
         if Stage.PREFILL in role.stages:
             self.prefill = PrefillStage(
                 self.near,
@@ -137,6 +158,7 @@ class Instance:
                 self.leases,
                 max_num_seqs=scenario.max_num_seqs,
                 streamed=scenario.streamed,
+                chunked_transfer=scenario.chunked_transfer,
                 whole_spans=scenario.whole_spans,
             )
         if Stage.DECODE in role.stages:
@@ -153,6 +175,12 @@ class Instance:
                 self.prefill.admit(message)
             case Embedded():
                 self.prefill.embedded(message)
+            case Share() if self.prefill is None:
+                self.near.out.send(FRONTEND, Wanted(message.request_id, message.unit.hash))
+            case Share():
+                self.prefill.share(message)
+            case Prefilling():
+                self.decode.prefilling(message)
             case Prefilled():
                 self.decode.admit(message)
             case Release():
@@ -173,7 +201,7 @@ class Instance:
         """One turn; whether there was a batch (the engine waits for news if there was none)."""
         busy = False
         if self.encode is not None:
-            works = self.encode.schedule()
+            works = self.encode.schedule(self.scenario.max_encode_tokens)
             self._check_encode_batch(works)
             self.encode.commit(works, [self._encode(work) for work in works])
             busy |= bool(works)
@@ -210,12 +238,18 @@ class Instance:
             for block, saved in zip(blocks, sequence.offloaded, strict=True):
                 self.kv_content.update(zip(_slots(block), saved, strict=True))
             sequence.offloaded = None
-        running = [chunk.sequence.block_table for chunk in [*plan.chunks, *chunks]]
-        held = [block for table in running for block in table]
-        assert len(held) == len(set(held)), "two sequences of one batch hold the same block"
+        written = [block for chunk in [*plan.chunks, *chunks] for block in self._written(chunk)]
+        assert len(written) == len(set(written)), "two sequences of one batch write to the same block"
+        assert not set(written) & self.kv._hash_of.keys(), "a block is written to that others may find"
         decoded = [self._forward(chunk) for chunk in plan.chunks]
         prefilled = [self._forward(chunk) for chunk in chunks]
         return decoded, [token for chunk, token in zip(chunks, prefilled, strict=True) if chunk.samples]
+
+    def _written(self, chunk: Chunk) -> list[int]:
+        """State blocks, and those that the chunk's tokens fall into."""
+        table, states = chunk.sequence.block_table, self.scenario.state_blocks
+        last = (chunk.start + chunk.length - 1) // BLOCK_TOKENS
+        return table[:states] + table[states + chunk.start // BLOCK_TOKENS : states + last + 1]
 
     def _forward(self, chunk: Chunk) -> SampledToken:
         sequence = chunk.sequence
@@ -229,13 +263,22 @@ class Instance:
                 row = span.offset + position - span.start
                 found = self.row_content.get(_slot(chunk.embedding_blocks[span.unit], row))
                 assert found == (unit.hash, row), f"row {row} of {unit.hash!r}: found {found} at {self.id}"
+        chain = self.chains[sequence.request_id]
+        states = sequence.block_table[: self.scenario.state_blocks]
+        table = sequence.block_table[self.scenario.state_blocks :]
         for position in range(chunk.start):
-            found = self.kv_content.get(_slot(sequence.block_table, position))
-            wanted = (sequence.request_id, position, sequence.token_ids[position])
-            assert found == wanted, f"KV {wanted}: found {found} at {self.id}"
+            found = self.kv_content.get(_slot(table, position))
+            wanted = chain.link(sequence, position)
+            assert found == wanted, f"KV of {sequence.request_id} at {position}: found {found} at {self.id}"
+        for block in states:
+            slots = range(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
+            found = {self.kv_content.get(slot) for slot in slots}
+            wanted = ("state", chain.link(sequence, chunk.start - 1)) if chunk.start else None
+            assert wanted is None or found == {wanted}, f"state of {sequence.request_id}: found {found} at {self.id}"
+            new = ("state", chain.link(sequence, chunk.start + chunk.length - 1))
+            self.kv_content.update(dict.fromkeys(slots, new))
         for position in range(chunk.start, chunk.start + chunk.length):
-            content = (sequence.request_id, position, sequence.token_ids[position])
-            self.kv_content[_slot(sequence.block_table, position)] = content
+            self.kv_content[_slot(table, position)] = chain.link(sequence, position)
         return SampledToken(sample(sequence.sampling, len(sequence.token_ids)))
 
     # ---- invariants
@@ -274,6 +317,25 @@ class Instance:
             assert not self.prefill._pulling
 
 
+class Chain:
+    """What the KV of a sequence must be: a link at each position, which stands for all tokens and media up to it."""
+
+    def __init__(self, order: Submit) -> None:
+        self._rows = {
+            span.start + i: (order.units[span.unit].hash, span.offset + i)
+            for span in order.spans
+            for i in range(span.length)
+        }
+        self._links: list[int] = []
+
+    def link(self, sequence: Sequence, position: int) -> int:
+        while len(self._links) <= position:
+            at = len(self._links)
+            before = self._links[-1] if at else 0
+            self._links.append(hash((before, sequence.token_ids[at], self._rows.get(at))))
+        return self._links[position]
+
+
 @dataclass
 class Answer:
     """What the frontend knows about one sequence."""
@@ -300,9 +362,12 @@ class Cluster:
         self.scenario = scenario
         self.rng = random.Random(scenario.seed)
         self.instances: dict[InstanceId, Instance] = {}
+        self.chains: dict[RequestId, Chain] = {}
+        self.directory = Directory()
+        self.num_wanted = 0
         numbers: dict[Role, count] = defaultdict(count)
         for role in Placement.parse(scenario.placement).roles:
-            instance = Instance(f"{role}{next(numbers[role])}", role, scenario, self.rng)
+            instance = Instance(f"{role}{next(numbers[role])}", role, scenario, self.rng, self.chains)
             self.instances[instance.id] = instance
         self.table = RoutingTable(1, {i.id: make_peer(i.id, i.role) for i in self.instances.values()})
         for instance in self.instances.values():
@@ -365,6 +430,10 @@ class Cluster:
             self._send(instance.id, to, message)
         for pull in out.pulls:
             self._begin(instance, pull)
+        units, blocks = instance.cache.evicted, instance.kv.evicted
+        if (units or blocks) and self.rng.random() < 0.5:  # told late, with the next heartbeat
+            instance.cache.evicted, instance.kv.evicted = [], []
+            self._send(instance.id, FRONTEND, Evicted(instance.id, units, blocks))
         out.messages.clear()
         out.pulls.clear()
         out.tokens.clear()
@@ -410,17 +479,65 @@ class Cluster:
             return  # refused here; without more blocks, prefill itself has to
         prefill = pick(self.table, Stage.PREFILL, self.sent[Stage.PREFILL]).id
         self.sent[Stage.PREFILL][prefill] += len(token_ids)
-        encoders = assign_units(self.table, units, self.sent[Stage.ENCODE], 1.0)
-        for unit in {unit.hash: unit for unit in units}.values():
-            self.sent[Stage.ENCODE][encoders[unit.hash]] += unit.num_tokens
+        hashes = prompt_hashes(b"", token_ids, units, spans, BLOCK_TOKENS)
+        distinct = {unit.hash: unit for unit in units}
+        missing, held = self._look_up(prefill, distinct, hashes.blocks)
+        encoders = self._assign(list(missing.values()))
         for choice in range(ask.n):
             sampling = SamplingParams(max_tokens=ask.max_tokens, seed=index, choice=choice)
-            submit = Submit(RequestId(f"{index}.{choice}"), token_ids, len(token_ids), units, spans, sampling)
+            submit = Submit(
+                RequestId(f"{index}.{choice}"),
+                token_ids,
+                len(token_ids),
+                units,
+                spans,
+                sampling,
+                prompt_hashes=hashes,
+                ordered=tuple(encoders) if choice == 0 else (),
+                held=held if choice == 0 else {},
+            )
+            self.chains[submit.request_id] = Chain(submit)
             self.answers[submit.request_id] = Answer(index, submit, prefill, {prefill, *encoders.values()})
             self._send(FRONTEND, prefill, submit)
-            for unit in {unit.hash: unit for unit in units}.values():
-                order = Encode(submit.request_id, unit, b"", prefill)
-                self._send(FRONTEND, encoders[unit.hash], order)
+        self._order(RequestId(f"{index}.0"), missing, prefill, encoders)
+
+    def _look_up(
+        self, prefill: InstanceId, units: dict[UnitHash, EncodeUnit], blocks: tuple[BlockHash, ...]
+    ) -> tuple[dict[UnitHash, EncodeUnit], dict[UnitHash, InstanceId]]:
+        """As the frontend does it, with a directory that may be wrong."""
+        missing, held = {}, {}
+        for hash_, unit in units.items():
+            if self.rng.random() < self.scenario.lies:
+                self.directory.add_unit(hash_, self.rng.choice(sorted(self.instances)))
+            holders = self.directory.holders(hash_)
+            if prefill in holders:
+                continue
+            if holders and not any(Stage.ENCODE in self.instances[holder].role.stages for holder in holders):
+                held[hash_] = min(holders)
+            else:
+                missing[hash_] = unit
+            self.directory.add_unit(hash_, prefill)
+        self.directory.add_blocks(prefill, blocks)
+        return missing, held
+
+    def _assign(self, units: list[EncodeUnit]) -> dict[UnitHash, InstanceId]:
+        holders = {unit.hash: self.directory.holders(unit.hash) for unit in units}
+        encoders = assign_units(self.table, units, self.sent[Stage.ENCODE], 1.0, holders=holders)
+        for unit in units:
+            self.sent[Stage.ENCODE][encoders[unit.hash]] += unit.num_tokens
+            self.directory.add_unit(unit.hash, encoders[unit.hash])
+        return encoders
+
+    def _order(
+        self,
+        request_id: RequestId,
+        units: dict[UnitHash, EncodeUnit],
+        prefill: InstanceId,
+        encoders: dict[UnitHash, InstanceId],
+    ) -> None:
+        for encoder in sorted(set(encoders.values())):
+            mine = tuple(unit for hash_, unit in units.items() if encoders[hash_] == encoder)
+            self._send(FRONTEND, encoder, Encode(request_id, make_media(), mine, prefill))
 
     def _abort(self, ask: int) -> None:
         for name, answer in self.answers.items():
@@ -442,6 +559,16 @@ class Cluster:
                 answer.holders.add(message.decode)
                 if not answer.live:
                     self._send(FRONTEND, message.decode, Abort(message.request_id))
+            case Wanted():
+                answer = self.answers[message.request_id]
+                self.num_wanted += 1
+                if answer.live:
+                    unit = next(unit for unit in answer.submit.units if unit.hash == message.unit)
+                    encoders = self._assign([unit])
+                    answer.holders.update(encoders.values())
+                    self._order(message.request_id, {unit.hash: unit}, answer.prefill, encoders)
+            case Evicted():
+                self.directory.evicted(message)
             case Failed():
                 answer = self.answers[message.request_id]
                 if answer.live:

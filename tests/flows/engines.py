@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import zmq
 
-from tests.builders import BLOCK_TOKENS
+from tests.builders import BLOCK_TOKENS, make_media
 from triptych.core import Chunk, EncodeUnit, EncodeWork, InstanceId, Role, SampledToken, Sequence, Stage
 from triptych.engine.engine import Engine, Pools, Runners, Stages
 from triptych.engine.sockets import Inbox, Post
@@ -72,7 +72,7 @@ class EncodeRunner:
         return [self._encode(work) for work in works]
 
     def _encode(self, work: EncodeWork) -> RequestError | None:
-        if work.data == UNDECODABLE:
+        if work.media.data == UNDECODABLE:
             return RequestError("undecodable", code="invalid_image")
         for row in range(work.unit.num_tokens):
             self._rows.put(work.blocks, row, row_value(work.unit, row))
@@ -130,7 +130,7 @@ class Hops:
     def ask(self, order: Submit, prefill: str, encode: str, data: bytes = b"jpeg") -> None:
         self.send(prefill, order)
         for unit in {unit.hash: unit for unit in order.units}.values():
-            self.send(encode, Encode(order.request_id, unit, data, InstanceId(prefill)))
+            self.send(encode, Encode(order.request_id, make_media(data), (unit,), InstanceId(prefill)))
 
     def settle(self, quiet_turns: int = 15) -> None:
         """Sockets and pull threads take their time: idle means that nothing happened in several turns."""
@@ -176,7 +176,7 @@ class Hops:
         inbox = Inbox(self._context, f"ipc://{folder}/{name}")
         pools, stages = Pools(leases, kv, embeddings), Stages()
         if Stage.ENCODE in role.stages:
-            stages.encode = EncodeStage(near, EmbeddingShare(embeddings, share), leases, 64)
+            stages.encode = EncodeStage(near, EmbeddingShare(embeddings, share), leases)
         if Stage.PREFILL in role.stages:
             stages.prefill = PrefillStage(near, kv, EmbeddingShare(embeddings, share), leases, max_num_seqs=8)
         if Stage.DECODE in role.stages:
@@ -193,6 +193,7 @@ class Hops:
             Post(self._context),
             frontend=self._inbox.address,
             max_num_batched_tokens=16,
+            max_encode_tokens=64,
             heartbeat_s=60.0,
         )
         return engine, Peer(name, role, near.epoch, inbox.address, transfers.describe())

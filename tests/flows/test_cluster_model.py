@@ -34,6 +34,10 @@ def scenarios(draw, failures: bool):
         budget=draw(st.integers(4, 40)),
         max_encode_tokens=draw(st.integers(4, 24)),
         streamed=draw(st.booleans()),
+        chunked_transfer=draw(st.booleans()),
+        prefix_caching=draw(st.booleans()),
+        state_blocks=draw(st.sampled_from([0, 0, 0, 2])),
+        lies=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
         whole_spans=draw(st.booleans()),
         pull_failures=draw(st.sampled_from([0.1, 0.4])) if failures else 0.0,
         encode_failures=draw(st.sampled_from([0.0, 0.1, 0.4])) if failures else 0.0,
@@ -72,7 +76,7 @@ def test_a_burst_through_tiny_pools_is_held_back_offloaded_evicted_and_still_ans
         assert all(answer.finish is not None for answer in cluster.answers.values())
         for instance in cluster.instances.values():
             num_offloads += instance.decode.num_offloads if instance.decode is not None else 0
-            num_cached += instance.encode.num_cached if instance.encode is not None else 0
+            num_cached += instance.cache.num_hits
             num_evicted += instance.cache.num_evicted
     assert min(num_offloads, num_evicted, num_cached) > 0, "the pools were not small enough to show anything"
 

@@ -1,13 +1,10 @@
-"""Requests and runners for the tests of the model runtime: tiny checkpoints, real forwards, no server around them.
+"""Requests and runners for the tests of the model runtime: tiny checkpoints, real forwards, no server around them."""
 
-Pictures go through the family's own processor one by one, so nothing here knows how a family expands placeholders.
-"""
-
-import itertools
-from dataclasses import dataclass, field
+import io
+from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,14 +13,28 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from tests.checkpoints import make_checkpoint
-from tests.reference import reference, reference_inputs
+from tests.reference import Messages, reference
 from triptych.config import ModelConfig
-from triptych.core import Chunk, EncodeUnit, EncodeWork, RequestId, Role, SamplingParams, Sequence, Span, UnitHash
+from triptych.core import (
+    Chunk,
+    EncodeUnit,
+    EncodeWork,
+    Media,
+    PositionArguments,
+    RequestId,
+    Role,
+    SamplingParams,
+    Sequence,
+    Span,
+)
 from triptych.model.caches import EmbeddingRegion, KVRegion
 from triptych.model.encoder import EncodeRunner
+from triptych.model.families import Family, family_for
+from triptych.model.headers import ImageHeader
 from triptych.model.language import LanguageRunner
 from triptych.model.loading import load_config, load_model
 from triptych.model.probe import embedding_layout, kv_layout
+from triptych.model.processor import Item, Processor
 
 BLOCK = 16
 WORDS = ["What colour is the circle?", "How many triangles are there in the picture?", "Describe it.", "Hello 0 1 2"]
@@ -32,86 +43,82 @@ SIZES = [(64, 48), (40, 88), (96, 96), (33, 50)]
 
 @dataclass
 class Request:
-    """A conversation, expanded by the reference's processor, and its greedy answer."""
+    """A conversation, expanded, and its greedy answer by plain transformers."""
 
     token_ids: list[int]
     units: tuple[EncodeUnit, ...]
     spans: tuple[Span, ...]
-    pixels: list[dict[str, torch.Tensor]]  # per unit
+    position_arguments: PositionArguments
+    media: list[Media]  # per unit
     expected: list[int]
 
     def sequence(self, name: str = "r", **sampling: Any) -> Sequence:
         params = SamplingParams(**({"max_tokens": 64, "seed": 0, "temperature": 0.0} | sampling))
         ids = list(self.token_ids)
-        return Sequence(RequestId(name), ids, len(ids), params, units=self.units, spans=self.spans)
+        return Sequence(RequestId(name), ids, len(ids), params, self.units, self.spans, self.position_arguments)
 
 
 @cache
 def checkpoint(family: str) -> Path:
     import tempfile
 
-    return make_checkpoint(family, Path(tempfile.mkdtemp(prefix=f"triptych-{family}-")))
+    return make_checkpoint(family, Path(tempfile.mkdtemp(prefix=f"checkpoint-{family}-")))
 
 
 def model_config(folder: Path, **changes: Any) -> ModelConfig:
     return ModelConfig(**({"path": str(folder), "name": "tiny", "dtype": "float32"} | changes))
 
 
+@cache
+def processor_of(folder: Path) -> Processor:
+    return Processor.load(folder)
+
+
 def make_request(family: str, index: int, new_tokens: int = 10) -> Request:
     """Request `index` has 2, 0, 3, 1, 2, ... pictures of different sizes and its own text."""
     folder = checkpoint(family)
-    random = np.random.default_rng(index)
     shapes = [SIZES[(index + k) % len(SIZES)] for k in range([2, 0, 3, 1][index % 4])]
-    images = [Image.fromarray(random.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in shapes]
+    pictures = [make_picture(width, height, seed=10 * index + i) for i, (width, height) in enumerate(shapes)]
     text = WORDS[index % len(WORDS)] + " Please." * (index // 2)
-    parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": parts}]
+    parts = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": text}]
+    items: list[Item] = [("image", ImageHeader(*shape)) for shape in shapes]
+    return expand(folder, [{"role": "user", "content": parts}], items, pictures, new_tokens)
+
+
+def expand(
+    folder: Path, messages: Messages, items: list[Item], files: list[bytes], new_tokens: int = 10
+) -> Request:
+    """A conversation with media in it. `items` and `files` are those of its parts, in order."""
+    processor = processor_of(folder)
     answer = reference(folder, messages, new_tokens)
-    config = load_config(folder)
-    singles = [reference_inputs(folder, [_only(image)]) for image in images]
-    counts = [int((single["input_ids"] == config.image_token_id).sum()) for single in singles]
-    units = tuple(
-        _unit(single, count, index * 10 + i) for i, (single, count) in enumerate(zip(singles, counts, strict=True))
+    prompt = processor.expand(processor.render(_without_media(messages)), items)
+    assert prompt.token_ids == answer.prompt_ids
+    media = processor.media(items, [(data, blake2b(data, digest_size=16).digest()) for data in files])
+    units = processor.encode_units(prompt, media)
+    return Request(
+        prompt.token_ids,
+        tuple(unit for unit, _ in units),
+        prompt.spans,
+        prompt.position_arguments,
+        [item for _, item in units],
+        answer.token_ids,
     )
-    pixels = [
-        {k: v for k, v in s.items() if k in ("pixel_values", "image_grid_thw", "pixel_attention_mask")} for s in singles
-    ]
-    spans = find_spans(answer.prompt_ids, config.image_token_id, counts)
-    return Request(answer.prompt_ids, units, spans, pixels, answer.token_ids)
 
 
-def find_spans(token_ids: list[int], placeholder: int, counts: list[int]) -> tuple[Span, ...]:
-    """Runs of the placeholder, dealt out to units in order."""
-    spans, unit, offset, place = [], 0, 0, 0
-    for is_placeholder, run in itertools.groupby(token_ids, lambda token: token == placeholder):
-        left = len(list(run))
-        while is_placeholder and left:
-            length = min(left, counts[unit] - offset)
-            spans.append(Span(place, length, unit, offset))
-            place, left, offset = place + length, left - length, offset + length
-            if offset == counts[unit]:
-                unit, offset = unit + 1, 0
-        place += left
-    return tuple(spans)
+def make_picture(width: int, height: int, seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
-def _only(image: Image.Image) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "x"}]}
+def _without_media(messages: Messages) -> Messages:
+    def parts(content: Any) -> Any:
+        if isinstance(content, str):
+            return content
+        return [part if part["type"] == "text" else {"type": part["type"]} for part in content]
 
-
-def _unit(inputs: Any, count: int, number: int) -> EncodeUnit:
-    grid = tuple(inputs["image_grid_thw"][0].tolist()) if "image_grid_thw" in inputs else None
-    return EncodeUnit(UnitHash(number.to_bytes(16, "big")), "image", count, grid)
-
-
-@dataclass
-class Pixels:
-    """A processor whose media bytes are keys of tensors made beforehand."""
-
-    tensors: dict[bytes, dict[str, torch.Tensor]] = field(default_factory=dict)
-
-    def pixels(self, data: bytes) -> dict[str, torch.Tensor]:
-        return self.tensors[data]
+    return [message | {"content": parts(message["content"])} for message in messages]
 
 
 @dataclass
@@ -120,6 +127,7 @@ class Blocks:
 
     num_blocks: int
     seed: int = 0
+    state_blocks: int = 0  # of every sequence, before those of its tokens
 
     def __post_init__(self) -> None:
         self.free = np.random.default_rng(self.seed).permutation(self.num_blocks).tolist()
@@ -128,21 +136,20 @@ class Blocks:
         return [self.free.pop() for _ in range(-(-tokens // BLOCK))]
 
     def grow(self, sequence: Sequence, tokens: int) -> None:
-        while len(sequence.block_table) * BLOCK < tokens:
+        while (len(sequence.block_table) - self.state_blocks) * BLOCK < tokens:
             sequence.block_table.append(self.free.pop())
 
 
-def family_of(folder: Path) -> Any:
-    return SimpleNamespace(image_groups=load_config(folder).model_type == "gemma3")
+def family_of(folder: Path) -> Family:
+    return family_for(load_config(folder))
 
 
 def make_encoder(
-    folder: Path, num_blocks: int = 64, model: PreTrainedModel | None = None, device: str = "cpu"
-) -> tuple[EncodeRunner, EmbeddingRegion, Pixels]:
+    folder: Path, num_blocks: int = 256, model: PreTrainedModel | None = None, device: str = "cpu"
+) -> tuple[EncodeRunner, EmbeddingRegion]:
     model = model or load_model(model_config(folder, device=device), Role.E)
     region = EmbeddingRegion.allocate(embedding_layout(model.config, torch.float32), num_blocks, device)
-    pixels = Pixels()
-    return EncodeRunner(model, pixels, region), region, pixels
+    return EncodeRunner(model, processor_of(folder), region), region
 
 
 def make_language(
@@ -163,12 +170,12 @@ def language_runner(
     return LanguageRunner(model, family_of(folder), region, embeddings, eos_token_ids=())
 
 
-def encode_request(encoder: EncodeRunner, pixels: Pixels, blocks: Blocks, request: Request) -> dict[int, list[int]]:
+def encode_request(encoder: EncodeRunner, blocks: Blocks, request: Request) -> dict[int, list[int]]:
     """Unit index -> blocks with its rows."""
-    works = []
-    for unit, tensors in zip(request.units, request.pixels, strict=True):
-        pixels.tensors[unit.hash] = tensors
-        works.append(EncodeWork(unit, unit.hash, blocks.take(unit.num_tokens)))
+    works = [
+        EncodeWork(unit, media, blocks.take(unit.num_tokens))
+        for unit, media in zip(request.units, request.media, strict=True)
+    ]
     assert encoder.run(works) == [None] * len(works)
     return {index: work.blocks for index, work in enumerate(works)}
 

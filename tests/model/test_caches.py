@@ -1,11 +1,18 @@
-"""Regions are views of slab bytes; a block is one contiguous run of them."""
+"""Regions are views of slab bytes; a block is one contiguous run of them. States take whole pages of whole blocks."""
 
 import pytest
 import torch
 
-from triptych.model.caches import EmbeddingLayout, EmbeddingRegion, KVLayout, KVRegion, blocks_that_fit
+from triptych.model.caches import EmbeddingLayout, EmbeddingRegion, KVLayout, KVRegion, LayerState, blocks_that_fit
 
 LAYOUT = KVLayout(num_layers=3, kv_heads=2, head_dim=8, dtype=torch.float32)
+STATES = (
+    LayerState(0, "conv", (24, 4), torch.float32),
+    LayerState(0, "recurrent", (4, 8, 8), torch.float32),
+    LayerState(2, "conv", (24, 4), torch.float32),
+    LayerState(2, "recurrent", (4, 8, 8), torch.float32),
+)
+HYBRID = KVLayout(2, 2, 8, torch.float32, STATES)  # of layers 1 and 3
 ROWS = EmbeddingLayout(row_width=24, dtype=torch.bfloat16)
 
 
@@ -40,6 +47,21 @@ def test_gathered_pages_are_copies_in_the_order_asked() -> None:
     assert region.gather(torch.tensor([2]))[:, 0].tolist() == [2]
 
 
+def test_states_take_whole_pages_one_after_the_other_and_as_many_blocks_as_those_fill() -> None:
+    assert HYBRID.page_bytes == 16 * 8 * 4
+    assert [state.num_bytes for state in STATES] == [384, 1024, 384, 1024]
+    assert list(HYBRID.state_pages.values()) == [range(1), range(1, 3), range(3, 4), range(4, 6)]
+    assert HYBRID.pages_per_block == 8
+    assert HYBRID.state_blocks == 1
+    assert KVLayout(1, 2, 8, torch.float32, STATES).state_blocks == 2
+    assert LAYOUT.state_blocks == 0
+
+
+def test_layers_with_keys_and_values_are_counted_without_those_with_states() -> None:
+    assert HYBRID.slots == {1: 0, 3: 1}
+    assert LAYOUT.slots == {0: 0, 1: 1, 2: 2}
+
+
 def test_rows_of_a_unit_fill_its_blocks_in_order() -> None:
     region = EmbeddingRegion.allocate(ROWS, 3)
     region.rows[17] = 1.0
@@ -52,6 +74,8 @@ def test_layouts_that_differ_in_anything_have_different_strings() -> None:
         KVLayout(3, 2, 8, torch.bfloat16),
         KVLayout(3, 1, 16, torch.float32),
         KVLayout(2, 2, 8, torch.float32),
+        HYBRID,
+        KVLayout(2, 2, 8, torch.float32, STATES[:3]),
         ROWS,
         EmbeddingLayout(48, torch.bfloat16),
     ]

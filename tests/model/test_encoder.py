@@ -1,78 +1,95 @@
 """The encode half gives the rows that the whole model computes, block by block, whatever shares the batch."""
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from tests.checkpoints import FAMILIES
+from tests.checkpoints import IMAGE_FAMILIES
 from tests.model.builders import (
     Blocks,
-    Request,
     checkpoint,
     encode_request,
     make_encoder,
     make_request,
+    processor_of,
 )
 from tests.reference import reference_model
-from triptych.core import EncodeWork
+from triptych.core import EncodeUnit, EncodeWork, Media
 from triptych.errors import RequestError
+from triptych.model.caches import EmbeddingRegion
+from triptych.model.encoder import EncodeRunner
 
 torch.set_num_threads(1)
 
 
-def expected_rows(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    output = model.model.get_image_features(**tensors, return_dict=True)
-    parts = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
-    return torch.cat([_rows(part) for part in parts], -1)
+class Tensors:
+    """A processor whose media bytes are keys of tensors, or of failures, made beforehand."""
+
+    def __init__(self, encoder: EncodeRunner, **items: dict[str, torch.Tensor] | Exception) -> None:
+        self.items = items
+        self._features = encoder._processor.features
+        encoder._processor = self
+
+    def prepare(self, media: Media) -> dict[str, torch.Tensor]:
+        item = self.items[media.data.decode()]
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def inputs(self, media: Media, prepared: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+        return prepared
+
+    def features(self, *args: Any) -> torch.Tensor:
+        return self._features(*args)
 
 
-def _rows(part: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    tensors = part if isinstance(part, list | tuple) else [part]
-    return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+def work(unit: EncodeUnit, name: str, *blocks: int) -> EncodeWork:
+    return EncodeWork(unit, Media(name.encode(), "image", name.encode()), list(blocks))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def llava() -> tuple[EncodeRunner, EmbeddingRegion, EncodeUnit, dict[str, torch.Tensor]]:
+    """An encoder, its region, and one picture of one block: its unit and its tensors."""
+    request = make_request("llava", 0, 1)
+    encoder, region = make_encoder(checkpoint("llava"))
+    processor = processor_of(checkpoint("llava"))
+    tensors = processor.inputs(request.media[0], processor.prepare(request.media[0]), 0)
+    return encoder, region, request.units[0], tensors
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
 @torch.inference_mode()
-def test_rows_of_all_units_equal_those_of_the_whole_model(family: str) -> None:
+def test_rows_of_all_units_are_those_that_each_unit_has_alone(family: str) -> None:
+    """That these are the whole model's rows is shown by test_units."""
     folder, requests = checkpoint(family), [make_request(family, index, 1) for index in (0, 2, 3)]
-    encoder, region, pixels = make_encoder(folder)
-    blocks = Blocks(64)
-    works, tensors = [], []
-    for request in requests:
-        for unit, inputs in zip(request.units, request.pixels, strict=True):
-            pixels.tensors[unit.hash] = inputs
-            tensors.append(inputs)
-            works.append(EncodeWork(unit, unit.hash, blocks.take(unit.num_tokens)))
-    assert encoder.run(works) == [None] * 6
-    for work, inputs in zip(works, tensors, strict=True):
-        rows = region.blocks[work.blocks].flatten(0, 1)[: work.unit.num_tokens]
-        torch.testing.assert_close(rows, expected_rows(reference_model(folder), inputs), atol=1e-4, rtol=1e-4)
+    encoder, region = make_encoder(folder)
+    blocks, processor = Blocks(256), processor_of(folder)
+    works = [
+        EncodeWork(unit, media, blocks.take(unit.num_tokens))
+        for request in requests
+        for unit, media in zip(request.units, request.media, strict=True)
+    ]
+    assert encoder.run(works) == [None] * len(works)
+    for each in works:
+        rows = region.blocks[each.blocks].flatten(0, 1)[: each.unit.num_tokens]
+        inputs = processor.inputs(each.media, processor.prepare(each.media), each.unit.index)
+        alone = processor.features("image", reference_model(folder), inputs)
+        torch.testing.assert_close(rows, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_blocks_of_others_stay_as_they_are() -> None:
     request = make_request("qwen2_5_vl", 0, 1)
-    encoder, region, pixels = make_encoder(checkpoint("qwen2_5_vl"))
+    encoder, region = make_encoder(checkpoint("qwen2_5_vl"))
     region.blocks.fill_(7.0)
-    used = [block for taken in encode_request(encoder, pixels, Blocks(64), request).values() for block in taken]
+    used = [block for taken in encode_request(encoder, Blocks(64), request).values() for block in taken]
     others = [block for block in range(64) if block not in used]
     assert region.blocks[others].eq(7.0).all()
 
 
 def test_an_undecodable_picture_ends_its_own_unit_only() -> None:
-    request: Request = make_request("llava", 0, 1)
-    encoder, region, pixels = make_encoder(checkpoint("llava"))
-
-    class Broken:
-        def pixels(self, data: bytes) -> dict[str, torch.Tensor]:
-            if data == b"broken":
-                raise RequestError("not a picture")
-            return pixels.pixels(data)
-
-    encoder._processor = Broken()
-    unit = request.units[0]
-    pixels.tensors[b"fine"] = request.pixels[0]
-    works = [EncodeWork(unit, b"broken", [0]), EncodeWork(unit, b"fine", [1])]
-    first, second = encoder.run(works)
+    encoder, region, unit, tensors = llava()
+    Tensors(encoder, broken=RequestError("not a picture"), fine=tensors)
+    first, second = encoder.run([work(unit, "broken", 0), work(unit, "fine", 1)])
     assert isinstance(first, RequestError)
     assert second is None
     assert region.blocks[0].eq(0).all()
@@ -80,23 +97,12 @@ def test_an_undecodable_picture_ends_its_own_unit_only() -> None:
 
 
 @pytest.mark.parametrize("failure", [ValueError("bad strides"), MemoryError(), OSError("truncated")])
-def test_an_unexpected_failure_of_image_code_ends_its_own_unit_only(
+def test_an_unexpected_failure_of_media_code_ends_its_own_unit_only(
     failure: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    request = make_request("llava", 0, 1)
-    encoder, region, pixels = make_encoder(checkpoint("llava"))
-
-    class Faulty:
-        def pixels(self, data: bytes) -> dict[str, torch.Tensor]:
-            if data == b"faulty":
-                raise failure
-            return pixels.pixels(data)
-
-    encoder._processor = Faulty()
-    pixels.tensors[b"fine"] = request.pixels[0]
-    first, second = encoder.run(
-        [EncodeWork(request.units[0], data, [i]) for i, data in enumerate([b"faulty", b"fine"])]
-    )
+    encoder, region, unit, tensors = llava()
+    Tensors(encoder, faulty=failure, fine=tensors)
+    first, second = encoder.run([work(unit, "faulty", 0), work(unit, "fine", 1)])
     assert first is not None
     assert (first.status, first.code) == (500, "encode_failed")
     assert second is None
@@ -106,20 +112,34 @@ def test_an_unexpected_failure_of_image_code_ends_its_own_unit_only(
 
 def test_a_batch_that_fails_ends_its_own_units_only(caplog: pytest.LogCaptureFixture) -> None:
     """Here because of a row count that differs from the promised one: the log has the numbers."""
-    request = make_request("llava", 0, 1)
-    encoder, region, pixels = make_encoder(checkpoint("llava"))
-    pixels.tensors[b"two"] = {"pixel_values": request.pixels[0]["pixel_values"].repeat(2, 1, 1, 1)}
-    pixels.tensors[b"misshapen"] = {"pixel_values": torch.zeros(1, 3, 5, 7)}
-    first, second = encoder.run(
-        [EncodeWork(request.units[0], data, [i]) for i, data in enumerate([b"two", b"misshapen"])]
-    )
-    for error in (first, second):
+    encoder, region, unit, tensors = llava()
+    two = {"pixel_values": tensors["pixel_values"].repeat(2, 1, 1, 1)}
+    Tensors(encoder, two=two, misshapen={"pixel_values": torch.zeros(1, 3, 5, 7)}, fine=tensors)
+    for error in encoder.run([work(unit, "two", 0), work(unit, "misshapen", 1)]):
         assert error is not None
         assert (error.status, error.code) == (500, "encode_failed")
     assert "(32, 64)" in caplog.text
-    pixels.tensors[b"fine"] = request.pixels[0]
-    assert encoder.run([EncodeWork(request.units[0], b"fine", [1])]) == [None]
+    assert encoder.run([work(unit, "fine", 1)]) == [None]
     assert region.blocks[1].ne(0).any()
+
+
+def test_an_item_is_decoded_once_for_all_its_units() -> None:
+    request = make_request("internvl", 0, 1)
+    encoder, _ = make_encoder(checkpoint("internvl"))
+    processor, prepared = processor_of(checkpoint("internvl")), []
+
+    class Counting:
+        inputs, features = processor.inputs, processor.features
+
+        def prepare(self, media: Media) -> Any:
+            prepared.append(media.hash)
+            return processor.prepare(media)
+
+    encoder._processor = Counting()
+    blocks = Blocks(256)
+    for unit, media in zip(request.units, request.media, strict=True):
+        assert encoder.run([EncodeWork(unit, media, blocks.take(unit.num_tokens))]) == [None]
+    assert len(request.units) > len(prepared) == len({media.hash for media in request.media})
 
 
 @pytest.mark.parametrize(
@@ -132,17 +152,15 @@ def test_a_batch_that_fails_ends_its_own_units_only(caplog: pytest.LogCaptureFix
     ],
 )
 def test_only_a_device_that_can_compute_no_more_ends_the_instance(failure: Exception, ends_the_instance: bool) -> None:
-    request = make_request("llava", 0, 1)
-    encoder, _, pixels = make_encoder(checkpoint("llava"))
-    pixels.tensors[b"x"] = request.pixels[0]
+    encoder, _, unit, tensors = llava()
+    fake = Tensors(encoder, x=tensors)
 
-    def fail(modality: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def fail(*args: Any) -> torch.Tensor:
         raise failure
 
-    encoder.features = fail  # type: ignore[method-assign]
-    work = EncodeWork(request.units[0], b"x", [1])
+    fake.features = fail  # type: ignore[method-assign]
     if ends_the_instance:
         with pytest.raises(type(failure)):
-            encoder.run([work])
+            encoder.run([work(unit, "x", 1)])
     else:
-        assert isinstance(encoder.run([work])[0], RequestError)
+        assert isinstance(encoder.run([work(unit, "x", 1)])[0], RequestError)

@@ -155,8 +155,9 @@ def test_a_folder_that_does_not_exist_and_one_without_a_config_are_refused(tmp_p
 def test_the_cache_layouts_follow_from_the_config_alone(family: str) -> None:
     config = AutoConfig.from_pretrained(checkpoint(family))
     kv, rows = kv_layout(config, torch.bfloat16), embedding_layout(config, torch.bfloat16)
-    assert (kv.num_layers, kv.kv_heads, kv.head_dim, kv.dtype) == (3, 2, 16, torch.bfloat16)
-    assert rows.row_width == 64 * (3 if family == "qwen3_vl" else 1)
+    assert (kv.num_layers, kv.kv_heads, kv.head_dim, kv.dtype) == (len(kv.slots), 2, 16, torch.bfloat16)
+    assert sorted({*kv.slots, *(state.layer for state in kv.states)}) == [0, 1, 2]
+    assert rows.row_width == 64 * (3 if family.startswith("qwen3_vl") else 1)
     assert config._attn_implementation_internal in (None, "sdpa", "eager"), "the config of the caller was changed"
 
 

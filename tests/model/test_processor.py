@@ -1,5 +1,6 @@
 """Prompts and tensors are those of the family's own processor; what a client may send is refused with a reason."""
 
+import hashlib
 import io
 import json
 import random
@@ -16,17 +17,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.checkpoints import FAMILIES, IMAGE_FAMILIES, make_checkpoint
 from tests.reference import reference_inputs
-from triptych.core import UnitHash
+from triptych.core import EncodeUnit, Media
 from triptych.errors import ConfigError, RequestError
+from triptych.model.headers import ImageHeader
 from triptych.model.images import read_header
-from triptych.model.processor import Processor
+from triptych.model.processor import Item, Processor, Prompt
 from triptych.model.token_stream import TokenStream
 
 torch.set_num_threads(1)
 
 WORDS = ["What colour?", "Look:\n", "\n\n and 你好 ", " 😀", "a\tb  c ", "{'type': 'image'}", "<b>1 < 2</b>"]
+PADDED_FAMILIES = {"llava_next", "llava_onevision", "pixtral", "mistral3"}  # all pictures of a prompt to one shape
 OLD_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
@@ -71,6 +74,19 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
+def items_of(pictures: list[bytes]) -> list[Item]:
+    return [sized(*read_header(data)[1:]) for data in pictures]
+
+
+def sized(width: int, height: int) -> Item:
+    return "image", ImageHeader(width, height)
+
+
+def units_of(processor: Processor, prompt: Prompt, pictures: list[bytes]) -> list[tuple[EncodeUnit, Media]]:
+    files = [(data, hashlib.blake2b(data, digest_size=16).digest()) for data in pictures]
+    return processor.encode_units(prompt, processor.media(items_of(pictures), files))
+
+
 def change_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -94,36 +110,36 @@ def as_sent(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # ---- the same inputs as transformers'
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_prompts_and_tensors_are_those_of_the_families_own_processor(
     checkpoints: dict[str, Path], processors: dict[str, Processor], family: str
 ) -> None:
     processor, rng = processors[family], random.Random(family)
-    tiles_axis = 1 if "pixel_attention_mask" in processor.family.tensors else 0
     for num_pictures in [*range(7), *range(7), 0, 1, 2]:
         messages, pictures = make_conversation(rng, num_pictures)
         theirs = reference_inputs(checkpoints[family], messages)
-        sizes = [read_header(data)[1:] for data in pictures]
-        prompt = processor.expand(processor.render(as_sent(messages)), sizes)
+        prompt = processor.expand(processor.render(as_sent(messages)), items_of(pictures))
         assert prompt.token_ids == theirs["input_ids"][0].tolist()
-        tensors = [processor.pixels(data) for data in pictures]
-        for name in processor.family.tensors if pictures else ():
-            assert torch.equal(torch.cat([each[name] for each in tensors], tiles_axis), theirs[name])
+        units = units_of(processor, prompt, pictures) if family not in PADDED_FAMILIES else []
+        tensors = [processor.inputs(media, processor.prepare(media), unit.index) for unit, media in units]
+        for name in tensors[0] if tensors else ():
+            assert torch.equal(torch.cat([each[name].flatten() for each in tensors]), theirs[name].flatten())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_spans_cover_every_placeholder_token_and_every_row_in_order(
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_spans_cover_every_placeholder_token_once_with_rows_that_the_units_have(
     processors: dict[str, Processor], family: str
 ) -> None:
     processor = processors[family]
     messages, pictures = make_conversation(random.Random(3), 5)
-    prompt = processor.expand(processor.render(as_sent(messages)), [read_header(d)[1:] for d in pictures])
+    prompt = processor.expand(processor.render(as_sent(messages)), items_of(pictures))
     covered = [at for span in prompt.spans for at in range(span.start, span.start + span.length)]
-    image_token_id = processor.family.image_token_id
-    assert covered == [at for at, token_id in enumerate(prompt.token_ids) if token_id == image_token_id]
-    rows = [(span.unit, span.offset + row) for span in prompt.spans for row in range(span.length)]
-    units = [unit for item in prompt.units for unit in item]
-    assert rows == [(index, row) for index, unit in enumerate(units) for row in range(unit.num_tokens)]
+    stand_ins = {run.token for layout in prompt.layouts for run in layout.runs}
+    ids = set(processor.tokenizer.convert_tokens_to_ids(list(stand_ins)))
+    assert covered == [at for at, token_id in enumerate(prompt.token_ids) if token_id in ids]
+    units = [unit for unit, _ in units_of(processor, prompt, pictures)]
+    assert all(span.offset >= 0 and span.offset + span.length <= units[span.unit].num_tokens for span in prompt.spans)
+    assert {span.unit for span in prompt.spans} == set(range(len(units)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,7 +172,7 @@ def test_special_tokens_are_not_added_twice(processors: dict[str, Processor]) ->
 def test_token_ids_from_a_client_make_a_prompt(processors: dict[str, Processor]) -> None:
     processor = processors["qwen2_vl"]
     assert processor.from_token_ids([5, 6, 7]).token_ids == [5, 6, 7]
-    for wrong in ([-1], [len(processor.tokenizer)], [processor.family.image_token_id]):
+    for wrong in ([-1], [len(processor.tokenizer)], [processor.encode("<|image_pad|>")[0]]):
         with pytest.raises(RequestError):
             processor.from_token_ids(wrong)
 
@@ -171,7 +187,7 @@ def test_template_that_takes_only_text_gets_the_placeholders_before_the_text(pro
     assert rendered == "user: <image>\nWhat is\nthis?\n"
     rendered = processors["qwen2_vl"].render(messages, chat_template=OLD_TEMPLATE)
     assert rendered.startswith("user: <|vision_start|><|image_pad|><|vision_end|>\nWhat is")
-    assert len(processors["qwen2_vl"].expand(rendered, [(50, 50)]).spans) == 1
+    assert len(processors["qwen2_vl"].expand(rendered, [sized(50, 50)]).spans) == 1
 
 
 def test_template_gets_tools_and_further_arguments(processors: dict[str, Processor]) -> None:
@@ -266,9 +282,9 @@ def test_text_that_stands_for_media_is_refused_naming_the_field(
 
 
 def test_prompt_with_more_or_fewer_placeholders_than_pictures_is_refused(processors: dict[str, Processor]) -> None:
-    for text, sizes in [("<image>", []), ("hi", [(9, 9)]), ("<image> <image>", [(9, 9)])]:
+    for text, items in [("<image>", []), ("hi", [sized(9, 9)]), ("<image> <image>", [sized(9, 9)])]:
         with pytest.raises(RequestError, match="placeholders") as caught:
-            processors["llava"].expand(text, sizes)
+            processors["llava"].expand(text, items)
         assert caught.value.status == 400
 
 
@@ -286,7 +302,7 @@ def test_content_that_is_not_understood_is_refused_naming_the_field(
     processors: dict[str, Processor], content: Any, field: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        processors["qwen2_vl"].render([{"role": "user", "content": content}])
+        processors["llava"].render([{"role": "user", "content": content}])
     assert (caught.value.status, caught.value.param) == (400, field)
 
 
@@ -326,9 +342,8 @@ def test_checkpoint_with_an_image_only_processor_class_and_no_processor_config_i
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
     processor = Processor.load(folder)
     messages, pictures = make_conversation(random.Random(4), 2)
-    sizes = [read_header(data)[1:] for data in pictures]
     expected = reference_inputs(checkpoints["qwen2_vl"], messages)["input_ids"][0].tolist()
-    assert processor.expand(processor.render(as_sent(messages)), sizes).token_ids == expected
+    assert processor.expand(processor.render(as_sent(messages)), items_of(pictures)).token_ids == expected
 
 
 def test_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(
@@ -372,34 +387,35 @@ def test_end_of_sequence_tokens_are_those_of_generation_config_and_tokenizer(
 def test_unit_hash_is_the_same_in_every_process_and_changes_with_everything_it_is_over(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder, media = checkpoints["qwen2_vl"], bytes(range(16))
+    folder, picture = checkpoints["internvl"], make_picture(64, 32)
     other_mean = Path(shutil.copytree(folder, tmp_path / folder.name))
     change_json(other_mean / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+
+    def hashes(processor: Processor, picture: bytes) -> list[bytes]:
+        prompt = processor.expand("<IMG_CONTEXT>", items_of([picture]))
+        return [unit.hash for unit, _ in units_of(processor, prompt, [picture])]
+
     processor = Processor.load(folder, revision="a")
-    hashes = [
-        processor.unit_hash(media, 0),
-        processor.unit_hash(media, 1),
-        processor.unit_hash(bytes([1, *range(1, 16)]), 0),
-        Processor.load(folder, revision="b").unit_hash(media, 0),
-        Processor.load(checkpoints["qwen2_5_vl"], revision="a").unit_hash(media, 0),
-        Processor.load(other_mean, revision="a").unit_hash(media, 0),
+    different = [
+        *hashes(processor, picture),
+        *hashes(processor, make_picture(64, 32, seed=1)),
+        *hashes(Processor.load(folder, revision="b"), picture),
+        *hashes(Processor.load(Path(shutil.copytree(folder, tmp_path / "elsewhere")), revision="a"), picture),
+        *hashes(Processor.load(other_mean, revision="a"), picture),
     ]
-    assert len(set(hashes)) == len(hashes)
-    assert {len(each) for each in hashes} == {16}
-    assert Processor.load(folder, revision="a").unit_hash(media, 0) == hashes[0]
+    assert len(different) == len(set(different)) == 15
+    assert {len(each) for each in different} == {16}
+    assert hashes(Processor.load(folder, revision="a"), picture) == different[:3]
 
 
-def test_encode_units_carry_hash_rows_and_grid_of_every_item(processors: dict[str, Processor]) -> None:
+def test_units_carry_index_rows_and_item_and_the_prompt_what_places_them(processors: dict[str, Processor]) -> None:
     processor = processors["qwen2_vl"]
-    prompt = processor.expand("<|image_pad|> <|image_pad|>", [(64, 64), (32, 64)])
-    units = processor.encode_units(prompt, [b"a" * 16, b"b" * 16])
-    assert [unit.hash for unit in units] == [processor.unit_hash(media, 0) for media in (b"a" * 16, b"b" * 16)]
-    assert [(unit.modality, unit.num_tokens, unit.grid) for unit in units] == [
-        ("image", 16, (1, 8, 8)),
-        ("image", 8, (1, 8, 4)),
-    ]
-    assert all(isinstance(unit.hash, bytes) for unit in units)
-    assert UnitHash(units[0].hash) != units[1].hash
+    prompt = processor.expand("<|image_pad|> <|image_pad|>", [sized(64, 64), sized(32, 64)])
+    pictures = [make_picture(64, 64), make_picture(32, 64)]
+    units = units_of(processor, prompt, pictures)
+    assert [(unit.modality, unit.num_tokens, unit.index) for unit, _ in units] == [("image", 16, 0), ("image", 8, 0)]
+    assert [media.data for _, media in units] == pictures
+    assert prompt.position_arguments == {"image_grid_thw": [(1, 8, 8), (1, 8, 4)]}
 
 
 # ---- text out

@@ -19,8 +19,11 @@ from openai import OpenAI
 from PIL import Image
 
 from tests.checkpoints import make_checkpoint
+from tests.server.clips import SAMPLING_RATE
+from tests.server.senses import senses
 from triptych.config import ServerConfig
-from triptych.core import FinishReason, InstanceId, RequestId, Role, TokenLogprobs, UnitHash
+from triptych.core import FinishReason, InstanceId, Media, RequestId, Role, TokenLogprobs, UnitHash
+from triptych.errors import RequestError
 from triptych.messages import (
     Abort,
     AnyMessage,
@@ -35,8 +38,12 @@ from triptych.messages import (
     Table,
     Tokens,
     TokenUpdate,
+    Wanted,
 )
+from triptych.model.audios import decode_audio
+from triptych.model.images import decode_image
 from triptych.model.processor import Processor
+from triptych.model.videos import decode_frames
 from triptych.server.app import create_app
 from triptych.server.frontend import Frontend
 from triptych.server.running import bind, make_http_server
@@ -44,16 +51,34 @@ from triptych.telemetry import Telemetry
 
 E, P, D = InstanceId("e0"), InstanceId("p0"), InstanceId("d0")
 ANSWER = "Hello, wörld 👋!"
+COUNTERS = {
+    E: {"encode_units_computed": 7.0, "encode_units_cached": 2.0, "embedding_hits": 2.0, "embeddings_evicted": 1.0},
+    P: {"encode_units_transferred": 5.0, "encode_units_prefix": 3.0, "prefix_queries": 90.0, "prefix_hits": 40.0},
+    D: {"prefix_queries": 10.0, "prefix_hits": 8.0, "decode_offloads": 4.0},
+}
 
 
 @cache
 def processor() -> Processor:
-    """That of a tiny checkpoint: byte-level tokens, pictures of 4 to 24 tokens."""
-    return Processor.load(make_checkpoint("qwen2_vl", Path(tempfile.mkdtemp(prefix="triptych-server-"))))
+    """That of a tiny checkpoint: byte-level tokens, pictures of 4 to 24 tokens, and no other media."""
+    return Processor.load(_checkpoint())
+
+
+def all_media() -> Processor:
+    """One that takes pictures, videos and sounds."""
+    return senses(_checkpoint())
+
+
+@cache
+def _checkpoint() -> Path:
+    return make_checkpoint("qwen2_vl", Path(tempfile.mkdtemp(prefix="checkpoint-server-")))
 
 
 def ids(text: str) -> list[int]:
     return processor().encode(text, add_special_tokens=False)
+
+
+_processor = processor
 
 
 def script(order: Submit) -> list[int]:
@@ -88,9 +113,11 @@ class FakeCluster:
         self.frozen = False  # takes orders, but does no work
         self.sent: list[tuple[InstanceId, AnyMessage]] = []
         self.aborted: list[tuple[InstanceId, RequestId]] = []
+        self.num_cached = 0  # prompt tokens that every prefill says it had
         self.prefilling: dict[RequestId, Job] = {}
         self.decoding: dict[RequestId, Job] = {}
-        self._encoded: dict[RequestId, set[UnitHash]] = {}
+        self._encoding: dict[UnitHash, RequestId] = {}
+        self._embedded: set[UnitHash] = set()  # on P
         self._frontend: Frontend | None = None
         self._stepping: asyncio.TimerHandle | asyncio.Handle | None = None
 
@@ -102,7 +129,7 @@ class FakeCluster:
         for id in roles:
             queues = {"prefill_waiting": 1, "prefill_running": 2} if id == P else {}
             pools = {"kv": PoolUsage(10, 5, 3, 2)} if id != E else {"embedding": PoolUsage(4, 4, 0, 0)}
-            frontend.handle(Load(id, queues, pools, {}, {"encode_units_total": 7.0} if id == E else {}, {}))
+            frontend.handle(Load(id, queues, pools, {}, COUNTERS.get(id, {}), {}))
 
     @property
     def idle(self) -> bool:
@@ -112,13 +139,17 @@ class FakeCluster:
         self.sent.append((instance, message))
         match message:
             case Encode():
+                self._encoding |= {unit.hash: message.request_id for unit in message.units}
                 asyncio.get_running_loop().call_soon(self._encode, message)
             case Submit():
-                units = {unit.hash for unit in message.units} - self._encoded.pop(message.request_id, set())
-                self.prefilling[message.request_id] = Job(message, units, deque(self.answer(message)))
+                missing = {unit.hash for unit in message.units} - self._embedded
+                self.prefilling[message.request_id] = Job(message, missing, deque(self.answer(message)))
+                asyncio.get_running_loop().call_soon(self._ask_for_missing)
                 self._schedule()
             case Abort():
                 self.aborted.append((instance, message.request_id))
+                if instance == E:
+                    self._encoding = {u: id for u, id in self._encoding.items() if id != message.request_id}
                 if instance == P:
                     self.prefilling.pop(message.request_id, None)
                 if instance == D:
@@ -131,15 +162,23 @@ class FakeCluster:
     def _encode(self, order: Encode) -> None:
         if self.frozen:
             return
+        units = {unit.hash for unit in order.units if self._encoding.pop(unit.hash, None) is not None}
         try:
-            Image.open(io.BytesIO(order.data)).load()
-        except OSError as error:
-            self._tell(Failed(order.request_id, f"the image cannot be decoded: {error}", 400, None, order.unit.hash))
+            _decode(order.media)
+        except RequestError as error:
+            self._tell(Failed(order.request_id, str(error), error.status, error.code, order.units[0].hash))
+            self._ask_for_missing()
             return
-        job = self.prefilling.get(order.request_id)
-        if job is not None:
-            job.missing.discard(order.unit.hash)
+        self._embedded |= units
+        for job in self.prefilling.values():
+            job.missing -= units
         self._schedule()
+
+    def _ask_for_missing(self) -> None:
+        """What nobody is about to encode has been lost, or has failed for the request that ordered it."""
+        for id, job in list(self.prefilling.items()):
+            for unit in sorted(job.missing - self._encoding.keys()):
+                self._tell(Wanted(id, unit))
 
     def _schedule(self) -> None:
         if self._stepping is None:
@@ -181,27 +220,44 @@ class FakeCluster:
         if sampling.logprobs is not None:
             top = [token, (token + 1) % 256][: sampling.logprobs]
             scores = TokenLogprobs(-0.5, top, [-0.5, -1.5][: sampling.logprobs])
-        return TokenUpdate(job.order.request_id, token, index, finish, scores)
+        return TokenUpdate(job.order.request_id, token, index, finish, scores, self.num_cached if index == 0 else 0)
 
     def _tell(self, message: AnyMessage) -> None:
         assert self._frontend is not None
         self._frontend.handle(message)
 
 
+def _decode(media: Media) -> None:
+    match media.modality:
+        case "image":
+            decode_image(media.data)
+        case "video":
+            decode_frames(media.data, media.frames)
+        case "audio":
+            decode_audio(media.data, SAMPLING_RATE)
+
+
 class Stack:
     """A whole server in a thread: real HTTP, frontend and processor, fake instances."""
 
     def __init__(
-        self, answer: Answer = script, *, step_s: float = 0.0, max_model_len: int = 512, **changes: Any
+        self,
+        answer: Answer = script,
+        *,
+        processor: Processor | None = None,
+        step_s: float = 0.0,
+        max_model_len: int = 512,
+        **changes: Any,
     ) -> None:
         """`changes` go into the server's configuration."""
+        processor = processor or _processor()
         self.config = ServerConfig(**({"served_model_names": ("fake",)} | changes))
         self.telemetry = Telemetry("fake")
         self.cluster = FakeCluster(answer, step_s)
-        self.frontend = Frontend(processor(), self.cluster, self.telemetry)
+        self.frontend = Frontend(processor, self.cluster, self.telemetry)
         app = create_app(
             self.frontend,
-            processor(),
+            processor,
             self.config,
             self.telemetry,
             max_model_len=max_model_len,
@@ -275,3 +331,15 @@ def data_url(data: bytes, mime: str = "image/png") -> str:
 
 def image_part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+def video_part(data: bytes) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": data_url(data, "video/mp4")}}
+
+
+def audio_part(data: bytes) -> dict[str, Any]:
+    return {"type": "audio_url", "audio_url": {"url": data_url(data, "audio/wav")}}
+
+
+def input_audio_part(data: bytes, format: str = "wav") -> dict[str, Any]:
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": format}}

@@ -70,6 +70,14 @@ def test_a_stream_is_the_answer_in_pieces(stack: Stack) -> None:
     assert chunks[-1].usage.completion_tokens == len(ids(ANSWER)) + 1
 
 
+def test_usage_counts_what_was_cached_once_for_each_prompt(stack: Stack) -> None:
+    stack.cluster.num_cached = 3
+    usage = complete(stack, prompt=["a", "bc"], n=2)["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 6}
+    stack.cluster.num_cached = 0
+    assert complete(stack, prompt="a")["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
 def test_log_probabilities_know_where_their_token_stands(stack: Stack) -> None:
     choice = complete(stack, prompt="Once", logprobs=2, max_tokens=4)["choices"][0]
     logprobs = choice["logprobs"]

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from tests.server.fakes import ANSWER, D, E, P, end_id, ids, num_live, processor
-from triptych.core import EncodeUnit, FinishReason, InstanceId, RequestId, Role, SamplingParams, Span, UnitHash
+from triptych.core import EncodeUnit, FinishReason, InstanceId, Media, RequestId, Role, SamplingParams, Span, UnitHash
 from triptych.errors import RequestError
 from triptych.messages import (
     Abort,
@@ -59,8 +59,13 @@ def make_frontend(*placement: tuple[str, Role]) -> tuple[Frontend, Wire]:
 
 def start(frontend: Frontend, *units: EncodeUnit, n: int = 1) -> Generation:
     spans = tuple(Span(i, unit.num_tokens, i, 0) for i, unit in enumerate(units))
-    prompt = PreparedPrompt([1] * 100, units, spans, {unit.hash: b"x" for unit in units}, {})
+    prompt = PreparedPrompt([1] * 100, units, spans, {unit.hash: media(unit) for unit in units}, {})
     return frontend.generate([prompt], [SamplingParams(max_tokens=50, seed=1)], n)
+
+
+def media(unit: EncodeUnit) -> Media:
+    """A picture of its own for each unit."""
+    return Media(unit.hash, unit.modality, b"x")
 
 
 def unit(name: int, num_tokens: int) -> EncodeUnit:
@@ -117,7 +122,7 @@ def test_leaving_a_generation_aborts_wherever_the_request_may_be() -> None:
             pass
         assert sorted(wire.receivers(Abort)) == ["e0", "e1", "p0"]
         wire.sent.clear()
-        async with start(frontend, unit(1, 64)) as generation:
+        async with start(frontend, unit(3, 64)) as generation:
             request_id = generation.outputs[0].request_id
             frontend.handle(Tokens(P, updates(request_id)[:1]))
             frontend.handle(Located(request_id, InstanceId("d1")))
@@ -210,7 +215,12 @@ def test_a_token_that_cannot_be_taken_ends_its_request_and_no_other(caplog: pyte
 def test_distinct_units_of_a_request_are_spread_by_cost_and_sent_once() -> None:
     frontend, wire = make_frontend(("e0", Role.E), ("e1", Role.E), ("pd0", Role.PD))
     start(frontend, unit(1, 90), unit(2, 30), unit(1, 90), unit(3, 40))
-    by_unit = {message.unit.hash[0]: instance for instance, message in wire.sent if isinstance(message, Encode)}
+    by_unit = {
+        unit.hash[0]: instance
+        for instance, message in wire.sent
+        if isinstance(message, Encode)
+        for unit in message.units
+    }
     assert len(wire.receivers(Encode)) == 3
     assert by_unit[2] == by_unit[3] != by_unit[1]
     assert wire.receivers(Submit) == ["pd0"]

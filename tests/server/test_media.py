@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.fakes import data_url, picture
+from tests.server.fakes import data_url, picture, processor
 from triptych.config import ServerConfig
 from triptych.errors import RequestError
+from triptych.model.headers import ImageHeader
 from triptych.server.fetch import Fetcher, is_public
-from triptych.server.media import MAX_FETCHES, MediaItem, MediaLoader
+from triptych.server.media import MediaItem, MediaLoader
+from triptych.server.media_source import MAX_FETCHES, MediaSource
 
 MiB = 1 << 20
 PICTURE = picture(40, 30)
+SIZES = [(40, 30), (8, 9), (40, 30)]
 PRIVATE = (
     "10.0.0.1 172.16.3.4 192.168.1.1 169.254.169.254 100.64.0.1 224.0.0.1 255.255.255.255 240.0.0.1 ::1 :: fe80::1 "
     "fe80::1%eth0 fc00::1 ff02::1 ::ffff:10.0.0.1 64:ff9b::10.0.0.1 2002:a00:1::"
@@ -88,9 +91,9 @@ def get(url: str, *, is_allowed: Callable[[str], bool] = lambda address: True, t
 
 def load(*urls: str, **changes: object) -> list[MediaItem]:
     async def run() -> list[MediaItem]:
-        loader = MediaLoader(ServerConfig(**changes))  # type: ignore[arg-type]
+        loader = MediaLoader(ServerConfig(**changes), processor().modalities)  # type: ignore[arg-type]
         try:
-            return await loader.load([(f"field{i}", url) for i, url in enumerate(urls)])
+            return await loader.load([MediaSource(f"field{i}", "image", url=url) for i, url in enumerate(urls)])
         finally:
             await loader.close()
 
@@ -111,7 +114,7 @@ def test_a_picture_is_fetched_also_behind_a_redirect(port: int) -> None:
 def test_items_come_in_order_with_size_hash_and_field(port: int) -> None:
     url = f"http://127.0.0.1:{port}/picture"
     first, second, third = load(url, data_url(picture(8, 9)), url, allow_private_media_hosts=True)
-    assert [(item.width, item.height) for item in (first, second, third)] == [(40, 30), (8, 9), (40, 30)]
+    assert [item.header for item in (first, second, third)] == [ImageHeader(*size) for size in SIZES]
     assert first.hash == third.hash != second.hash
     assert len(first.hash) == 16
     assert [item.field for item in (first, second, third)] == ["field0", "field1", "field2"]
@@ -209,7 +212,7 @@ def test_the_media_of_a_request_are_bounded_together(port: int) -> None:
 def test_fetches_of_all_requests_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     running, most = 0, 0
 
-    async def get(self: Fetcher, url: str, count: object) -> bytes:
+    async def get(self: Fetcher, url: str, count: object, accept: str) -> bytes:
         nonlocal running, most
         running += 1
         most = max(most, running)

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.fakes import ANSWER, D, E, P, Stack, ids
+from tests.server.fakes import ANSWER, COUNTERS, D, E, P, Stack, ids
 from tests.server.test_leaving import on_loop
 from triptych.core import Role
 from triptych.messages import Table
@@ -56,6 +56,7 @@ def test_the_cluster_shows_instances_queues_and_pools(stack: Stack) -> None:
     assert prefill["state"] == "active"
     assert prefill["queues"] == {"prefill_waiting": 1, "prefill_running": 2}
     assert prefill["pools"] == {"kv": {"total": 10, "free": 5, "used": 3, "cached": 2}}
+    assert [instance["counters"] for instance in cluster["instances"]] == [COUNTERS[id] for id in (E, P, D)]
 
 
 def test_metrics_have_the_names_of_vllm(stack: Stack) -> None:
@@ -73,8 +74,24 @@ def test_metrics_have_the_names_of_vllm(stack: Stack) -> None:
     assert values["vllm:num_requests_running{}"] == 2
     assert values["vllm:num_requests_waiting{}"] == 1
     assert values["vllm:kv_cache_usage_perc{}"] == pytest.approx(0.3)
-    assert values['triptych:encode_units_total{"instance": "e0", "role": "e"}'] == 7
     assert values['triptych:pool_blocks{"instance": "p0", "pool": "kv", "role": "p", "state": "cached"}'] == 2
+
+
+def test_metrics_tell_where_units_came_from_and_what_the_caches_did(stack: Stack) -> None:
+    values = metrics(stack)
+    units = {name: value for name, value in values.items() if "encode_units" in name}
+    assert units == {
+        'triptych:encode_units_total{"instance": "e0", "role": "e", "source": "computed"}': 7,
+        'triptych:encode_units_total{"instance": "e0", "role": "e", "source": "cached"}': 2,
+        'triptych:encode_units_total{"instance": "p0", "role": "p", "source": "transferred"}': 5,
+        'triptych:encode_units_total{"instance": "p0", "role": "p", "source": "prefix"}': 3,
+    }
+    assert values['triptych:embedding_cache_hits_total{"instance": "e0", "role": "e"}'] == 2
+    assert values['triptych:embedding_cache_evictions_total{"instance": "e0", "role": "e"}'] == 1
+    assert values["vllm:prefix_cache_queries_total{}"] == 100
+    assert values["vllm:prefix_cache_hits_total{}"] == 48
+    assert values['triptych:decode_offloads_total{"instance": "d0", "role": "d"}'] == 4
+    assert not [name for name in values if name.startswith(("triptych:prefix_", "triptych:embeddings_evicted"))]
 
 
 def test_two_servers_in_one_process_count_for_themselves(stack: Stack) -> None:
@@ -112,3 +129,14 @@ def test_the_description_covers_every_route_and_resolves_every_reference(stack: 
     assert used <= set(schemas)
     temperature = schemas["ChatRequest"]["properties"]["temperature"]
     assert temperature["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 100}
+
+
+def test_the_description_has_every_kind_of_content(stack: Stack) -> None:
+    schemas = stack.http.get("/openapi.json").json()["components"]["schemas"]
+    content = schemas["ChatMessage"]["properties"]["content"]["anyOf"]
+    (parts,) = (kind["items"] for kind in content if kind.get("type") == "array")
+    mapping = next(kind["discriminator"]["mapping"] for kind in parts["anyOf"] if "discriminator" in kind)
+    assert set(mapping) == {"text", "image_url", "video_url", "audio_url", "input_audio"}
+    assert all("uuid" in schemas[f"{kind}Part"]["properties"] for kind in ("Image", "Video", "AudioUrl", "InputAudio"))
+    assert {"num_frames", "fps"} == set(schemas["VideoIo"]["properties"])
+    assert "prompt_tokens_details" in schemas["Usage"]["properties"]

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.builders import Pools, make_near, make_pools, make_prefilled, make_sampling, make_stage
-from triptych.core import FinishReason, RequestId, SampledToken, Sequence, Stage, Status
+from triptych.core import BlockHashes, FinishReason, RequestId, SampledToken, Sequence, Stage, Status
 from triptych.messages import Failed, Prefilled, Release
 from triptych.stages.decode import DecodePlan, DecodeStage
 
@@ -109,7 +109,7 @@ def test_a_hand_over_inside_the_instance_moves_no_block():
     pools.kv.hold(sequence, 7)
     lease = pools.leases.grant(pools.near.instance, sequence, lambda: pools.kv.free(sequence))
     ticket = pools.near.ticket(lease, "kv", sequence.block_table, 7)
-    order = Prefilled(RequestId("r"), sequence.token_ids, 7, sequence.sampling, 0, ticket)
+    order = Prefilled(RequestId("r"), sequence.token_ids, 7, sequence.sampling, 0, BlockHashes(), ticket)
     stage.admit(order)
     stage.admit(order)
     assert pools.near.out.pulls == []

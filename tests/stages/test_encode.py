@@ -9,13 +9,13 @@ from triptych.messages import FRONTEND, Embedded, Failed
 from triptych.stages.encode import EncodeStage
 
 
-def make_encode(embedding_blocks: int = 8, max_encode_tokens: int = 16) -> tuple[EncodeStage, Pools]:
+def make_encode(embedding_blocks: int = 8) -> tuple[EncodeStage, Pools]:
     pools = make_pools(embedding_blocks=embedding_blocks, near=make_near("e0", e0="e", p0="p", d0="d"))
-    return make_stage(Stage.ENCODE, pools, max_encode_tokens=max_encode_tokens), pools
+    return make_stage(Stage.ENCODE, pools), pools
 
 
-def encode(stage: EncodeStage) -> list[EncodeWork]:
-    works = stage.schedule()
+def encode(stage: EncodeStage, budget: int = 16) -> list[EncodeWork]:
+    works = stage.schedule(budget)
     stage.commit(works, [None] * len(works))
     return works
 
@@ -66,7 +66,7 @@ def test_a_cached_unit_is_announced_without_being_encoded_again():
     stage.admit(make_order("second"))
     assert encode(stage) == []
     assert [message.request_id for _, message in sent(pools)] == ["first", "second"]
-    assert (stage.num_computed, stage.num_cached) == (1, 1)
+    assert (stage.num_computed, pools.cache.num_hits) == (1, 1)
     assert len(pools.leases) == 2
 
 
@@ -104,7 +104,7 @@ def test_an_undecodable_picture_fails_every_request_that_has_it_and_no_other():
     bad, good = make_unit("bad", 4), make_unit("good", 4)
     for name, unit in (("a", bad), ("b", bad), ("c", good)):
         stage.admit(make_order(name, unit))
-    works = stage.schedule()
+    works = stage.schedule(16)
     stage.commit(works, [RequestError("not a picture", code="bad_media"), None])
     failed = [message for _, message in sent(pools) if isinstance(message, Failed)]
     assert [(m.request_id, m.status, m.code, m.unit) for m in failed] == [
@@ -128,7 +128,7 @@ def test_an_aborted_request_is_forgotten_while_it_waits():
 def test_an_aborted_request_is_not_answered_but_what_was_encoded_is_kept(error):
     stage, pools = make_encode()
     stage.admit(make_order("r"))
-    works = stage.schedule()
+    works = stage.schedule(16)
     stage.abort(RequestId("r"))
     stage.commit(works, [error])
     assert sent(pools) == []
@@ -139,9 +139,9 @@ def test_an_aborted_request_is_not_answered_but_what_was_encoded_is_kept(error):
 def test_the_next_batch_waits_for_the_commit_of_the_last():
     stage, _ = make_encode()
     stage.admit(make_order("r"))
-    stage.schedule()
+    stage.schedule(16)
     with pytest.raises(AssertionError, match="1 units of the last batch were not committed"):
-        stage.schedule()
+        stage.schedule(16)
 
 
 def test_a_unit_that_is_being_pulled_into_this_cache_is_waited_for():
@@ -154,7 +154,7 @@ def test_a_unit_that_is_being_pulled_into_this_cache_is_waited_for():
     entry.writing, entry.ready = False, True
     assert encode(stage) == []
     assert [type(message) for _, message in sent(pools)] == [Embedded]
-    assert stage.num_cached == 1
+    assert pools.cache.num_hits == 1
 
 
 def test_space_that_prefill_reserved_here_is_what_encode_fills():
@@ -175,11 +175,11 @@ def test_the_leases_of_a_dead_prefill_instance_free_the_cache():
 
 
 def test_queued_tokens_are_rows_still_to_be_encoded():
-    stage, _ = make_encode(max_encode_tokens=8)
+    stage, _ = make_encode()
     for i in range(2):
         stage.admit(make_order(f"r{i}", make_unit(f"u{i}", 8)))
     assert stage.queued_tokens == 16
-    works = stage.schedule()
+    works = stage.schedule(8)
     assert stage.queued_tokens == 16
     stage.commit(works, [None])
     assert stage.queued_tokens == 8

@@ -22,6 +22,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     scheduled_s: float
     sent_s: float
+    kind: str = "all"
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
@@ -31,10 +32,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
     @classmethod
-    def of(cls, index: int, scheduled_s: float, started_at: float, answer: Answer) -> "Record":
+    def of(cls, index: int, scheduled_s: float, started_at: float, answer: Answer, kind: str = "all") -> "Record":
         sent_s = answer.sent_at - started_at
         if answer.error is not None:
-            return cls(index=index, scheduled_s=scheduled_s, sent_s=sent_s, error=answer.error)
+            return cls(index=index, scheduled_s=scheduled_s, sent_s=sent_s, kind=kind, error=answer.error)
         times = answer.token_times
         # A server that sends no usage: one text, one token.
         num_tokens = answer.completion_tokens or len(times)
@@ -42,6 +43,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             index=index,
             scheduled_s=scheduled_s,
             sent_s=sent_s,
+            kind=kind,
             ttft_s=times[0] - answer.sent_at,
             tpot_s=(times[-1] - times[0]) / (num_tokens - 1) if num_tokens > 1 else None,
             e2e_s=answer.ended_at - answer.sent_at,
@@ -66,6 +68,29 @@ class Percentiles(msgspec.Struct, frozen=True):
         return cls(mean, percentile(ordered, 50), percentile(ordered, 90), percentile(ordered, 99))
 
 
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """Latencies of one kind of requests, without those that failed."""
+
+    num_requests: int
+    num_failed: int
+    ttft_ms: Percentiles | None
+    tpot_ms: Percentiles | None
+    itl_ms: Percentiles | None
+    e2e_ms: Percentiles | None
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> "Figures":
+        good = [record for record in records if record.error is None]
+        return cls(
+            num_requests=len(records),
+            num_failed=len(records) - len(good),
+            ttft_ms=_milliseconds([record.ttft_s for record in good]),
+            tpot_ms=_milliseconds([record.tpot_s for record in good]),
+            itl_ms=_milliseconds([gap for record in good for gap in record.itl_s]),
+            e2e_ms=_milliseconds([record.e2e_s for record in good]),
+        )
+
+
 class CpuSeconds(msgspec.Struct, frozen=True):
     """Of the time of the run: by the client, by the server, by everybody else on the machine. None: not known."""
 
@@ -74,16 +99,10 @@ class CpuSeconds(msgspec.Struct, frozen=True):
     others: float | None = None
 
 
-class Summary(msgspec.Struct, frozen=True, kw_only=True):
+class Summary(Figures, frozen=True, kw_only=True):
     """Figures of a whole run. Failed requests count as missing their objectives."""
 
-    num_requests: int
-    num_failed: int
     duration_s: float
-    ttft_ms: Percentiles | None
-    tpot_ms: Percentiles | None
-    itl_ms: Percentiles | None
-    e2e_ms: Percentiles | None
     requests_per_s: float
     prompt_tokens_per_s: float
     output_tokens_per_s: float
@@ -93,30 +112,33 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     send_lag_ms_p99: float  # how late the client was against its own schedule
     cpu_s: CpuSeconds
     errors: dict[str, int]
+    kinds: dict[str, Figures]  # of a mix, by their names
 
     @classmethod
-    def of(cls, options: BenchOptions, records: Sequence[Record], duration_s: float, cpu_s: CpuSeconds) -> "Summary":
+    def of_run(
+        cls, options: BenchOptions, records: Sequence[Record], duration_s: float, cpu_s: CpuSeconds
+    ) -> "Summary":
         good = [record for record in records if record.error is None]
         has_slo = options.slo_ttft_ms is not None or options.slo_tpot_ms is not None
         num_met = sum(meets_objectives(record, options) for record in good)
         lags = sorted(record.sent_s - record.scheduled_s for record in records)
+        images = {kind.name: kind.images for kind in options.mix}
         return cls(
-            num_requests=len(records),
-            num_failed=len(records) - len(good),
+            **msgspec.structs.asdict(Figures.of(records)),
             duration_s=duration_s,
-            ttft_ms=_milliseconds([record.ttft_s for record in good]),
-            tpot_ms=_milliseconds([record.tpot_s for record in good]),
-            itl_ms=_milliseconds([gap for record in good for gap in record.itl_s]),
-            e2e_ms=_milliseconds([record.e2e_s for record in good]),
             requests_per_s=len(good) / duration_s,
             prompt_tokens_per_s=sum(record.prompt_tokens or 0 for record in good) / duration_s,
             output_tokens_per_s=sum(record.completion_tokens or 0 for record in good) / duration_s,
-            images_per_s=len(good) * options.images / duration_s,
+            images_per_s=sum(images[record.kind] for record in good) / duration_s,
             slo_attainment=num_met / len(records) if has_slo else None,
             goodput_requests_per_s=num_met / duration_s if has_slo else None,
             send_lag_ms_p99=1e3 * percentile(lags, 99),
             cpu_s=cpu_s,
             errors=dict(Counter(record.error for record in records if record.error is not None).most_common(20)),
+            kinds={
+                kind.name: Figures.of([record for record in records if record.kind == kind.name])
+                for kind in options.kinds
+            },
         )
 
 
@@ -141,15 +163,11 @@ def show(console: Console, summary: Summary) -> None:
     table = Table(title=f"{summary.num_requests} requests in {summary.duration_s:.2f} s, {summary.num_failed} failed")
     for column in ("", "mean", "p50", "p90", "p99"):
         table.add_column(column, justify="right" if column else "left")
-    rows = (
-        ("TTFT (ms)", summary.ttft_ms),
-        ("TPOT (ms)", summary.tpot_ms),
-        ("ITL (ms)", summary.itl_ms),
-        ("E2E (ms)", summary.e2e_ms),
-    )
-    for name, figures in rows:
-        cells = ["-"] * 4 if figures is None else [f"{value:.1f}" for value in msgspec.structs.astuple(figures)]
-        table.add_row(name, *cells)
+    for name, figures in {"": summary, **summary.kinds}.items():
+        for unit in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
+            values = getattr(figures, unit)
+            cells = ["-"] * 4 if values is None else [f"{value:.1f}" for value in msgspec.structs.astuple(values)]
+            table.add_row(f"{name} {unit.removesuffix('_ms').upper()} (ms)".lstrip(), *cells)
     console.print(table)
     lines = [
         f"Throughput: {summary.requests_per_s:.2f} requests/s, {summary.output_tokens_per_s:.1f} output tokens/s, "

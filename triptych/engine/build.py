@@ -1,11 +1,13 @@
 """From a configuration to an engine: loads the weights of the role, carves the slab, joins stages and runners."""
 
+import io
 import math
 import secrets
 from dataclasses import dataclass
 
 import torch
 import zmq
+from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from triptych.config import (
@@ -17,7 +19,7 @@ from triptych.config import (
     ModelConfig,
     require,
 )
-from triptych.core import Role, Stage
+from triptych.core import Media, Role, Stage
 from triptych.engine.engine import Engine, Pools, Runners, Stages
 from triptych.engine.sockets import Inbox, Post
 from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
@@ -39,6 +41,7 @@ from triptych.transfer.select import Transfers
 from triptych.transfer.slab import Slab, slab_bytes
 
 CPU_KV_BYTES = GIB
+WARM_UP_SIDE = 224  # pixels
 ENCODE_SHARE = 0.5  # of an embedding cache that encode and prefill use together
 
 
@@ -75,7 +78,7 @@ def build(config: InstanceConfig, context: zmq.Context[zmq.Socket[bytes]]) -> tu
     slab.carve(plan.sizes())
 
     near = Surroundings(config.id, config.epoch, processor.eos_token_ids, max_model_len)
-    pools = _make_pools(plan)
+    pools = _make_pools(plan, prefix_caching=config.memory.prefix_caching)
     runners = _make_runners(config.role, model, family, processor, plan, slab)
     stages = _make_stages(config, near, pools, whole_spans=family.image_groups)
     transfers = Transfers(slab, config.id, config.epoch, config.transfer)
@@ -90,6 +93,7 @@ def build(config: InstanceConfig, context: zmq.Context[zmq.Socket[bytes]]) -> tu
         Post(context),
         frontend=config.frontend,
         max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
+        max_encode_tokens=config.scheduling.max_encode_tokens,
         heartbeat_s=config.heartbeat_s,
     )
     return engine, Peer(config.id, config.role, config.epoch, inbox.address, transfers.describe())
@@ -104,7 +108,7 @@ def fitting_model_len(model: ModelConfig, memory: MemoryConfig) -> int:
         return supported
     layout = kv_layout(hf_config, resolve_dtype(model, hf_config))
     num_blocks = blocks_that_fit(memory.kv_cache_bytes or CPU_KV_BYTES, layout)
-    return min(supported, max(1, num_blocks - 1) * KV_BLOCK_TOKENS)
+    return min(supported, max(1, num_blocks - layout.state_blocks - 1) * KV_BLOCK_TOKENS)
 
 
 def plan_pools(config: InstanceConfig, hf_config: PreTrainedConfig, max_model_len: int) -> PoolPlan:
@@ -113,7 +117,7 @@ def plan_pools(config: InstanceConfig, hf_config: PreTrainedConfig, max_model_le
     kv, embedding = kv_layout(hf_config, dtype), embedding_layout(hf_config, dtype)
     num_kv_blocks = num_embedding_blocks = 0
     if config.role.has_language_model:
-        longest = math.ceil(max_model_len / KV_BLOCK_TOKENS) + 1
+        longest = kv.state_blocks + math.ceil(max_model_len / KV_BLOCK_TOKENS) + 1
         num_kv_blocks = min(
             blocks_that_fit(_kv_bytes(config), kv),
             longest * config.scheduling.max_num_seqs,  # more could never be filled
@@ -130,11 +134,16 @@ def plan_pools(config: InstanceConfig, hf_config: PreTrainedConfig, max_model_le
     return PoolPlan(kv, embedding, num_kv_blocks, num_embedding_blocks)
 
 
-def _make_pools(plan: PoolPlan) -> Pools:
+def _make_pools(plan: PoolPlan, *, prefix_caching: bool) -> Pools:
     """Lease ids start at random: a release for an earlier incarnation never meets a lease of this one."""
     pools = Pools(Leases(first_id=secrets.randbits(48)))
     if plan.num_kv_blocks:
-        pools.kv = KVCache(plan.num_kv_blocks, KV_BLOCK_TOKENS)
+        pools.kv = KVCache(
+            plan.num_kv_blocks,
+            KV_BLOCK_TOKENS,
+            state_blocks=plan.kv.state_blocks,
+            prefix_caching=prefix_caching,
+        )
     if plan.num_embedding_blocks:
         pools.embeddings = EmbeddingCache(plan.num_embedding_blocks, EMBEDDING_BLOCK_TOKENS)
     return pools
@@ -150,7 +159,8 @@ def _make_runners(
     if role.encodes:
         assert embedding_region is not None
         encoder = EncodeRunner(model, processor, embedding_region)
-        encoder.warm_up()
+        if "image" in processor.modalities:
+            encoder.warm_up(_grey_picture())
         runners.encode = encoder
     if role.has_language_model:
         kv_region = KVRegion(slab.region_tensor("kv"), plan.kv, plan.num_kv_blocks)
@@ -170,7 +180,7 @@ def _make_stages(config: InstanceConfig, near: Surroundings, pools: Pools, *, wh
             prefill_blocks -= encode_blocks
         if role.encodes:
             share = EmbeddingShare(pools.embeddings, encode_blocks)
-            stages.encode = EncodeStage(near, share, pools.leases, scheduling.max_encode_tokens)
+            stages.encode = EncodeStage(near, share, pools.leases)
         if prefills:
             assert pools.kv is not None
             stages.prefill = PrefillStage(
@@ -179,13 +189,21 @@ def _make_stages(config: InstanceConfig, near: Surroundings, pools: Pools, *, wh
                 EmbeddingShare(pools.embeddings, prefill_blocks),
                 pools.leases,
                 max_num_seqs=scheduling.max_num_seqs,
-                streamed=not role.encodes,  # while this very instance encodes the rest, an early chunk only delays it
+                # While this very instance encodes the rest, an early chunk would only delay it.
+                streamed=scheduling.streamed_prefill and not role.encodes,
+                chunked_transfer=scheduling.chunked_kv_transfer,
                 whole_spans=whole_spans,
             )
     if Stage.DECODE in role.stages:
         assert pools.kv is not None
         stages.decode = DecodeStage(near, pools.kv, pools.leases, max_num_seqs=scheduling.max_num_seqs)
     return stages
+
+
+def _grey_picture() -> Media:
+    file = io.BytesIO()
+    Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE), (128, 128, 128)).save(file, "PNG")
+    return Media(b"warm-up", "image", file.getvalue())
 
 
 def _kv_bytes(config: InstanceConfig) -> int:

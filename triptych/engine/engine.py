@@ -22,14 +22,18 @@ from triptych.messages import (
     AnyMessage,
     Embedded,
     Encode,
+    Evicted,
     Failed,
     Load,
     Prefilled,
+    Prefilling,
     Release,
+    Share,
     Shutdown,
     Submit,
     Table,
     Tokens,
+    Wanted,
 )
 from triptych.routing import RoutingTable
 from triptych.stages.base import Surroundings
@@ -39,6 +43,9 @@ from triptych.stages.prefill import PrefillStage
 from triptych.transfer.select import Transfers
 
 logger = logging.getLogger(__name__)
+
+SHORT_ENCODE_STEP_S = 0.02
+UNIT_SOURCES = ("cached", "transferred", "prefix")  # of units that were not encoded for the request that needed them
 
 
 class EncodeRuns(Protocol):
@@ -96,6 +103,7 @@ class Engine:
         *,
         frontend: str,
         max_num_batched_tokens: int,
+        max_encode_tokens: int,
         heartbeat_s: float,
     ) -> None:
         """`frontend` is the address of the frontend's inbox."""
@@ -108,6 +116,7 @@ class Engine:
         self._post = post
         self._addresses = {FRONTEND: frontend}
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_encode_tokens = max_encode_tokens
         self._heartbeat_s = heartbeat_s
         self._pace = Pace()
         self._to_self: deque[AnyMessage] = deque()
@@ -129,9 +138,10 @@ class Engine:
         if stages.encode is not None:
             self._handlers[Encode] = stages.encode.admit
         if stages.prefill is not None:
-            self._handlers |= {Submit: stages.prefill.admit, Embedded: stages.prefill.embedded}
+            prefill = stages.prefill
+            self._handlers |= {Submit: prefill.admit, Embedded: prefill.embedded, Share: prefill.share}
         if stages.decode is not None:
-            self._handlers[Prefilled] = stages.decode.admit
+            self._handlers |= {Prefilled: stages.decode.admit, Prefilling: stages.decode.prefilling}
 
     def run(self) -> None:
         """Until `Shutdown` arrives."""
@@ -173,8 +183,10 @@ class Engine:
         handler = self._handlers.get(type(message))
         if handler is not None:
             handler(message)
-        elif isinstance(message, (Embedded, Prefilled)):  # for a stage that this instance does not serve (any more)
+        elif isinstance(message, (Embedded, Prefilling, Prefilled)):  # for a stage that is not served here (any more)
             self._near.out.release(message.ticket)
+        elif isinstance(message, Share):
+            self._near.out.send(FRONTEND, Wanted(message.request_id, message.unit.hash))
         else:
             logger.warning("%s: nothing here takes a %s", self._near.instance, type(message).__name__)
 
@@ -205,6 +217,8 @@ class Engine:
             self._transfers.disconnect(instance)
             self._pools.leases.release_reader(instance)
             near.decode_loads.pop(instance, None)
+            if self._stages.prefill is not None:
+                self._stages.prefill.lost(instance)
             self._post.forget(self._addresses.pop(instance))  # with what it never read
         near.table = RoutingTable.of(message)
         for peer in message.peers:
@@ -240,8 +254,10 @@ class Engine:
             self._post.send(self._addresses[to], message)
         else:
             logger.warning("%s: %s is gone, dropped a %s", self._near.instance, to, type(message).__name__)
-            if isinstance(message, (Embedded, Prefilled)):
+            if isinstance(message, (Embedded, Prefilling, Prefilled)):
                 self._pools.leases.release(message.ticket.lease)
+            if isinstance(message, Share):
+                self._send(FRONTEND, Wanted(message.request_id, message.unit.hash))
             if isinstance(message, Prefilled):
                 failed = Failed(message.request_id, f"instance {to} was lost", status=503, code="instance_lost")
                 self._send(FRONTEND, failed)
@@ -249,7 +265,7 @@ class Engine:
     # ---- work
 
     def _step_encode(self) -> bool:
-        if self._stages.encode is None or not (works := self._stages.encode.schedule()):
+        if self._stages.encode is None or not (works := self._stages.encode.schedule(self._encode_budget())):
             return False
         assert self._runners.encode is not None
         began = time.perf_counter()
@@ -258,6 +274,18 @@ class Engine:
         self._pace.observe(Stage.ENCODE, num_tokens, time.perf_counter() - began)
         self._stages.encode.commit(works, errors)
         return True
+
+    def _encode_budget(self) -> int:
+        """Embedding rows of the next encode step: as many as take a quarter of the time that all that is waiting takes.
+
+        With little to do steps are short, so that prefill gets the first unit early; with much they are long, because
+        large batches use the device better. Where sequences decode on the same instance, they wait for every step.
+        """
+        assert self._stages.encode is not None
+        step_s = SHORT_ENCODE_STEP_S
+        if self._stages.decode is None or not self._stages.decode.num_running:
+            step_s = max(step_s, 0.25 * self._stages.encode.queued_tokens * self._pace.of(Stage.ENCODE))
+        return min(self._max_encode_tokens, int(step_s / max(self._pace.of(Stage.ENCODE), 1e-9)))
 
     def _step_language(self) -> bool:
         """Decodes and prefill chunks of all sequences in one forward; decodes come first, chunks fill the budget."""
@@ -310,6 +338,7 @@ class Engine:
             return
         load = self.load()
         self._send(FRONTEND, load)
+        self._report_evicted()
         if Stage.DECODE in load.work_s:
             self._take_load(load)
             for peer in self._near.table.serving(Stage.PREFILL):
@@ -320,6 +349,15 @@ class Engine:
             if self._unchecked and not busy:
                 self._unchecked = False
                 self.check_integrity()
+
+    def _report_evicted(self) -> None:
+        units, blocks = [], []
+        if self._pools.embeddings is not None:
+            units, self._pools.embeddings.evicted = self._pools.embeddings.evicted, []
+        if self._pools.kv is not None:
+            blocks, self._pools.kv.evicted = self._pools.kv.evicted, []
+        if units or blocks:
+            self._send(FRONTEND, Evicted(self._near.instance, units, blocks))
 
     def load(self) -> Load:
         stages = {
@@ -355,8 +393,13 @@ class Engine:
         counters["steps"] = float(self._num_steps)
         if self._stages.encode is not None:
             counters["encode_units_computed"] = float(self._stages.encode.num_computed)
-            counters["encode_units_cached"] = float(self._stages.encode.num_cached)
+        if self._stages.prefill is not None:
+            prefill = self._stages.prefill
+            counters |= {f"encode_units_{source}": float(prefill.num_units[source]) for source in UNIT_SOURCES}
+            counters["prefix_queries"] = float(prefill.num_prompt_tokens)
+            counters["prefix_hits"] = float(prefill.num_cached_tokens)
         if self._pools.embeddings is not None:
+            counters["embedding_hits"] = float(self._pools.embeddings.num_hits)
             counters["embeddings_evicted"] = float(self._pools.embeddings.num_evicted)
         if self._stages.decode is not None:
             counters["decode_offloads"] = float(self._stages.decode.num_offloads)

@@ -36,7 +36,9 @@ class EmbeddingCache:
         self._entries: dict[UnitHash, Entry] = {}
         self._unreferenced: OrderedDict[UnitHash, Entry] = OrderedDict()
         self._num_reusable = 0  # blocks of unreferenced entries
+        self.evicted: list[UnitHash] = []  # since somebody emptied it
         self.num_evicted = 0
+        self.num_hits = 0  # units that a stage needed and found ready
 
     @property
     def num_blocks(self) -> int:
@@ -47,6 +49,10 @@ class EmbeddingCache:
 
     def find(self, unit: UnitHash) -> Entry | None:
         return self._entries.get(unit)
+
+    def is_ready(self, unit: UnitHash) -> bool:
+        entry = self._entries.get(unit)
+        return entry is not None and entry.ready
 
     def can_hold(self, units: Iterable[EncodeUnit]) -> bool:
         """Whether all of `units` can be referenced at once beside what is referenced now. Changes nothing."""
@@ -107,7 +113,9 @@ class EmbeddingCache:
     def _evict_until_free(self, num_blocks: int) -> None:
         while not self._pool.can_allocate(num_blocks):
             assert self._unreferenced, f"{num_blocks} blocks asked, {self._pool.num_free} free, nothing left to evict"
-            self._drop(next(iter(self._unreferenced)))
+            oldest = next(iter(self._unreferenced))
+            self._drop(oldest)
+            self.evicted.append(oldest)
             self.num_evicted += 1
 
     def _drop(self, unit: UnitHash) -> None:

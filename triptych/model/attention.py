@@ -31,7 +31,7 @@ def paged_attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """Stores the rows' keys and values, then attends over the block tables: [1, rows, heads, head_dim]."""
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = batch.region.layout.slots[int(module.layer_idx)]  # type: ignore[arg-type]
     batch.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     if _triton is not None and query.is_cuda:
         return _triton.attend(batch, layer, query, scaling, sliding_window), None

@@ -25,8 +25,8 @@ Bools = npt.NDArray[np.bool_]
 class SequenceRows:
     """Tokens [start, end) of one sequence, as rows of a flattened forward.
 
-    `blocks` is its block table, with at least ceil(end / 16) entries. `last_visible` gives, per row, the position of
-    the last token it may attend to, where that is not its own (pictures that attend to themselves both ways).
+    `blocks` are those of its KV, at least ceil(end / 16). `last_visible` gives, per row, the position of the last token
+    it may attend to, where that is not its own (pictures that attend to themselves both ways).
     """
 
     start: int
@@ -74,6 +74,8 @@ class AttentionBatch:
         block_bytes = self._pages_per_layer * KV_BLOCK_TOKENS * layout.head_dim * layout.dtype.itemsize
         self._group_blocks = _GATHER_BYTES // block_bytes
         self._slots = self._write_slots()
+        if layout.states:
+            self._clear_begun_blocks()
         self.device_plan: Any = None  # of the CUDA backend
         self.chunks: list[ChunkRows] = []
         row = num_decodes
@@ -109,6 +111,16 @@ class AttentionBatch:
         if key not in self._masks:
             self._masks[key] = self._make_chunk_mask(chunk.rows, window)
         return self._masks[key]
+
+    def _clear_begun_blocks(self) -> None:
+        """Zeroes the blocks that this forward fills in part, because their rest is gathered too, with weight 0.
+
+        Old keys and values do no harm there, but what a block held of a state need not be a number in their type.
+        """
+        last = [(rows, (rows.end - 1) // KV_BLOCK_TOKENS) for rows in self.sequences]
+        begun = [rows.blocks[block] for rows, block in last if rows.start <= block * KV_BLOCK_TOKENS]
+        if begun:
+            self.region.blocks.index_fill_(0, self._to_device(np.array(begun)), 0)
 
     def _write_slots(self) -> tuple[Tensor, ...]:
         """Per layer, for K and for V, the slots of all rows and heads: 2 * layers tensors [rows * kv_heads]."""
@@ -147,9 +159,10 @@ class AttentionBatch:
             rows.blocks[begin : -(-rows.end // KV_BLOCK_TOKENS)]
             for rows, begin in zip(self._decodes[first:last], first_block[first:last], strict=True)
         ]
-        table = np.zeros((last - first, max(map(len, tables))), np.int64)
+        table = np.empty((last - first, max(map(len, tables))), np.int64)
         for row, blocks in zip(table, tables, strict=True):
             row[: len(blocks)] = blocks
+            row[len(blocks) :] = blocks[0]  # hidden by the mask, yet read: so it must hold numbers
         heads = np.arange(layout.kv_heads)[:, None]
         pages = (table[:, None] * self._pages_per_block + heads).reshape(-1)  # K of layer 0
         parts = np.arange(2 * layout.num_layers) * layout.kv_heads

@@ -3,10 +3,14 @@
     KV region         [num_blocks, layers, 2, kv_heads, 16, head_dim]    one block = one contiguous run over all layers
     embedding region  [num_blocks, 16, row_width]                        row_width = hidden * (1 + deepstack layers)
 
+Where a model has linear-attention layers, the first blocks of a sequence hold their states instead of KV.
 Knows nothing of who owns which block; block ids come from outside.
 """
 
+import math
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -16,13 +20,40 @@ from triptych.config import EMBEDDING_BLOCK_TOKENS, KV_BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
-class KVLayout:
-    """Shape of the KV of a model."""
+class LayerState:
+    """One tensor that a linear-attention layer keeps of a sequence, whatever its length, instead of keys and values."""
 
-    num_layers: int
+    layer: int  # counts all layers of the model
+    name: str  # conv or recurrent
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+    @property
+    def layout(self) -> str:
+        return _layout_string(self.name, self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Shape of what a model keeps of a sequence: KV per token, and states of a fixed size where it has such layers.
+
+    The first `state_blocks` blocks of a sequence hold `states`, each one in whole pages of 16 * head_dim elements of
+    `dtype`; the KV of token i is in the block at `state_blocks + i // 16`.
+    """
+
+    num_layers: int  # with keys and values
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    states: tuple[LayerState, ...] = ()
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
@@ -33,9 +64,41 @@ class KVLayout:
         return self.num_layers * 2 * KV_BLOCK_TOKENS * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
+    def page_bytes(self) -> int:
+        return KV_BLOCK_TOKENS * self.head_dim * self.dtype.itemsize
+
+    @property
+    def pages_per_block(self) -> int:
+        return self.num_layers * 2 * self.kv_heads
+
+    @cached_property
+    def state_pages(self) -> dict[LayerState, range]:
+        """The pages of each state, counted through the state blocks of a sequence."""
+        pages, first = {}, 0
+        for state in self.states:
+            pages[state] = range(first, first + -(-state.num_bytes // self.page_bytes))
+            first = pages[state].stop
+        return pages
+
+    @property
+    def state_blocks(self) -> int:
+        """Blocks of a sequence that hold its states; 0 for a model whose layers all have keys and values."""
+        num_pages = max((pages.stop for pages in self.state_pages.values()), default=0)
+        return -(-num_pages // self.pages_per_block)
+
+    @cached_property
+    def slots(self) -> dict[int, int]:
+        """For each layer of the model that has keys and values, its place in a block."""
+        without = {state.layer for state in self.states}
+        layers = (layer for layer in range(self.num_layers + len(without)) if layer not in without)
+        return {layer: slot for slot, layer in enumerate(layers)}
+
+    @property
     def layout(self) -> str:
         """Equal strings mean that one instance's blocks can be read as another's."""
-        return _layout_string("kv", self.block_shape, self.dtype)
+        states = Counter(state.layout for state in self.states)
+        counted = [f"{count}x{layout}" for layout, count in states.items()]
+        return "+".join([_layout_string("kv", self.block_shape, self.dtype), *counted])
 
 
 @dataclass(frozen=True)
@@ -135,5 +198,5 @@ def _carve(buffer: Tensor, layout: _Layout, num_blocks: int) -> Tensor:
     return buffer[:needed].view(layout.dtype).view(num_blocks, *layout.block_shape)
 
 
-def _layout_string(region: str, block_shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return f"{region}:{'x'.join(map(str, block_shape))}:{str(dtype).removeprefix('torch.')}"
+def _layout_string(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{name}:{'x'.join(map(str, shape))}:{str(dtype).removeprefix('torch.')}"

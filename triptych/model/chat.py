@@ -13,7 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from triptych.errors import RequestError
 
 _PROBE = "f3a1c0"  # a text that a template can only have from the message
-_IMAGE_PARTS = frozenset({"image", "image_url"})
+_PROBE_PART = {"type": "text", "text": _PROBE}
+_MODALITIES = {  # of content parts, by their type
+    "image": "image",
+    "image_url": "image",
+    "video": "video",
+    "video_url": "video",
+    "audio": "audio",
+    "audio_url": "audio",
+    "input_audio": "audio",
+}
 
 # What a template raises on messages that it was not made for: a refusal of its own, or a wrong guess about their shape.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -33,19 +42,26 @@ class _Takes:
 
     text: bool
     parts: bool
+    modalities: frozenset[str]  # whose parts it writes something for
 
 
 class ChatTemplate:
-    """Renders conversations. `markup` is what stands for a picture in templates that take no content parts;
-    `reserved` are texts that stand for media and are therefore refused in what a client wrote.
+    """Renders conversations. `markup` is, by modality, what stands for an item in templates that take no content parts,
+    or none of that modality: modalities that it does not have are refused. `reserved` are texts that stand for media
+    and are therefore refused in what a client wrote.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str | None, *, markup: str, reserved: Collection[str]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        *,
+        markup: Mapping[str, str],
+        reserved: Collection[str],
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._markup = markup
+        self._markup = dict(markup)
         self._reserved = tuple(sorted(reserved))
         self._takes = lru_cache(16)(self._probe)
 
@@ -89,15 +105,24 @@ class ChatTemplate:
         """Finds out by trying: some templates drop plain text silently, others print parts as Python writes them."""
         return _Takes(
             text=self._keeps(template, _PROBE),
-            parts=self._keeps(template, [{"type": "text", "text": _PROBE}]),
+            parts=self._keeps(template, [_PROBE_PART]),
+            modalities=frozenset(name for name in self._markup if self._writes(template, name)),
         )
 
     def _keeps(self, template: str, content: str | list[Message]) -> bool:
+        text = self._try(template, content)
+        return text is not None and _PROBE in text and repr(content) not in text
+
+    def _writes(self, template: str, modality: str) -> bool:
+        """Whether a part of that modality leaves a mark: some templates know fewer of them than their model."""
+        text = self._try(template, [{"type": modality}, _PROBE_PART])
+        return text is not None and text != self._try(template, [_PROBE_PART])
+
+    def _try(self, template: str, content: str | list[Message]) -> str | None:
         try:
-            text = self._apply(template, [{"role": "user", "content": content}], {"add_generation_prompt": True})
+            return self._apply(template, [{"role": "user", "content": content}], {"add_generation_prompt": True})
         except _TEMPLATE_ERRORS:
-            return False
-        return _PROBE in text and repr(content) not in text
+            return None
 
     def _message(self, message: Mapping[str, Any], takes: _Takes, field: str) -> Message:
         """A message as the template wants it: without absent fields, its content in the form that is read."""
@@ -116,14 +141,15 @@ class ChatTemplate:
             raise RequestError("expected a text or a list of parts", param=field)
         parts = [self._part(part, f"{field}[{i}]") for i, part in enumerate(content)]
         if takes.parts:
-            return parts
-        pictures = [self._markup] * sum(part["type"] == "image" for part in parts)
-        return "\n".join([*pictures, *(part["text"] for part in parts if part["type"] == "text")])
+            return [part if part["type"] in ("text", *takes.modalities) else self._as_text(part) for part in parts]
+        media = [self._markup[part["type"]] for part in parts if part["type"] != "text"]
+        return "\n".join([*media, *(part["text"] for part in parts if part["type"] == "text")])
 
     def _part(self, part: object, field: str) -> Message:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in _IMAGE_PARTS:
-            return {"type": "image"}
+        modality = _MODALITIES.get(kind) if isinstance(kind, str) else None
+        if modality in self._markup:
+            return {"type": modality}
         if not isinstance(part, Mapping) or kind != "text":
             raise RequestError(f"content parts of type {kind!r} are not supported", param=f"{field}.type")
         text = part.get("text")
@@ -131,6 +157,9 @@ class ChatTemplate:
             raise RequestError("expected a text", param=f"{field}.text")
         self._refuse_reserved(text, f"{field}.text")
         return {"type": "text", "text": text}
+
+    def _as_text(self, part: Message) -> Message:
+        return {"type": "text", "text": self._markup[part["type"]]}
 
     def _refuse_reserved(self, text: str, field: str) -> None:
         for token in self._reserved:

@@ -15,6 +15,7 @@ from triptych.model.attention_batch import AttentionBatch, Ints, SequenceRows
 from triptych.model.caches import EmbeddingRegion, KVRegion
 from triptych.model.positions import Positions
 from triptych.model.probe import num_deepstack_layers
+from triptych.model.recurrent import StateBatch, StateRows
 from triptych.model.sampling import sample
 
 
@@ -52,6 +53,7 @@ class LanguageRunner:
         self._positions = Positions(model)
         self._image_groups = family.image_groups
         self._kv = kv_region
+        self._state_blocks = kv_region.layout.state_blocks  # at the start of every block table
         self._embeddings = embedding_region
         self._eos_token_ids = tuple(eos_token_ids)
         self._hidden = self._embed.weight.shape[1]
@@ -72,6 +74,8 @@ class LanguageRunner:
         rows = [self._rows(chunk) for chunk in ordered]
         batch = AttentionBatch(self._kv, rows, num_decodes)
         inputs, extra = self._inputs(ordered)
+        if self._state_blocks:
+            extra["states"] = StateBatch(self._kv, [self._state_rows(chunk) for chunk in ordered])
         hidden = self._decoder(
             inputs_embeds=inputs[None],
             position_ids=self._position_ids(ordered),
@@ -96,17 +100,18 @@ class LanguageRunner:
 
         Overwrites the first KV blocks: call it before anything is stored.
         """
-        length = min(32, KV_BLOCK_TOKENS * self._kv.num_blocks - 1)
+        length = min(32, KV_BLOCK_TOKENS * (self._kv.num_blocks - self._state_blocks) - 1)
         sampling = SamplingParams(max_tokens=2, seed=0, temperature=0.0)
-        blocks = list(range(-(-(length + 1) // KV_BLOCK_TOKENS)))
+        blocks = list(range(self._state_blocks - (-(length + 1) // KV_BLOCK_TOKENS)))
         sequence = Sequence(RequestId("warm-up"), [0] * length, length, sampling, block_table=blocks)
         self.run([Chunk(sequence, 0, length)])
+        sequence.num_computed = length
         sequence.token_ids.append(0)
         self.run([Chunk(sequence, length, 1)])
 
     def _check(self, chunk: Chunk) -> None:
         end = chunk.start + chunk.length
-        room = len(chunk.sequence.block_table) * KV_BLOCK_TOKENS
+        room = (len(chunk.sequence.block_table) - self._state_blocks) * KV_BLOCK_TOKENS
         assert chunk.length > 0, f"chunk of {chunk.length} tokens"
         assert end <= min(room, len(chunk.sequence.token_ids)), (
             f"chunk ends at {end}, sequence has {len(chunk.sequence.token_ids)} tokens and room for {room}"
@@ -122,7 +127,7 @@ class LanguageRunner:
 
     def _rows(self, chunk: Chunk) -> SequenceRows:
         sequence, end = chunk.sequence, chunk.start + chunk.length
-        rows = SequenceRows(chunk.start, end, np.array(sequence.block_table, np.int64))
+        rows = SequenceRows(chunk.start, end, np.array(sequence.block_table[self._state_blocks :], np.int64))
         if self._image_groups and chunk.start < sequence.num_prompt_tokens:
             visible = self._state(sequence).last_visible
             if visible is not None:
@@ -131,6 +136,13 @@ class LanguageRunner:
                 rows.last_visible[: len(known)] = known
                 assert int(rows.last_visible[-1]) < end, f"chunk [{chunk.start}, {end}) cuts a picture in two"
         return rows
+
+    def _state_rows(self, chunk: Chunk) -> StateRows:
+        sequence = chunk.sequence
+        assert chunk.start in (0, sequence.num_computed), (
+            f"chunk starts at {chunk.start}, the states are those of {sequence.num_computed} tokens"
+        )
+        return StateRows(chunk.start, chunk.start + chunk.length, sequence.block_table[: self._state_blocks])
 
     def _position_ids(self, chunks: list[Chunk]) -> Tensor:
         """[1, rows], or [3, 1, rows] for multi-axis positions."""

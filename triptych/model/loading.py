@@ -21,6 +21,7 @@ from triptych.config import ModelConfig
 from triptych.core import Role
 from triptych.errors import ConfigError
 from triptych.model.attention import PAGED_ATTENTION
+from triptych.model.recurrent import hand_states_to_linear_layers
 from triptych.model.tower_attention import TOWER_ATTENTION, use_segment_attention
 from triptych.model.tuning import PackedLinear, tune
 
@@ -104,6 +105,8 @@ def load_model(config: ModelConfig, role: Role) -> PreTrainedModel:
     model.to(config.device).eval().requires_grad_(False)
     if role.encodes:
         use_segment_attention(model)
+    if role.has_language_model:
+        hand_states_to_linear_layers(model)
     tune(model)
     return model
 

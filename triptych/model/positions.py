@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from triptych.core import Sequence
 from triptych.model.attention_batch import Ints
 
-_MODALITY_TYPES = {"image": 1, "video": 2}  # as transformers numbers them in mm_token_type_ids
+_MODALITY_TYPES = {"image": 1, "video": 2, "audio": 3}  # as transformers numbers them in mm_token_type_ids
+_MARKS = ("vision_start_token_id", "audio_start_token_id")  # in front of media, by their names in configs
 
 
 class Positions:
@@ -18,6 +19,7 @@ class Positions:
     def __init__(self, model: PreTrainedModel) -> None:
         self._base = model.base_model
         self._parameters = inspect.signature(self._base.get_rope_index).parameters if self._multi_axis else {}
+        self._marks = torch.tensor([getattr(model.config, name) for name in _MARKS if hasattr(model.config, name)])
         self.num_axes = 3 if self._multi_axis else 1
 
     @property
@@ -29,16 +31,25 @@ class Positions:
         length = sequence.num_prompt_tokens
         if not self._multi_axis or not sequence.spans:
             return np.broadcast_to(np.arange(length), (self.num_axes, length)), 0
-        ids = torch.tensor(sequence.token_ids[:length])[None]
+        ids = self._token_ids(sequence)
         arguments = {
             "mm_token_type_ids": _token_types(sequence),
-            "image_grid_thw": _grids(sequence, "image"),
-            "video_grid_thw": _grids(sequence, "video"),
             "attention_mask": torch.ones_like(ids),
+            **{name: torch.tensor(values) for name, values in sequence.position_arguments.items()},
         }
         known = {name: value for name, value in arguments.items() if name in self._parameters}
         positions, delta = self._base.get_rope_index(ids, **known)
         return positions[:, 0].numpy(), int(delta.reshape(-1)[0])
+
+    def _token_ids(self, sequence: Sequence) -> torch.Tensor:
+        """[1, num_prompt_tokens]. Rules that are not told where media stand look for the tokens in front of them: those
+        that a client wrote elsewhere become another token, which stands at the same position."""
+        ids = torch.tensor(sequence.token_ids[: sequence.num_prompt_tokens])[None]
+        if "mm_token_type_ids" not in self._parameters:
+            stray = torch.isin(ids, self._marks)
+            stray[0, [span.start - 1 for span in sequence.spans if span.start]] = False
+            ids[stray] = 0
+        return ids
 
 
 def _token_types(sequence: Sequence) -> torch.Tensor:
@@ -46,11 +57,3 @@ def _token_types(sequence: Sequence) -> torch.Tensor:
     for span in sequence.spans:
         types[0, span.start : span.start + span.length] = _MODALITY_TYPES[sequence.units[span.unit].modality]
     return types
-
-
-def _grids(sequence: Sequence, modality: str) -> torch.Tensor | None:
-    """Grids in prompt order, one per occurrence of an item (a unit may occur twice, or in several runs)."""
-    first_runs = [span for span in sorted(sequence.spans, key=lambda span: span.start) if span.offset == 0]
-    units = [sequence.units[span.unit] for span in first_runs]
-    grids = [unit.grid for unit in units if unit.modality == modality]
-    return torch.tensor(grids) if grids else None

@@ -3,18 +3,25 @@
 Also the place where a model is refused whose attention the paged one cannot compute exactly.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from triptych.core import Role
 from triptych.errors import ConfigError
-from triptych.model.caches import EmbeddingLayout, KVLayout
+from triptych.model.caches import EmbeddingLayout, KVLayout, LayerState
 from triptych.model.loading import meta_model
+from triptych.model.recurrent import Forward, hand_states_to_linear_layers
 
 PROBE_ATTENTION = "triptych_probe"
+# Of the weights in the probe: no state has it but those that follow the weights, and products over experts, grouped,
+# run on the meta device in this type only.
+_PROBE_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,42 @@ class _Layer:
     sinks: bool
 
 
+@dataclass
+class _Seen:
+    """What ran, in the order in which it ran. It is given to the decoder as `batch` and as `states`."""
+
+    layers: list[_Layer] = field(default_factory=list)
+    states: list[LayerState] = field(default_factory=list)
+
+    def run(self, layer: int, forward: Forward, hidden: Tensor) -> Tensor:
+        """Runs a linear-attention layer, and notes the states that it leaves in transformers' cache."""
+        kept = LinearAttentionLayer()
+        with _plain_functions():
+            output = forward(hidden, cache_params=Cache([kept] * (layer + 1)))
+        for name, tensors in (("conv", kept.conv_states), ("recurrent", kept.recurrent_states)):
+            if tensors[0] is not None:
+                self.states.append(LayerState(layer, name, tuple(tensors[0].shape[1:]), tensors[0].dtype))
+        return output
+
+
+@contextmanager
+def _plain_functions() -> Iterator[None]:
+    """Kernel packages that are installed cannot run without data; transformers leaves them aside in an export."""
+    is_exporting = torch.compiler.is_exporting
+    torch.compiler.is_exporting = lambda: True
+    try:
+        yield
+    finally:
+        torch.compiler.is_exporting = is_exporting
+
+
 def kv_layout(hf_config: PreTrainedConfig, dtype: torch.dtype) -> KVLayout:
     """The KV cache of a model, from its config alone. Raises ConfigError naming what cannot be served exactly."""
-    layers = _run_probe(hf_config)
-    _refuse_inexact(hf_config, layers)
-    return KVLayout(num_layers=len(layers), kv_heads=layers[0].kv_heads, head_dim=layers[0].key_dim, dtype=dtype)
+    seen = _run_probe(hf_config)
+    _refuse_inexact(hf_config, seen)
+    first = seen.layers[0]
+    states = [replace(state, dtype=dtype) if state.dtype is _PROBE_DTYPE else state for state in seen.states]
+    return KVLayout(len(seen.layers), first.kv_heads, first.key_dim, dtype, tuple(states))
 
 
 def embedding_layout(hf_config: PreTrainedConfig, dtype: torch.dtype) -> EmbeddingLayout:
@@ -45,16 +83,22 @@ def num_deepstack_layers(hf_config: PreTrainedConfig) -> int:
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
-def _run_probe(hf_config: PreTrainedConfig) -> list[_Layer]:
-    seen: list[_Layer] = []
-    decoder = meta_model(hf_config, Role.D).get_decoder()
-    if not getattr(decoder, "_supports_attention_backend", False):
+def _run_probe(hf_config: PreTrainedConfig) -> _Seen:
+    decoder = meta_model(hf_config, Role.D).get_decoder().to(_PROBE_DTYPE)
+    num_linear = hand_states_to_linear_layers(decoder)
+    if not num_linear and not getattr(decoder, "_supports_attention_backend", False):  # hybrids do not declare it
         raise ConfigError(f"{hf_config.model_type}: its decoder takes no attention function from outside")
     decoder.config._attn_implementation = PROBE_ATTENTION
-    embeddings = torch.zeros(1, 2, hf_config.get_text_config().hidden_size, device="meta")
-    positions = torch.arange(2, device="meta")[None]
+    seen = _Seen()
     with torch.inference_mode():
-        decoder(inputs_embeds=embeddings, position_ids=positions, past_key_values=None, use_cache=False, batch=seen)
+        decoder(
+            inputs_embeds=torch.zeros(1, 2, hf_config.get_text_config().hidden_size, dtype=_PROBE_DTYPE, device="meta"),
+            position_ids=torch.arange(2, device="meta")[None],
+            past_key_values=None,
+            use_cache=False,
+            batch=seen,
+            **({"states": seen} if num_linear else {}),
+        )
     return seen
 
 
@@ -63,7 +107,7 @@ def _record(
 ) -> tuple[Tensor, None]:
     """An attention function that only notes what it is asked."""
     seen = kwargs.get("batch")
-    if not isinstance(seen, list):
+    if not isinstance(seen, _Seen):
         raise ConfigError(f"{type(module).__name__}: its layers do not hand keywords down to the attention function")
     layer = _Layer(
         index=int(module.layer_idx),  # type: ignore[arg-type]
@@ -73,14 +117,16 @@ def _record(
         softcap=kwargs.get("softcap"),  # type: ignore[arg-type]
         sinks=kwargs.get("s_aux") is not None,
     )
-    seen.append(layer)
+    seen.layers.append(layer)
     return query.transpose(1, 2), None
 
 
-def _refuse_inexact(hf_config: PreTrainedConfig, layers: list[_Layer]) -> None:
-    text, name = hf_config.get_text_config(), hf_config.model_type
-    if [layer.index for layer in layers] != list(range(text.num_hidden_layers)):
-        raise ConfigError(f"{name}: attention ran in layers {[layer.index for layer in layers]}, not once in each")
+def _refuse_inexact(hf_config: PreTrainedConfig, seen: _Seen) -> None:
+    text, name, layers = hf_config.get_text_config(), hf_config.model_type, seen.layers
+    attending, linear = [layer.index for layer in layers], sorted({state.layer for state in seen.states})
+    if not layers or sorted(attending + linear) != list(range(text.num_hidden_layers)):
+        others = f" and linear attention in {linear}" if linear else ""
+        raise ConfigError(f"{name}: attention ran in layers {attending}{others}, not one of them once in each")
     shapes = {(layer.kv_heads, layer.key_dim) for layer in layers}
     if len(shapes) > 1:
         raise ConfigError(f"{name}: layers differ in KV heads or head size: {sorted(shapes)}")

@@ -1,71 +1,83 @@
-"""Everything between a request and a model's inputs: chat template, tokens, placeholders, pixels, unit hashes.
+"""Everything between a request and a model's inputs: chat template, tokens, placeholders, media, unit hashes.
 
-The frontend uses the half that needs no pixel: what a picture becomes in the prompt follows from its size. Encode
+The frontend uses the half that decodes nothing: what an item becomes in the prompt follows from its header. Encode
 instances use the other half. Knows no request, no server and no model weights.
 """
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.image_processing_utils import BaseImageProcessor
 
-# Not from `transformers`, which says in some versions that this name needs torchvision.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from triptych.core import EncodeUnit, Span, UnitHash
+from triptych.core import EncodeUnit, Media, PositionArguments, Span, UnitHash
 from triptych.errors import ConfigError, RequestError
 from triptych.model.chat import ChatTemplate
-from triptych.model.families import Family, ItemLayout, UnitLayout, family_for
-from triptych.model.images import decode_image
-from triptych.model.pixel_table import tabulate
+from triptych.model.families import Family, ItemLayout, Modality, Parts, Run, family_for
+from triptych.model.headers import Header, VideoHeader
 from triptych.model.token_stream import TokenStream
 
 HASH_BYTES = 16
 
+Item = tuple[str, Header]  # a media item as the prompt needs it: its modality, and what its header says
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids with every placeholder expanded. `units` are those of each item; spans count them through all items."""
+    """Token ids with every placeholder expanded. `layouts` are those of the placeholders, in the order of the text;
+    `items` says which item each one stands for. Spans count the units through all layouts."""
 
     token_ids: list[int]
-    units: tuple[tuple[UnitLayout, ...], ...] = ()
+    layouts: tuple[ItemLayout, ...] = ()
+    items: tuple[int, ...] = ()
     spans: tuple[Span, ...] = ()
+    position_arguments: PositionArguments = field(default_factory=dict)
 
 
 class Processor:
-    """The processor of one checkpoint. Equal arguments give equal hashes in every process."""
+    """The processor of one checkpoint. Equal arguments give equal hashes in every process. `identity` is 128 bits over
+    model and revision."""
 
     def __init__(
         self,
         family: Family,
-        tokenizer: Tokenizer,
-        image_processor: BaseImageProcessor,
+        parts: Parts,
         *,
-        arguments: Mapping[str, Any],
         chat_template: str | None,
         eos_token_ids: frozenset[int],
         identity: str,
     ) -> None:
         self.family = family
-        self.tokenizer = tokenizer
+        self.tokenizer = parts.tokenizer
         self.eos_token_ids = eos_token_ids
-        self._image_processor = image_processor
-        self._images = family.image_layout(image_processor, tokenizer, arguments)
+        self.modalities: dict[str, Modality] = {modality.name: modality for modality in family.modalities(parts)}
+        self._named = {modality.placeholder: modality.name for modality in self.modalities.values()}
+        longest_first = sorted(self._named, key=len, reverse=True)
+        self._placeholders = re.compile("|".join(map(re.escape, longest_first)))
+        self._reserved_texts = family.reserved_texts(self.tokenizer)
         self._chat = ChatTemplate(
-            tokenizer,
+            self.tokenizer,
             chat_template,
-            markup=self._images.markup,
-            reserved=family.reserved_texts(tokenizer) | {self._images.placeholder},
+            markup={name: modality.markup for name, modality in self.modalities.items()},
+            reserved={
+                *self._reserved_texts,
+                *family.refused_texts(self.tokenizer),
+                *(modality.placeholder for modality in self.modalities.values()),
+            },
         )
-        self.fingerprint = _fingerprint(image_processor, family.image_arguments, identity)
+        self._reserved_ids = frozenset(map(self.tokenizer.convert_tokens_to_ids, self._reserved_texts))
+        self.identity = _digest(b"model", identity.encode())
+        self._fingerprints = {
+            name: _digest(self.identity, name.encode(), modality.arguments.encode())
+            for name, modality in self.modalities.items()
+        }
 
     @classmethod
     def load(cls, path: str | Path, *, revision: str = "") -> Self:
@@ -75,7 +87,6 @@ class Processor:
             config = AutoConfig.from_pretrained(folder)
             family = family_for(config)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ConfigError(f"model {folder}: {error}") from error
         if not tokenizer.is_fast:
@@ -83,13 +94,11 @@ class Processor:
         _refuse_unembedded_tokens(folder, config, tokenizer)
         tokenizer.backend_tokenizer.no_truncation()  # some checkpoints were saved with either switched on
         tokenizer.backend_tokenizer.no_padding()
-        tabulate(image_processor)
+        parts = Parts(folder, tokenizer)
         return cls(
             family,
-            tokenizer,
-            image_processor,
-            arguments=_read_json(folder / "processor_config.json"),
-            chat_template=_chat_template(folder, tokenizer),
+            parts,
+            chat_template=_chat_template(parts),
             eos_token_ids=_eos_token_ids(folder, config, tokenizer),
             identity=f"{folder.resolve()}@{revision}",
         )
@@ -120,34 +129,32 @@ class Processor:
             variables=variables,
         )
 
-    def expand(
-        self, text: str, sizes: Sequence[tuple[int, int]] = (), *, add_special_tokens: bool | None = None
-    ) -> Prompt:
-        """Tokens of a prompt whose placeholders stand for pictures of these (width, height), in order.
+    def expand(self, text: str, items: Sequence[Item] = (), *, add_special_tokens: bool | None = None) -> Prompt:
+        """Tokens of a prompt whose placeholders stand for these items: the first one for pictures for the first
+        picture, and so on.
 
         The ids are those that the family's own processor gives. By default the tokenizer adds its special tokens
-        unless the text begins with the first of them already. Raises RequestError if placeholders and pictures do not
+        unless the text begins with the first of them already. Raises RequestError if placeholders and items do not
         match.
         """
-        layouts = [self._images.lay_out(width, height) for width, height in sizes]
-        parts = text.split(self._images.placeholder)
-        if len(parts) - 1 != len(layouts):
-            raise RequestError(
-                f"the prompt has {len(parts) - 1} placeholders for {len(layouts)} pictures",
-                code="placeholder_mismatch",
-            )
-        compact = parts[0] + "".join(layout.compact + part for layout, part in zip(layouts, parts[1:], strict=True))
+        texts, names = self._split(text)
+        order = _order(names, items)
+        counts = Counter(names)
+        layouts = [
+            self.modalities[name].lay_out(items[item][1], counts[name]) for name, item in zip(names, order, strict=True)
+        ]
+        compact = texts[0] + "".join(layout.compact + part for layout, part in zip(layouts, texts[1:], strict=True))
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and compact.startswith(bos))
-        return self._repeat(self.encode(compact, add_special_tokens=add_special_tokens), layouts)
+        return self._repeat(self.encode(compact, add_special_tokens=add_special_tokens), layouts, order)
 
     def from_token_ids(self, token_ids: Sequence[int]) -> Prompt:
         """A prompt that the client tokenised, without pictures. Raises RequestError for ids that no text has."""
         vocab_size = len(self.tokenizer)
         if any(not 0 <= token_id < vocab_size for token_id in token_ids):
             raise RequestError(f"token ids must be between 0 and {vocab_size - 1}", param="prompt")
-        return self._repeat(list(token_ids), [])
+        return self._repeat(list(token_ids), [], [])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Plain tokens; placeholders are not expanded."""
@@ -161,71 +168,121 @@ class Processor:
     def token_stream(self) -> TokenStream:
         return TokenStream(self.tokenizer.backend_tokenizer)
 
-    def _repeat(self, compact_ids: list[int], layouts: list[ItemLayout]) -> Prompt:
-        """Writes every image token as often as its run is long, and notes which rows stand where."""
-        image_token_id = self.family.image_token_id
-        places = [index for index, token_id in enumerate(compact_ids) if token_id == image_token_id]
-        runs = [length for layout in layouts for length in layout.runs]
-        strangers = self.family.reserved_token_ids - {image_token_id}
-        if len(places) != len(runs) or not strangers.isdisjoint(compact_ids):
+    def _split(self, text: str) -> tuple[list[str], list[str]]:
+        """The texts around the placeholders, and the modality of each placeholder."""
+        if not self._named:
+            return [text], []
+        names = [self._named[found] for found in self._placeholders.findall(text)]
+        return self._placeholders.split(text), names
+
+    def _repeat(self, compact_ids: list[int], layouts: list[ItemLayout], order: list[int]) -> Prompt:
+        """Writes every placeholder token as often as its run is long, and notes which rows stand where."""
+        runs = [run for layout in layouts for run in layout.runs]
+        run_ids = [self.tokenizer.convert_tokens_to_ids(run.token) for run in runs]
+        reserved = self._reserved_ids.union(run_ids)
+        places = [index for index, token_id in enumerate(compact_ids) if token_id in reserved]
+        if [compact_ids[place] for place in places] != run_ids:
             raise RequestError("the prompt contains tokens that stand for media", code="placeholder_mismatch")
         token_ids: list[int] = []
         starts: list[int] = []
         done = 0
-        for place, length in zip(places, runs, strict=True):
+        for place, run in zip(places, runs, strict=True):
             token_ids += compact_ids[done:place]
             starts.append(len(token_ids))
-            token_ids += [image_token_id] * length
+            token_ids += [compact_ids[place]] * run.length
             done = place + 1
         token_ids += compact_ids[done:]
-        units = tuple(layout.units for layout in layouts)
-        return Prompt(token_ids, units, _spans(starts, runs, [unit.num_tokens for item in units for unit in item]))
+        arguments: PositionArguments = {}
+        for layout in layouts:
+            for name, value in layout.positions.items():
+                arguments.setdefault(name, []).append(value)
+        spans = tuple(_spans(starts, runs, layouts))
+        return Prompt(token_ids, tuple(layouts), tuple(order), spans, arguments)
 
     # ---- units, on the frontend
 
-    def encode_units(self, prompt: Prompt, media_hashes: Sequence[bytes]) -> tuple[EncodeUnit, ...]:
-        """The units of all items, in the order in which spans count them. One media hash per item."""
-        return tuple(
-            EncodeUnit(self.unit_hash(media_hash, index), "image", unit.num_tokens, unit.grid)
-            for media_hash, units in zip(media_hashes, prompt.units, strict=True)
-            for index, unit in enumerate(units)
-        )
+    def media(self, items: Sequence[Item], files: Sequence[tuple[bytes, bytes]]) -> list[Media]:
+        """The items of one prompt as the encoder gets them. `files`: the bytes of each, and 128 bits over them."""
+        counts = Counter(name for name, _ in items)
+        media = []
+        for (name, header), (data, data_hash) in zip(items, files, strict=True):
+            frames, fps = (header.frames, header.fps) if isinstance(header, VideoHeader) else ((), 0.0)
+            num_items = counts[name] if self.modalities[name].depends_on_num_items else 1
+            shown = f"{frames} {fps} {num_items}"  # where a frame stands in time decides its positions
+            hash_ = _digest(self._fingerprints[name], data_hash, shown.encode())
+            media.append(Media(hash_, name, data, frames, num_items))
+        return media
 
-    def unit_hash(self, media_hash: bytes, index: int) -> UnitHash:
-        """Over media bytes, processor arguments, model, revision and the unit's index within its item."""
-        digest = hashlib.blake2b(self.fingerprint, digest_size=HASH_BYTES)
-        digest.update(index.to_bytes(4, "little"))
-        digest.update(media_hash)
-        return UnitHash(digest.digest())
+    def encode_units(self, prompt: Prompt, media: Sequence[Media]) -> list[tuple[EncodeUnit, Media]]:
+        """The units that the spans of a prompt count, each with its item. `media` are the items in their own order.
 
-    # ---- media
+        A hash covers bytes, processor arguments, model, revision, and the unit's index within its item.
+        """
+        units = []
+        for layout, item in zip(prompt.layouts, prompt.items, strict=True):
+            for index, num_tokens in enumerate(layout.units):
+                hash_ = UnitHash(_digest(media[item].hash, index.to_bytes(4, "little")))
+                units.append((EncodeUnit(hash_, media[item].modality, num_tokens, index), media[item]))
+        return units
 
-    def pixels(self, data: bytes) -> dict[str, Tensor]:
-        """What the model's get_image_features takes for one picture. Raises RequestError if it cannot be decoded."""
-        image = decode_image(data)
-        outputs = self._image_processor(images=[image], return_tensors="pt", **self.family.image_arguments)
-        return {name: outputs[name] for name in self.family.tensors}
+    # ---- units, on encode instances
+
+    def prepare(self, media: Media) -> Any:
+        """The decoded item, for `inputs`. Raises RequestError if it cannot be decoded."""
+        return self.modalities[media.modality].prepare(media)
+
+    def inputs(self, media: Media, prepared: Any, index: int) -> dict[str, Tensor]:
+        """What `features` takes for one unit of an item."""
+        return self.modalities[media.modality].inputs(prepared, index)
+
+    def features(self, modality: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """[rows of all units of a batch, row width]."""
+        return self.modalities[modality].features(model, inputs)
 
 
-def _spans(starts: list[int], runs: list[int], unit_tokens: list[int]) -> tuple[Span, ...]:
-    """The rows of the units fill the runs of placeholder tokens in order; a run may take the rows of several units."""
-    spans: list[Span] = []
-    unit = offset = 0
-    for start, length in zip(starts, runs, strict=True):
-        end = start + length
+def _spans(starts: list[int], runs: list[Run], layouts: list[ItemLayout]) -> Iterator[Span]:
+    """The rows that layouts name fill the runs of placeholder tokens in order, without a gap."""
+    rows: list[tuple[int, int, int]] = []  # (unit, counted through all items; offset; length)
+    num_units = 0
+    for layout in layouts:
+        rows += [(num_units + row.unit, row.offset, row.length) for row in layout.rows]
+        num_units += len(layout.units)
+    rows.reverse()
+    for start, run in zip(starts, runs, strict=True):
+        end = start + run.length
         while start < end:
-            taken = min(end - start, unit_tokens[unit] - offset)
-            spans.append(Span(start, taken, unit, offset))
-            start, offset = start + taken, offset + taken
-            if offset == unit_tokens[unit]:
-                unit, offset = unit + 1, 0
-    return tuple(spans)
+            unit, offset, length = rows.pop()
+            taken = min(end - start, length)
+            yield Span(start, taken, unit, offset)
+            start += taken
+            if taken < length:
+                rows.append((unit, offset + taken, length - taken))
 
 
-def _fingerprint(image_processor: BaseImageProcessor, image_arguments: Mapping[str, object], identity: str) -> bytes:
-    """128 bits over everything but the media that decides what an encoder makes of a picture."""
-    text = json.dumps([image_processor.to_json_string(), dict(image_arguments), identity])
-    return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES).digest()
+def _order(names: Sequence[str], items: Sequence[Item]) -> list[int]:
+    """Which item each placeholder stands for. A template may change the order of a conversation between modalities, but
+    never within one."""
+    wanted, given = Counter(names), Counter(name for name, _ in items)
+    if wanted != given:
+        raise RequestError(
+            f"the prompt has placeholders for {_counts(wanted)}, but {_counts(given)} came with it",
+            code="placeholder_mismatch",
+        )
+    queues = {name: iter([index for index, (kind, _) in enumerate(items) if kind == name]) for name in given}
+    return [next(queues[name]) for name in names]
+
+
+def _digest(*parts: bytes) -> bytes:
+    """128 bits over the parts, each with its length, so that no two lists of parts run together to the same bytes."""
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def _counts(names: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}(s)" for name, count in sorted(names.items())) or "no media"
 
 
 def _refuse_unembedded_tokens(folder: Path, config: PreTrainedConfig, tokenizer: Tokenizer) -> None:
@@ -247,23 +304,13 @@ def _eos_token_ids(folder: Path, config: PreTrainedConfig, tokenizer: Tokenizer)
     return frozenset(token_id for token_id in ids if token_id is not None)
 
 
-def _chat_template(folder: Path, tokenizer: Tokenizer) -> str | None:
+def _chat_template(parts: Parts) -> str | None:
     """A processor's own template goes before the tokenizer's, which may know no pictures."""
-    template: Any = tokenizer.chat_template
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    elif (folder / "chat_template.json").is_file():
-        template = _read_json(folder / "chat_template.json").get("chat_template")
+    template: Any = parts.tokenizer.chat_template
+    if (parts.folder / "chat_template.jinja").is_file():
+        template = (parts.folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (parts.folder / "chat_template.json").is_file():
+        template = parts.read_json("chat_template.json").get("chat_template")
     if isinstance(template, dict):
         template = template.get("default")
     return None if template is None else str(template)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return content

@@ -24,6 +24,7 @@ from triptych.server.schema import (
     CompletionLogprobs,
     CompletionResponse,
     Delta,
+    PromptTokensDetails,
     StreamOptions,
     TopLogprob,
     Usage,
@@ -201,4 +202,10 @@ class _StreamUsage:
 
 def usage_of(generation: Generation) -> Usage:
     prompt, output = generation.num_prompt_tokens, generation.num_output_tokens
-    return Usage(prompt, output, prompt + output)
+    return Usage(prompt, output, prompt + output, PromptTokensDetails(_num_cached_tokens(generation)))
+
+
+def _num_cached_tokens(generation: Generation) -> int:
+    """Of each prompt as its first choice found it: the other choices find what that one has just computed."""
+    num_choices = len(generation.outputs) // len(generation.prompts)
+    return sum(output.num_cached_tokens for output in generation.outputs[::num_choices])

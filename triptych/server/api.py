@@ -58,6 +58,7 @@ class Api:
                 add_generation_prompt=request.add_generation_prompt is not False,
                 continue_final_message=bool(request.continue_final_message),
                 template_variables=request.chat_template_kwargs or {},
+                media_options=request.media_io_kwargs,
             )
             sampling = sampling_params(
                 request,
@@ -114,6 +115,7 @@ class Api:
                     add_generation_prompt=request.add_generation_prompt is not False,
                     continue_final_message=bool(request.continue_final_message),
                     template_variables=request.chat_template_kwargs or {},
+                    media_options=request.media_io_kwargs,
                 )
         tokens = prompt.token_ids
         names = self._prompts.token_names(tokens) if request.return_token_strs else None
@@ -158,12 +160,10 @@ class Api:
         if len(prompts) * num_choices > MAX_PROMPTS:
             text = f"n: {len(prompts)} prompts with {num_choices} choices are more than {MAX_PROMPTS} sequences"
             raise RequestError(text, param="n", code="invalid_value")
-        order_bytes = sum(
-            _TOKEN_BYTES * len(prompt.token_ids) + sum(map(len, prompt.media.values())) for prompt in prompts
-        )
+        order_bytes = sum(_TOKEN_BYTES * len(prompt.token_ids) + _media_bytes(prompt) for prompt in prompts)
         limit = _ORDERS_PER_BODY * self._config.max_body_bytes
         if num_choices > 1 and num_choices * order_bytes > limit:
-            most = limit // order_bytes
+            most = max(limit // order_bytes, 1)
             raise RequestError(
                 f"n: {num_choices} choices of a request of this size are too many; at most {most}",
                 param="n",
@@ -184,6 +184,11 @@ class Api:
 
     def _card(self, name: str) -> ModelCard:
         return ModelCard(id=name, created=self._created, root=self._model_root, max_model_len=self._max_model_len)
+
+
+def _media_bytes(prompt: PreparedPrompt) -> int:
+    """Of all media items, each of which may have many units."""
+    return sum({media.hash: len(media.data) for media in prompt.media.values()}.values())
 
 
 async def _stream(exchange: Exchange, generation: Generation, answer: Answer) -> None:

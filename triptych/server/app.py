@@ -39,7 +39,7 @@ def create_app(
     Needs at least one served model name.
     """
     assert config.served_model_names, "no served model name"
-    media = MediaLoader(config)
+    media = MediaLoader(config, processor.modalities)
     prompts = PromptBuilder(processor, media, max_model_len)
     api = Api(frontend, prompts, config, max_model_len=max_model_len, model_root=model_root)
     routes = _routes(api, Operations(frontend, telemetry, directory))

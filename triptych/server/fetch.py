@@ -93,15 +93,16 @@ class Fetcher:
             network_backend=CheckedNetwork(is_allowed),
         )
 
-    async def get(self, url: str, count: Callable[[int], None]) -> bytes:
+    async def get(self, url: str, count: Callable[[int], None], accept: str = "image/*") -> bytes:
         """The body. Raises RequestError for anything that goes wrong, in words for the client.
 
-        `count` is told of every piece of the body, in bytes, as it comes: what it raises ends the fetch.
+        `accept` is the kind of media that is looked for; if the host has another it is taken too. `count` is told of
+        every piece of the body, in bytes, as it comes: what it raises ends the fetch.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
                 for _ in range(MAX_REDIRECTS + 1):
-                    body, location = await self._get_once(url, count)
+                    body, location = await self._get_once(url, count, accept)
                     if location is None:
                         return body
                     url = _joined(url, location)
@@ -114,11 +115,16 @@ class Fetcher:
     async def close(self) -> None:
         await self._pool.aclose()
 
-    async def _get_once(self, url: str, count: Callable[[int], None]) -> tuple[bytes, str | None]:
+    async def _get_once(self, url: str, count: Callable[[int], None], accept: str) -> tuple[bytes, str | None]:
         """The body, or where a redirect points."""
         target = _checked_target(url)
-        headers = [(b"host", _host_header(target)), (b"accept", b"image/*"), (b"accept-encoding", b"identity")]
-        async with self._pool.stream("GET", target, headers=[*headers, (b"user-agent", b"triptych")]) as response:
+        headers = [
+            (b"host", _host_header(target)),
+            (b"accept", f"{accept}, */*;q=0.1".encode()),
+            (b"accept-encoding", b"identity"),
+            (b"user-agent", b"triptych"),
+        ]
+        async with self._pool.stream("GET", target, headers=headers) as response:
             fields = {name.lower(): value.decode("latin-1") for name, value in response.headers}
             if response.status in _REDIRECTS and b"location" in fields:
                 return b"", fields[b"location"]

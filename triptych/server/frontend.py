@@ -15,11 +15,38 @@ from typing import Protocol, Self
 
 import msgspec
 
-from triptych.core import EncodeUnit, InstanceId, RequestId, SamplingParams, Span, Stage, UnitHash
+from triptych.config import KV_BLOCK_TOKENS
+from triptych.core import (
+    BlockHashes,
+    EncodeUnit,
+    InstanceId,
+    Media,
+    PositionArguments,
+    RequestId,
+    SamplingParams,
+    Span,
+    Stage,
+    UnitHash,
+)
 from triptych.errors import RequestError
-from triptych.messages import Abort, AnyMessage, Encode, Failed, Load, Located, Submit, Table, Tokens, TokenUpdate
+from triptych.memory.prefix import prompt_hashes
+from triptych.messages import (
+    Abort,
+    AnyMessage,
+    Encode,
+    Evicted,
+    Failed,
+    Load,
+    Located,
+    Submit,
+    Table,
+    Tokens,
+    TokenUpdate,
+    Wanted,
+)
 from triptych.model.processor import Processor
 from triptych.routing import RoutingTable, assign_units, pick
+from triptych.server.directory import Directory
 from triptych.server.output import Output
 from triptych.telemetry import Telemetry
 
@@ -38,15 +65,16 @@ class Wire(Protocol):
 class PreparedPrompt:
     """A prompt that is ready to be sent: tokens, and the units that its placeholders stand for.
 
-    `units` has one entry per occurrence; `media` and `fields` have one per distinct unit: the encoded media item that
-    it is a part of, and the path of the content part that brought it.
+    `units` has one entry per occurrence; `media` and `fields` have one per distinct unit: the media item that it is a
+    part of, and the path of the content part that brought it.
     """
 
     token_ids: list[int]
     units: tuple[EncodeUnit, ...] = ()
     spans: tuple[Span, ...] = ()
-    media: dict[UnitHash, bytes] = field(default_factory=dict)
+    media: dict[UnitHash, Media] = field(default_factory=dict)
     fields: dict[UnitHash, str] = field(default_factory=dict)
+    position_arguments: PositionArguments = field(default_factory=dict)
 
     @property
     def distinct_units(self) -> list[EncodeUnit]:
@@ -136,12 +164,24 @@ class Frontend:
     also about requests that nobody knows any more.
     """
 
-    def __init__(self, processor: Processor, wire: Wire, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        processor: Processor,
+        wire: Wire,
+        telemetry: Telemetry,
+        *,
+        parallel_encode: bool = True,
+        prefix_caching: bool = True,
+    ) -> None:
+        """`parallel_encode`: the units of a request are spread over all encode instances; else one encodes them all."""
         self.table = RoutingTable()
         self.loads: dict[InstanceId, Load] = {}
         self._processor = processor
         self._wire = wire
         self._telemetry = telemetry
+        self._parallel_encode = parallel_encode
+        self._prefix_caching = prefix_caching
+        self._directory = Directory()
         self._live: dict[RequestId, tuple[Output, Generation]] = {}
         self._unreported_s: dict[InstanceId, float] = {}
         self._id_prefix = secrets.token_hex(4)
@@ -165,8 +205,9 @@ class Frontend:
         self._require_stages(encode=any(prompt.units for prompt in prompts))
         generation = Generation(self, prompts, time.monotonic())
         for prompt, sampling in zip(prompts, samplings, strict=True):
-            prefill = pick(self.table, Stage.PREFILL, self._busy_s()).id
-            encoders = self._assign(prompt, prefill)
+            hashes = self._hashes(prompt)
+            prefill = self._pick_prefill(prompt, hashes)
+            encoders, held = self._assign(prompt, prefill, hashes)
             for choice in range(n):
                 output = Output(
                     len(generation.outputs),
@@ -174,11 +215,15 @@ class Frontend:
                     msgspec.structs.replace(sampling, choice=choice),
                     stop,
                     self._processor.token_stream(),
+                    prefill,
                     {prefill, *encoders.values()},
                 )
                 generation.outputs.append(output)
                 self._live[output.request_id] = (output, generation)
-                self._send_orders(output, prompt, prefill, encoders)
+                # The other choices use what the first one ordered; if it is gone by then, they ask for it.
+                ordered = tuple(encoders) if choice == 0 else ()
+                self._submit(output, prompt, hashes, ordered, held if choice == 0 else {})
+            self._order_units(generation.outputs[-n].request_id, prompt, prefill, encoders)
         return generation
 
     def abort(self, generation: Generation) -> None:
@@ -196,6 +241,10 @@ class Frontend:
                 self._tokens(message)
             case Located():
                 self._located(message)
+            case Wanted():
+                self._wanted(message)
+            case Evicted():
+                self._directory.evicted(message)
             case Failed():
                 self._failed(message)
             case Load():
@@ -237,6 +286,8 @@ class Frontend:
         self, output: Output, generation: Generation, update: TokenUpdate, instance: InstanceId, now: float
     ) -> None:
         output.holders.add(instance)
+        if update.index == 0:
+            output.num_cached_tokens = update.num_cached
         for due in output.in_order(update):
             output.push(due)
             self._observe(output, generation, now)
@@ -254,6 +305,8 @@ class Frontend:
             return
         self.table = RoutingTable.of(message)
         peers = self.table.peers
+        for instance in self.loads.keys() - peers.keys():
+            self._directory.forget(instance)
         self.loads = {id: load for id, load in self.loads.items() if id in peers}
         self._unreported_s = {id: seconds for id, seconds in self._unreported_s.items() if id in peers}
 
@@ -274,21 +327,121 @@ class Frontend:
             return
         output, generation = live
         prompt = generation.prompt_of(output)
+        if message.unit is not None:
+            for instance in list(self._directory.holders(message.unit)):
+                self._directory.drop_unit(message.unit, instance)
         param = None if message.unit is None else prompt.fields.get(message.unit)
         self._fail(generation, RequestError(message.message, status=message.status, param=param, code=message.code))
 
+    def _wanted(self, message: Wanted) -> None:
+        """A unit that was thought to be somewhere has to be encoded after all."""
+        live = self._live.get(message.request_id)
+        if live is None:
+            return
+        output, generation = live
+        prompt = generation.prompt_of(output)
+        unit = next((unit for unit in prompt.units if unit.hash == message.unit), None)
+        assert unit is not None, f"{message.request_id} has no unit {message.unit.hex()}"
+        try:
+            encoders = self._assign_units([unit])
+        except RequestError as error:
+            self._fail(generation, error)
+            return
+        output.holders.update(encoders.values())
+        self._order_units(output.request_id, prompt, output.prefill, encoders)
+
     # ---- inside
 
-    def _assign(self, prompt: PreparedPrompt, prefill: InstanceId) -> dict[UnitHash, InstanceId]:
-        """Picks an encode instance for each distinct unit, and notes what everybody has to do now."""
-        self._add_work(prefill, Stage.PREFILL, len(prompt.token_ids))
-        if not prompt.units:
+    def _hashes(self, prompt: PreparedPrompt) -> BlockHashes:
+        if not self._prefix_caching:
+            return BlockHashes()
+        root = self._processor.identity
+        return prompt_hashes(root, prompt.token_ids, prompt.units, prompt.spans, KV_BLOCK_TOKENS)
+
+    def _pick_prefill(self, prompt: PreparedPrompt, hashes: BlockHashes) -> InstanceId:
+        """Who would have this prompt's KV first: busy with other work, less what its prefix cache saves."""
+        busy = self._busy_s()
+        for peer in self.table.serving(Stage.PREFILL):
+            num_cached = self._directory.num_cached_blocks(peer.id, hashes) * KV_BLOCK_TOKENS
+            busy[peer.id] += (len(prompt.token_ids) - num_cached) * self._pace_s(peer.id, Stage.PREFILL)
+        return pick(self.table, Stage.PREFILL, busy).id
+
+    def _assign(
+        self, prompt: PreparedPrompt, prefill: InstanceId, hashes: BlockHashes
+    ) -> tuple[dict[UnitHash, InstanceId], dict[UnitHash, InstanceId]]:
+        """Who encodes which unit, and who that does not encode holds one; what the prefix or the cache of `prefill`
+        seems to have is in neither. Notes what everybody has to do now."""
+        num_cached = self._directory.num_cached_blocks(prefill, hashes) * KV_BLOCK_TOKENS
+        self._add_work(prefill, Stage.PREFILL, len(prompt.token_ids) - num_cached)
+        self._directory.add_blocks(prefill, hashes.blocks)
+        behind = {span.unit for span in prompt.spans if span.start + span.length > num_cached}
+        needed = {prompt.units[index].hash: prompt.units[index] for index in sorted(behind)}
+        missing: list[EncodeUnit] = []
+        held: dict[UnitHash, InstanceId] = {}
+        for hash_, unit in needed.items():
+            holders = self._directory.holders(hash_) & self.table.peers.keys()
+            if prefill in holders:
+                continue
+            if holders and not any(self.table.peers[holder].role.encodes for holder in holders):
+                held[hash_] = min(holders)
+            else:
+                missing.append(unit)
+        encoders = self._assign_units(missing)
+        for hash_ in needed:
+            self._directory.add_unit(hash_, prefill)
+        return encoders, held
+
+    def _assign_units(self, units: Sequence[EncodeUnit]) -> dict[UnitHash, InstanceId]:
+        if not units:
             return {}
         paces = [self._pace_s(peer.id, Stage.ENCODE) for peer in self.table.serving(Stage.ENCODE)]
-        encoders = assign_units(self.table, prompt.units, self._busy_s(), max(paces, default=UNKNOWN_PACE_S))
-        for unit in prompt.distinct_units:
-            self._add_work(encoders[unit.hash], Stage.ENCODE, unit.num_tokens)
+        encoders = assign_units(
+            self.table,
+            units,
+            self._busy_s(),
+            max(paces, default=UNKNOWN_PACE_S),
+            holders={unit.hash: self._directory.holders(unit.hash) for unit in units},
+            spread=self._parallel_encode,
+        )
+        for unit in units:
+            if encoders[unit.hash] not in self._directory.holders(unit.hash):
+                self._add_work(encoders[unit.hash], Stage.ENCODE, unit.num_tokens)
+            self._directory.add_unit(unit.hash, encoders[unit.hash])
         return encoders
+
+    def _submit(
+        self,
+        output: Output,
+        prompt: PreparedPrompt,
+        hashes: BlockHashes,
+        ordered: tuple[UnitHash, ...],
+        held: dict[UnitHash, InstanceId],
+    ) -> None:
+        order = Submit(
+            output.request_id,
+            prompt.token_ids,
+            len(prompt.token_ids),
+            prompt.units,
+            prompt.spans,
+            output.sampling,
+            prompt.position_arguments,
+            hashes,
+            ordered,
+            held,
+        )
+        self._wire.send(output.prefill, order)
+
+    def _order_units(
+        self, request_id: RequestId, prompt: PreparedPrompt, prefill: InstanceId, encoders: dict[UnitHash, InstanceId]
+    ) -> None:
+        """One order for the units of one item that one instance encodes, in the order of the prompt."""
+        orders: dict[tuple[InstanceId, bytes], list[EncodeUnit]] = {}
+        for unit in prompt.distinct_units:
+            if unit.hash in encoders:
+                orders.setdefault((encoders[unit.hash], prompt.media[unit.hash].hash), []).append(unit)
+        for (encoder, _), units in orders.items():
+            media = prompt.media[units[0].hash]
+            self._wire.send(encoder, Encode(request_id, media, tuple(units), prefill))
 
     def _require_stages(self, *, encode: bool) -> None:
         """Before anything is sent. Text alone needs no encode instance."""
@@ -296,27 +449,6 @@ class Frontend:
             if not self.table.serving(stage) and (encode or stage is not Stage.ENCODE):
                 text = f"no instance serves {stage.name.lower()} at the moment"
                 raise RequestError(text, status=503, code="unavailable")
-
-    def _send_orders(
-        self, output: Output, prompt: PreparedPrompt, prefill: InstanceId, encoders: dict[UnitHash, InstanceId]
-    ) -> None:
-        self._wire.send(
-            prefill,
-            Submit(
-                output.request_id,
-                prompt.token_ids,
-                len(prompt.token_ids),
-                prompt.units,
-                prompt.spans,
-                output.sampling,
-            ),
-        )
-        # Once per choice, although all choices have the same media: a later one may start when the embedding that the
-        # first one ordered has been evicted, and would then wait for one that nobody makes. E's cache, and P's, save
-        # the computation; what is paid is the bytes, which `Api` bounds.
-        for unit in prompt.distinct_units:
-            order = Encode(output.request_id, unit, prompt.media[unit.hash], prefill)
-            self._wire.send(encoders[unit.hash], order)
 
     def _observe(self, output: Output, generation: Generation, now: float) -> None:
         if output.num_tokens == 1:

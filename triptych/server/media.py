@@ -1,132 +1,137 @@
-"""Media items of a request: fetched or decoded to bytes, bounded, their size read from the header, hashed.
+"""Media items of a request: fetched, decoded to bytes or remembered, bounded, their headers read, hashed.
 
-No pixel is made here: a picture that turns out to be broken behind its header is the encoder's finding.
+Nothing is decoded further here: a picture that turns out to be broken behind its header is the encoder's finding.
 """
 
 import asyncio
-import binascii
-import hashlib
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from typing import Any, TypeVar
 
 from triptych.config import ServerConfig
 from triptych.errors import RequestError
-from triptych.model.images import read_header
-from triptych.server.fetch import Fetcher, is_public
+from triptych.model.families import Modality
+from triptych.model.headers import Header
+from triptych.server.media_headers import HeaderReader
+from triptych.server.media_source import LARGE, MediaSource, SourceReader
+from triptych.server.media_store import Content, MediaName, MediaStore
+from triptych.server.parsing import blamed
+from triptych.server.schema import MediaIoKwargs, VideoIo
 
-MAX_FETCHES = 32  # at the same time, of all requests together: bounds what is held of bodies that are half here
-_LARGE = 1 << 20  # characters of base64; decoding and hashing more would hold up every stream for milliseconds
-_PIECE = 1 << 18  # characters, a multiple of 4: decoding never lets other threads run, so it goes by pieces
+T = TypeVar("T")
+
+DEFAULT_LIMIT = 999  # items of a modality that the configuration does not name, as with vLLM
 
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """One picture as it came. `field` is the path of the part of the request that brought it."""
+    """One picture, video or sound as it came. `hash`: 128 bits over its bytes and nothing else."""
 
+    modality: str
+    header: Header
     data: bytes
-    width: int
-    height: int
-    hash: bytes  # 128 bits over the bytes
+    hash: bytes
     field: str
 
 
 class MediaLoader:
-    """Turns URLs into media items. `close` when the server stops."""
+    """Turns the sources of a request into media items. `close` when the server stops."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, modalities: Mapping[str, Modality]) -> None:
+        """`modalities` are those that the model takes. Raises ConfigError for options that mean nothing."""
         self._config = config
-        folder = config.allowed_local_media_path
-        self._folder = None if folder is None else Path(folder).resolve()
-        self._fetcher = Fetcher(
-            max_bytes=config.max_media_bytes,
-            timeout_s=config.media_fetch_timeout_s,
-            is_allowed=(lambda address: True) if config.allow_private_media_hosts else is_public,
-        )
-        self._fetches = asyncio.Semaphore(MAX_FETCHES)
+        self._modalities = tuple(modalities)
+        self._headers = HeaderReader(config, modalities)
+        self._store = MediaStore(config.media_store_bytes)
+        self._reader = SourceReader(config)
 
-    async def load(self, sources: list[tuple[str, str]]) -> list[MediaItem]:
-        """The items of (field, url) pairs, in order; what has to be fetched is fetched together.
+    async def load(self, sources: Sequence[MediaSource], options: MediaIoKwargs | None = None) -> list[MediaItem]:
+        """The items, in order; what has to be fetched is fetched together. `options` go before the server's own.
 
         Raises RequestError naming the field of one that cannot be used.
         """
-        limit = self._config.limit_mm_per_prompt.get("image")
-        if limit is not None and len(sources) > limit:
-            raise RequestError(
-                f"at most {limit} image(s) per prompt, got {len(sources)}",
-                param=sources[limit][0],
-                code="too_many_media",
-            )
-        budget = _Budget(self._config.max_body_bytes)
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._load_one(field, url, budget)) for field, url in sources]
-        except BaseExceptionGroup as group:  # not `except*`: before Python 3.11.4 that wraps what is raised here
-            raise _first(group) from None
-        return [task.result() for task in tasks]
+        self._check(sources)
+        video_options = self._headers.video_options(options)
+        arrival = self._store.arrival()
+        contents = await self._contents(sources)
+        pairs = list(zip(sources, contents, strict=True))
+        headers = await _together(self._header(source, content.data, video_options) for source, content in pairs)
+        for source, content in pairs:
+            if source.name is not None and source.brings_bytes:
+                self._store.put(source.name, content, arrival)
+        return [
+            MediaItem(source.modality, header, content.data, content.hash, source.field)
+            for (source, content), header in zip(pairs, headers, strict=True)
+        ]
 
     async def close(self) -> None:
-        await self._fetcher.close()
+        await self._reader.close()
 
-    async def _load_one(self, field: str, url: str, budget: "_Budget") -> MediaItem:
-        try:
-            data = await self._bytes_of(url, budget)
-            large = len(data) > _LARGE
-            width, height, digest = await asyncio.to_thread(_inspect, data) if large else _inspect(data)
-        except RequestError as error:
-            raise RequestError(f"{field}: {error}", status=error.status, param=field, code=error.code) from error
-        if width * height > self._config.max_image_pixels:
-            raise RequestError(
-                f"{field}: {width} x {height} pixels are more than the limit of {self._config.max_image_pixels}",
-                param=field,
-                code="image_too_large",
-            )
-        return MediaItem(data, width, height, digest, field)
+    def _check(self, sources: Sequence[MediaSource]) -> None:
+        """That the model takes items of these kinds, and the server so many of them in one prompt."""
+        counts: Counter[str] = Counter()
+        for source in sources:
+            modality = source.modality
+            if modality not in self._modalities:
+                taken = ", ".join(["text", *self._modalities])
+                text = f"{source.field}: {modality} is not supported by this model, which takes: {taken}"
+                raise RequestError(text, param=source.field, code="unsupported_content")
+            counts[modality] += 1
+            limit = self._config.limit_mm_per_prompt.get(modality, DEFAULT_LIMIT)
+            if counts[modality] > limit:
+                total = sum(other.modality == modality for other in sources)
+                text = f"at most {limit} {modality}(s) per prompt, got {total}"
+                raise RequestError(text, param=source.field, code="too_many_media")
 
-    async def _bytes_of(self, url: str, budget: "_Budget") -> bytes:
-        scheme = url[:8].partition(":")[0].lower()
-        if scheme in ("http", "https"):
-            async with self._fetches:
-                return await self._fetcher.get(url, budget.count)
-        if scheme == "data":
-            data = await asyncio.to_thread(self._from_data_url, url) if len(url) > _LARGE else self._from_data_url(url)
-        elif scheme == "file":
-            data = await asyncio.to_thread(self._from_file_url, url)
-        else:
-            raise RequestError("expected a data:, http: or https: URL", code="media_forbidden")
-        budget.count(len(data))
-        return data
+    async def _contents(self, sources: Sequence[MediaSource]) -> list[Content]:
+        budget = _Budget(self._config.max_body_bytes)
+        origins = self._origins(sources, budget)
+        bringing = [source for source in sources if source.brings_bytes]
+        brought = await _together(self._content(source, budget) for source in bringing)
+        by_field = {source.field: content for source, content in zip(bringing, brought, strict=True)}
+        return [origin if isinstance(origin, Content) else by_field[origin.field] for origin in origins]
 
-    def _from_data_url(self, url: str) -> bytes:
-        head, comma, encoded = url.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise RequestError("a data: URL must look like data:image/png;base64,...", code="invalid_base64")
-        if len(encoded) // 4 * 3 > self._config.max_media_bytes + 2:
-            raise self._too_large()
-        try:
-            return _decode_base64(encoded)
-        except ValueError as error:  # binascii.Error, or text that is not ASCII
-            raise RequestError(f"not valid base64: {error}", code="invalid_base64") from error
+    def _origins(self, sources: Sequence[MediaSource], budget: "_Budget") -> list["MediaSource | Content"]:
+        """What brings the bytes of each source: itself, the last one before it of the same name, or the store.
 
-    def _from_file_url(self, url: str) -> bytes:
-        """Only inside the allowed folder, wherever symbolic links lead."""
-        if self._folder is None:
-            raise RequestError("file: URLs are not allowed on this server", code="media_forbidden")
-        parts = urlsplit(url)
-        try:
-            path = Path(url2pathname(parts.path)).resolve(strict=True)
-            inside = parts.netloc in ("", "localhost") and path.is_relative_to(self._folder) and path.is_file()
-            if inside and path.stat().st_size > self._config.max_media_bytes:
-                raise self._too_large()
-            if inside:
-                return path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise RequestError("no such file in the allowed folder", code="media_forbidden") from error
-        raise RequestError("no such file in the allowed folder", code="media_forbidden")
+        All at once, before anything is awaited: what other requests bring meanwhile is not for this one.
+        """
+        named: dict[MediaName, MediaSource] = {}
+        origins: list[MediaSource | Content] = []
+        for source in sources:
+            if source.brings_bytes:
+                origins.append(source)
+                if source.name is not None:
+                    named[source.name] = source
+            elif source.name in named:
+                origins.append(named[source.name])
+            else:
+                with blamed(source.field):
+                    content = self._remembered(source)
+                    budget.count(len(content.data))
+                origins.append(content)
+        return origins
 
-    def _too_large(self) -> RequestError:
-        return RequestError(f"larger than the limit of {self._config.max_media_bytes} bytes", code="media_too_large")
+    def _remembered(self, source: MediaSource) -> Content:
+        if source.name is None:
+            raise RequestError("this field is required", code="missing_field")
+        content = self._store.get(source.name)
+        if content is None:
+            text = f"no {source.modality} with this uuid is known, or not any more; please send it again"
+            raise RequestError(text, code="unknown_uuid")
+        return content
+
+    async def _content(self, source: MediaSource, budget: "_Budget") -> Content:
+        with blamed(source.field):
+            data = await self._reader.read(source, budget.count)
+        return await asyncio.to_thread(Content.of, data) if len(data) > LARGE else Content.of(data)
+
+    async def _header(self, source: MediaSource, data: bytes, options: VideoIo) -> Header:
+        with blamed(source.field):
+            if source.modality == "image" and len(data) <= LARGE:
+                return self._headers.read(source.modality, data, options)
+            return await asyncio.to_thread(self._headers.read, source.modality, data, options)
 
 
 class _Budget:
@@ -144,20 +149,14 @@ class _Budget:
             raise RequestError(text, status=413, code="media_too_large")
 
 
-def _decode_base64(encoded: str) -> bytes:
-    """Raises ValueError for what is none."""
-    pieces: list[bytes] = []
-    for start in range(0, len(encoded), _PIECE):
-        if pieces and len(pieces[-1]) < _PIECE // 4 * 3:
-            raise ValueError("data after the padding")
-        pieces.append(binascii.a2b_base64(encoded[start : start + _PIECE], strict_mode=True))
-    return b"".join(pieces)
-
-
-def _inspect(data: bytes) -> tuple[int, int, bytes]:
-    """Width, height and a hash of 128 bits over the bytes. Raises RequestError for what is no picture."""
-    _, width, height = read_header(data)
-    return width, height, hashlib.blake2b(data, digest_size=16).digest()
+async def _together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Their results, in order. The first failure cancels the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as group:  # not `except*`: before Python 3.11.4 that wraps what is raised here
+        raise _first(group) from None
+    return [task.result() for task in tasks]
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

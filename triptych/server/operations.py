@@ -68,6 +68,7 @@ class Operations:
             state=status.state,
             queues={} if load is None else load.queues,
             pools={name: PoolView(p.total, p.free, p.used, p.cached) for name, p in pools.items()},
+            counters={} if load is None else load.counters,
         )
 
     def _from_table(self) -> Mapping[InstanceId, InstanceStatus]:

@@ -23,7 +23,9 @@ class Output:
         "holders",
         "index",
         "last_token_at",
+        "num_cached_tokens",
         "num_tokens",
+        "prefill",
         "request_id",
         "sampling",
         "stop_reason",
@@ -36,13 +38,16 @@ class Output:
         sampling: SamplingParams,
         stop: tuple[str, ...],
         token_stream: TokenStream,
+        prefill: InstanceId,
         holders: set[InstanceId],
     ) -> None:
         self.index = index  # among all choices of the client's request
         self.request_id = request_id
         self.sampling = sampling
+        self.prefill = prefill
         self.holders = holders  # every instance that may hold a part of it: where an abort goes
         self.num_tokens = 0
+        self.num_cached_tokens = 0  # of the prompt: whose KV was there already
         self.finish: FinishReason | None = None
         self.stop_reason: int | str | None = None  # the stop token or stop string, None for end-of-sequence
         self.last_token_at = 0.0

@@ -5,26 +5,30 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from msgspec.inspect import FloatType, IntType, StructType, Type, UnionType, type_info
 
 from triptych.errors import RequestError
-from triptych.server.schema import GenerateRequest
+from triptych.server.schema import PART_TYPES, AudioFormat, GenerateRequest
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 _PLACE = re.compile(r"^(?P<text>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _UNKNOWN_VALUE = re.compile(r"Invalid (?:enum )?value '?(.*?)'?$", re.DOTALL)
+_UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(\w+)`")
+_UNTYPED_PART = re.compile(r"Object missing required field `type` - at `\$\.messages\[\d+\]\.content\[\d+\]`")
+
+_MAX_QUOTED = 100  # characters of what a client wrote, in an error
 
 
 def decode_body(body: bytes, kind: type[T]) -> T:
     """Raises RequestError naming the field."""
     try:
-        decoder: msgspec.json.Decoder[T] = _decoder(kind)
-        return decoder.decode(body)
+        return _decoded(body, kind)
     except msgspec.ValidationError as error:
         raise _explained(str(error), kind) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -32,6 +36,31 @@ def decode_body(body: bytes, kind: type[T]) -> T:
         if path is not None:
             raise _out_of_range(path, "JSON knows no NaN and no Infinity", kind) from error
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+
+
+def _decoded(body: bytes, kind: type[T]) -> T:
+    try:
+        decoder: msgspec.json.Decoder[T] = _decoder(kind)
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        if _UNTYPED_PART.fullmatch(str(error)) is None:
+            raise
+        tree = msgspec.json.decode(body)
+        _name_types(tree["messages"])
+        return msgspec.convert(tree, kind)
+
+
+def _name_types(messages: list[Any]) -> None:
+    """Content parts may leave their type out, as with vLLM: the field with the media says it."""
+    parts = (part for message in messages if isinstance(message, dict) for part in _parts(message.get("content")))
+    for part in parts:
+        named = [kind for kind in PART_TYPES if kind in part]
+        if "type" not in part and len(named) == 1:
+            part["type"] = named[0]
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
 
 
 @functools.cache
@@ -50,6 +79,16 @@ def check_supported(request: GenerateRequest) -> None:
         raise unsupported("response_format", "only the type 'text' is")
 
 
+@contextmanager
+def blamed(field: str) -> Iterator[None]:
+    """Names `field` in errors that name none."""
+    try:
+        yield
+    except RequestError as error:
+        param = error.param or field
+        raise RequestError(f"{param}: {error}", status=error.status, param=param, code=error.code) from error
+
+
 def unsupported(field: str, hint: str = "") -> RequestError:
     text = f"{field} is not supported by this server" + (f"; {hint}" if hint else "")
     return RequestError(text, param=field, code="unsupported_parameter")
@@ -66,6 +105,9 @@ def _explained(message: str, kind: type[msgspec.Struct]) -> RequestError:
     if missing is not None:
         path = f"{path}.{missing[1]}".lstrip(".")
         return RequestError(f"{path}: this field is required", param=path, code="missing_field")
+    stranger = _UNKNOWN_FIELD.match(text)
+    if stranger is not None:
+        return unsupported(f"{path}.{stranger[1]}")
     unknown = _UNKNOWN_VALUE.match(text)
     if unknown is not None:
         return _unknown_value(path, unknown[1])
@@ -77,14 +119,23 @@ def _explained(message: str, kind: type[msgspec.Struct]) -> RequestError:
 
 
 def _unknown_value(path: str, value: str) -> RequestError:
+    value = value if len(value) <= _MAX_QUOTED else f"{value[:_MAX_QUOTED]}..."
     if path.endswith(".type"):
         part = path.removesuffix(".type")
-        text = f"{part}: content of type {value!r} is not supported by this model; supported are 'text' and 'image_url'"
+        text = f"{part}: content of type {value!r} is not supported; types are {_listed(PART_TYPES)}"
         return RequestError(text, param=part, code="unsupported_content")
     if path.endswith(".role"):
         text = f"{path}: {value!r} is no role; roles are 'system', 'developer', 'user' and 'assistant'"
         return RequestError(text, param=path, code="invalid_value")
+    if path.endswith(".format"):
+        text = f"{path}: {value!r} is no format of sounds; formats are {_listed(get_args(AudioFormat))}"
+        return RequestError(text, param=path, code="invalid_value")
     return RequestError(f"{path}: {value!r} is not a valid value", param=path, code="invalid_value")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    quoted = [repr(name) for name in names]
+    return f"{', '.join(quoted[:-1])} and {quoted[-1]}"
 
 
 def _out_of_range(path: str, text: str, kind: type[msgspec.Struct]) -> RequestError:
@@ -95,14 +146,15 @@ def _out_of_range(path: str, text: str, kind: type[msgspec.Struct]) -> RequestEr
 
 
 def _valid_range(kind: type[msgspec.Struct], path: str) -> str | None:
-    """In words, for a numeric field at the top level of `kind`."""
+    """In words, for a numeric field of `kind`, or of an object in it."""
+    first, _, rest = path.partition(".")
     info = type_info(kind)
     assert isinstance(info, StructType)
-    for field in info.fields:
-        if field.encode_name == path:
-            bounds = [_bounds(option) for option in _options(field.type)]
-            return next((text for text in bounds if text), None)
-    return None
+    options = [option for field in info.fields if field.encode_name == first for option in _options(field.type)]
+    if rest:
+        inner = next((option.cls for option in options if isinstance(option, StructType)), None)
+        return None if inner is None else _valid_range(inner, rest)
+    return next((text for text in map(_bounds, options) if text), None)
 
 
 def _options(kind: Type) -> Iterator[Type]:

@@ -2,16 +2,25 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec
 
-from triptych.core import UnitHash
 from triptych.errors import RequestError
 from triptych.model.processor import Processor, Prompt
 from triptych.server.frontend import PreparedPrompt
 from triptych.server.media import MediaItem, MediaLoader
-from triptych.server.schema import ChatMessage, ImagePart, TextPart
+from triptych.server.media_source import MediaSource
+from triptych.server.parsing import blamed
+from triptych.server.schema import (
+    ChatMessage,
+    ContentPart,
+    InputAudio,
+    MediaIoKwargs,
+    MediaPart,
+    MediaUrl,
+    TextPart,
+)
 
 P = ParamSpec("P")
 
@@ -51,6 +60,7 @@ class PromptBuilder:
         add_generation_prompt: bool,
         continue_final_message: bool,
         template_variables: Mapping[str, object],
+        media_options: MediaIoKwargs | None,
     ) -> PreparedPrompt:
         """Raises RequestError naming the part of the messages that is to blame."""
         for index, message in enumerate(messages):
@@ -62,7 +72,7 @@ class PromptBuilder:
         num_pieces = sum(1 + (len(m.content) if isinstance(m.content, list) else 0) for m in messages)
         if num_pieces > 2 * self._max_model_len:  # the template writes tokens around each
             raise self._too_long("messages", f"{num_pieces} messages and parts")
-        items = await self._media.load(_image_sources(messages))
+        items = await self._media.load(_sources(messages), media_options)
         return await self._in_thread_if_long(
             sum(map(_text_len, messages)) + _PIECE_COST * num_pieces,
             "messages",
@@ -142,37 +152,56 @@ class PromptBuilder:
         variables: Mapping[str, object],
         items: list[MediaItem],
     ) -> PreparedPrompt:
-        with _blamed("messages"):
+        with blamed("messages"):
             text = self._processor.render(
                 [_for_template(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=variables,
             )
-            expanded = self._processor.expand(text, [(item.width, item.height) for item in items])
+            self._check_room(items)
+            expanded = self._processor.expand(text, [(item.modality, item.header) for item in items])
         return self._with_units(expanded, items)
 
-    def _with_units(self, expanded: Prompt, items: list[MediaItem]) -> PreparedPrompt:
-        units = self._processor.encode_units(expanded, [item.hash for item in items])
-        media: dict[UnitHash, bytes] = {}
-        fields: dict[UnitHash, str] = {}
-        owners = (item for item, layouts in zip(items, expanded.units, strict=True) for _ in layouts)
-        for unit, item in zip(units, owners, strict=True):
-            media[unit.hash] = item.data
-            fields.setdefault(unit.hash, item.field)
-        return PreparedPrompt(expanded.token_ids, units, expanded.spans, media, fields)
+    def _check_room(self, items: Sequence[MediaItem]) -> None:
+        """Before anything is expanded: a long video can be more tokens than the memory of this host holds."""
+        counts = Counter(item.modality for item in items)
+        num_tokens = 0
+        for item in items:
+            with blamed(item.field):
+                layout = self._processor.modalities[item.modality].lay_out(item.header, counts[item.modality])
+            num_tokens += sum(run.length for run in layout.runs)
+        if num_tokens > self._max_model_len:
+            raise self._too_long("messages", f"{num_tokens} tokens of media")
+
+    def _with_units(self, expanded: Prompt, items: Sequence[MediaItem]) -> PreparedPrompt:
+        media = self._processor.media(
+            [(item.modality, item.header) for item in items], [(item.data, item.hash) for item in items]
+        )
+        fields: dict[bytes, str] = {}
+        for one, item in zip(media, items, strict=True):
+            fields.setdefault(one.hash, item.field)
+        units = self._processor.encode_units(expanded, media)
+        return PreparedPrompt(
+            token_ids=expanded.token_ids,
+            units=tuple(unit for unit, _ in units),
+            spans=expanded.spans,
+            position_arguments=expanded.position_arguments,
+            media={unit.hash: one for unit, one in units},
+            fields={unit.hash: fields[one.hash] for unit, one in units},
+        )
 
     async def _text(self, text: str, add_special_tokens: bool, field: str) -> PreparedPrompt:
         return await self._in_thread_if_long(len(text), field, self._tokenize, text, add_special_tokens, field)
 
     def _tokenize(self, text: str, add_special_tokens: bool, field: str) -> PreparedPrompt:
-        with _blamed(field):
+        with blamed(field):
             prompt = self._processor.expand(text, add_special_tokens=add_special_tokens)
         return self._without_units(prompt, field)
 
     def _from_token_ids(self, token_ids: list[int], field: str) -> PreparedPrompt:
         self.check_token_ids(token_ids, field)
-        with _blamed(field):
+        with blamed(field):
             prompt = self._processor.from_token_ids(token_ids)
         return self._without_units(prompt, field)
 
@@ -195,33 +224,30 @@ class PromptBuilder:
         return RequestError(text, param=field, code="context_length_exceeded")
 
 
-@contextmanager
-def _blamed(field: str) -> Iterator[None]:
-    """Names `field` in errors that name none."""
-    try:
-        yield
-    except RequestError as error:
-        param = error.param or field
-        raise RequestError(f"{param}: {error}", status=error.status, param=param, code=error.code) from error
-
-
-def _image_sources(messages: Sequence[ChatMessage]) -> list[tuple[str, str]]:
-    """(field, url) of each picture, in order."""
+def _sources(messages: Sequence[ChatMessage]) -> list[MediaSource]:
+    """Of every media item, in order."""
     return [
-        (
-            f"messages[{m}].content[{p}].image_url",
-            part.image_url if isinstance(part.image_url, str) else part.image_url.url,
-        )
+        _source(f"messages[{m}].content[{p}].{part.kind}", part)
         for m, message in enumerate(messages)
         if isinstance(message.content, list)
         for p, part in enumerate(message.content)
-        if isinstance(part, ImagePart)
+        if isinstance(part, MediaPart)
     ]
+
+
+def _source(field: str, part: MediaPart) -> MediaSource:
+    """What is empty counts as left out, as with vLLM."""
+    match getattr(part, part.kind):
+        case MediaUrl(url=url) | (str() as url) if url:
+            return MediaSource(field, part.MODALITY, url=url, uuid=part.uuid)
+        case InputAudio(data=data) if data:
+            return MediaSource(field, part.MODALITY, base64=data, uuid=part.uuid)
+    return MediaSource(field, part.MODALITY, uuid=part.uuid)
 
 
 def _text_len(message: ChatMessage) -> int:
     if isinstance(message.content, list):
-        return sum(len(part.text) for part in message.content if isinstance(part, TextPart))
+        return sum(len(_text_of(part) or "") for part in message.content)
     return len(message.content or "")
 
 
@@ -230,8 +256,20 @@ def _for_template(message: ChatMessage) -> dict[str, object]:
     role = "system" if message.role == "developer" else message.role
     if not isinstance(message.content, list):
         return {"role": role, "content": message.content or ""}
-    parts = [
-        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
-        for part in message.content
-    ]
-    return {"role": role, "content": parts}
+    return {"role": role, "content": [_part_for_template(part) for part in message.content]}
+
+
+def _part_for_template(part: ContentPart) -> dict[str, object]:
+    if isinstance(part, MediaPart):
+        return {"type": part.MODALITY}
+    return {"type": "text", "text": _text_of(part)}
+
+
+def _text_of(part: ContentPart) -> str | None:
+    """None for media."""
+    match part:
+        case str():
+            return part
+        case TextPart(text=text):
+            return text
+    return None

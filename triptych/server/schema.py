@@ -15,6 +15,8 @@ PositiveCount = Annotated[int, Meta(ge=1, le=1 << 31)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 Logprobs = Annotated[int, Meta(ge=0, le=20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+AudioFormat = Literal["wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "mp4", "webm", "aiff"]
+Uuid = Annotated[str, Meta(min_length=1, max_length=1024)]
 MAX_STOP_TOKENS = 1024  # every sampled token is compared with each of them
 
 
@@ -96,26 +98,90 @@ class GenerateRequest(Refused, kw_only=True):
     user: str | None = None
 
 
-class ImageUrl(Struct):
-    url: str
-    detail: str | None = None
-
-
 class TextPart(Struct, tag_field="type", tag="text"):
     text: str
 
 
-class ImagePart(Struct, tag_field="type", tag="image_url"):
-    image_url: ImageUrl | str
+class MediaUrl(Struct):
+    url: Annotated[str, Meta(description="data:, http:, https:, or file: where the server allows it.")] | None = None
+
+
+class ImageUrl(MediaUrl):
+    detail: str | None = None
+
+
+class InputAudio(Struct):
+    data: Annotated[str, Meta(description="The file in base64.")] | None = None
+    format: AudioFormat | None = None
+
+
+class MediaPart(Struct, tag_field="type", kw_only=True):
+    """A picture, video or sound. With media and a `uuid` it gives them a name; with a `uuid` alone it means those."""
+
+    MODALITY: ClassVar[str]
+
+    uuid: Uuid | None = None
+
+    @property
+    def kind(self) -> str:
+        """The part's type, which is also the name of the field with the media in it."""
+        return str(self.__struct_config__.tag)
+
+
+class ImagePart(MediaPart, tag="image_url"):
+    MODALITY: ClassVar[str] = "image"
+
+    image_url: ImageUrl | str | None = None
+
+
+class VideoPart(MediaPart, tag="video_url"):
+    MODALITY: ClassVar[str] = "video"
+
+    video_url: MediaUrl | str | None = None
+
+
+class AudioUrlPart(MediaPart, tag="audio_url"):
+    MODALITY: ClassVar[str] = "audio"
+
+    audio_url: MediaUrl | str | None = None
+
+
+class InputAudioPart(MediaPart, tag="input_audio"):
+    MODALITY: ClassVar[str] = "audio"
+
+    input_audio: InputAudio | None = None
+
+
+ContentPart = str | TextPart | ImagePart | VideoPart | AudioUrlPart | InputAudioPart
+PART_TYPES = ("text", "image_url", "video_url", "input_audio", "audio_url")
 
 
 class ChatMessage(Struct):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart | ImagePart] | None = None
+    content: str | list[ContentPart] | None = None
     tool_calls: Unsupported = None
 
 
 Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
+
+
+class VideoIo(Struct, forbid_unknown_fields=True):
+    """Which frames the model sees, evenly spread: at most `num_frames` (if left out 32), and at most `fps` a second."""
+
+    num_frames: Annotated[int, Meta(ge=-1, le=1 << 20, description="-1: no bound.")] | None = None
+    fps: Annotated[float, Meta(ge=-1, le=1000, description="-1: no bound.")] | None = None
+
+
+class NoOptions(Struct, forbid_unknown_fields=True):
+    """Of pictures and sounds."""
+
+
+class MediaIoKwargs(Struct, forbid_unknown_fields=True):
+    """How media are read, by modality."""
+
+    image: NoOptions | None = None
+    video: VideoIo | None = None
+    audio: NoOptions | None = None
 
 
 class ChatRequest(GenerateRequest, kw_only=True):
@@ -123,6 +189,7 @@ class ChatRequest(GenerateRequest, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: MediaIoKwargs | None = None
     max_completion_tokens: PositiveCount | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
@@ -146,6 +213,7 @@ class TokenizeRequest(Struct, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: MediaIoKwargs | None = None
     return_token_strs: bool | None = None
 
 
@@ -157,10 +225,15 @@ class DetokenizeRequest(Struct, kw_only=True):
 # ---- responses
 
 
+class PromptTokensDetails(Struct, frozen=True):
+    cached_tokens: int
+
+
 class Usage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(Struct, frozen=True):
@@ -296,6 +369,7 @@ class InstanceView(Struct, frozen=True, kw_only=True):
     state: str
     queues: dict[str, int]
     pools: dict[str, PoolView]
+    counters: dict[str, float]
 
 
 class ClusterView(Struct, frozen=True):

@@ -3,8 +3,10 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from triptych.core import FinishReason, InstanceId, LeaseId, RequestId, Sequence, TokenLogprobs, UnitHash
-from triptych.messages import FRONTEND, AnyMessage, Failed, Release, Ticket, TokenUpdate
+from triptych.core import EncodeUnit, FinishReason, InstanceId, LeaseId, RequestId, Sequence, TokenLogprobs, UnitHash
+from triptych.memory.embedding_cache import EmbeddingShare
+from triptych.memory.leases import Leases
+from triptych.messages import FRONTEND, AnyMessage, Embedded, Failed, Release, Ticket, TokenUpdate
 from triptych.routing import RoutingTable
 
 USUAL_ANSWER_TOKENS = 256
@@ -95,6 +97,26 @@ def foreseen_tokens(sequence: Sequence) -> int:
     return min(sequence.sampling.max_tokens - sequence.num_output_tokens, USUAL_ANSWER_TOKENS)
 
 
-def token_update(sequence: Sequence, finish: FinishReason | None, logprobs: TokenLogprobs | None) -> TokenUpdate:
+def announcement(
+    near: Surroundings,
+    embeddings: EmbeddingShare,
+    leases: Leases,
+    unit: EncodeUnit,
+    request_id: RequestId,
+    reader: InstanceId,
+    *,
+    computed: bool,
+) -> Embedded:
+    """Pins a ready embedding under a lease for `reader`: it can be pulled with this ticket until it is released."""
+    entry = embeddings.hold(unit)
+    lease = leases.grant(reader, unit.hash, lambda: embeddings.release(unit.hash))
+    ticket = near.ticket(lease, "embedding", entry.blocks, unit.num_tokens)
+    return Embedded(request_id, unit.hash, ticket, computed)
+
+
+def token_update(
+    sequence: Sequence, finish: FinishReason | None, logprobs: TokenLogprobs | None, num_cached: int = 0
+) -> TokenUpdate:
     """What the frontend is told about the newest token of a sequence."""
-    return TokenUpdate(sequence.request_id, sequence.token_ids[-1], sequence.num_output_tokens - 1, finish, logprobs)
+    index = sequence.num_output_tokens - 1
+    return TokenUpdate(sequence.request_id, sequence.token_ids[-1], index, finish, logprobs, num_cached)

@@ -3,10 +3,12 @@
 from collections import deque
 from dataclasses import dataclass, field
 
-from triptych.core import Chunk, RequestId, SampledToken, Sequence, Status
+from msgspec.structs import replace
+
+from triptych.core import Chunk, RequestId, SampledToken, SamplingParams, Sequence, Status
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import Prefilled, Ticket
+from triptych.messages import Prefilled, Prefilling, Ticket
 from triptych.stages.base import Gone, Pull, Surroundings, foreseen_tokens, token_update
 
 
@@ -22,17 +24,32 @@ class DecodePlan:
     chunks: list[Chunk] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class Arrival:
+    """A sequence that holds its blocks here while its KV is on its way, perhaps while the end is still computed."""
+
+    sequence: Sequence
+    num_here: int  # leading blocks whose KV is here
+    handed_over: bool = False  # prefill is done: the newest ticket is for everything
+    ticket: Ticket | None = None  # the newest one, not used yet
+    pulling: Ticket | None = None
+
+
 class DecodeStage:
-    """Continuous batching, FCFS: sequences join as soon as their KV is here and leave with their last token."""
+    """Continuous batching, FCFS: sequences join as soon as their KV is here and leave with their last token.
+
+    KV that prefill sends ahead takes space that nobody needs at the moment, and gives it back to whoever does.
+    """
 
     def __init__(self, near: Surroundings, kv: KVCache, leases: Leases, *, max_num_seqs: int) -> None:
         self._near = near
         self._kv = kv
-        kv.decode_room = -(-near.max_model_len // kv.block_tokens)
+        kv.decode_room = kv.num_blocks_for(near.max_model_len)
+        kv.reclaim = self._drop_ahead
         self._leases = leases
         self._max_num_seqs = max_num_seqs
         self._waiting: deque[tuple[Sequence, Ticket]] = deque()  # hold no block here
-        self._pulling: dict[RequestId, tuple[Sequence, Ticket]] = {}
+        self._arriving: dict[RequestId, Arrival] = {}
         self._here: deque[Sequence] = deque()  # KV complete, waiting for a place in the batch
         self._running: dict[RequestId, Sequence] = {}  # in the order of arrival
         self._offloaded: deque[Sequence] = deque()  # oldest first
@@ -41,16 +58,31 @@ class DecodeStage:
 
     @property
     def queues(self) -> dict[str, int]:
-        waiting = len(self._waiting) + len(self._pulling) + len(self._here) + len(self._offloaded)
+        waiting = len(self._waiting) + len(self._arriving) + len(self._here) + len(self._offloaded)
         return {"decode_waiting": waiting, "decode_running": len(self._running)}
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     @property
     def queued_tokens(self) -> int:
         """Tokens that are expected to be decoded here for the sequences that are here or on their way."""
-        sequences = [sequence for sequence, _ in [*self._waiting, *self._pulling.values()]]
-        return sum(map(foreseen_tokens, [*sequences, *self._here, *self._offloaded, *self._running.values()]))
+        arriving = [arrival.sequence for arrival in self._arriving.values() if arrival.handed_over]
+        sequences = [*(sequence for sequence, _ in self._waiting), *arriving, *self._here, *self._offloaded]
+        return sum(map(foreseen_tokens, [*sequences, *self._running.values()]))
 
     # ---- what arrives
+
+    def prefilling(self, order: Prefilling) -> None:
+        """The first blocks of a sequence that is still prefilled. Taken only where nobody else waits for space."""
+        arrival = self._arriving.get(order.request_id)
+        if arrival is None and order.request_id not in self._gone:
+            arrival = self._make_room_ahead(order)
+        if arrival is None or arrival.handed_over or arrival.sequence.status is Status.FINISHED:
+            self._near.out.release(order.ticket)
+        else:
+            self._pull(arrival, order.ticket)
 
     def admit(self, order: Prefilled) -> None:
         ticket = order.ticket
@@ -62,14 +94,14 @@ class DecodeStage:
             if isinstance(sequence, Sequence):  # else it was aborted on the way
                 self._here.append(sequence)
             return
-        sequence = Sequence(
-            order.request_id,
-            order.token_ids,
-            order.num_prompt_tokens,
-            order.sampling,
-            num_computed=ticket.num_tokens,
-            rope_delta=order.rope_delta,
-        )
+        arrival = self._arriving.get(order.request_id)
+        if arrival is not None:
+            self._hand_over(arrival.sequence, order)
+            arrival.handed_over = True
+            self._pull(arrival, ticket)
+            return
+        sequence = Sequence(order.request_id, [], order.num_prompt_tokens, order.sampling)
+        self._hand_over(sequence, order)
         if len(sequence.token_ids) > self._kv.max_tokens:
             message = (
                 f"the request needs KV space for {len(sequence.token_ids)} tokens, the pool has {self._kv.max_tokens}"
@@ -82,17 +114,27 @@ class DecodeStage:
 
     def pulled(self, request_id: RequestId, error: Exception | None) -> None:
         """A pull settled: no byte lands any more, whatever the outcome."""
-        sequence, ticket = self._pulling.pop(request_id)
+        arrival = self._arriving[request_id]
+        sequence, ticket = arrival.sequence, arrival.pulling
+        assert ticket is not None, f"a pull of {request_id} settled that was never started"
+        arrival.pulling = None
         self._near.out.release(ticket)
-        if error is None and sequence.status is not Status.FINISHED:
-            self._here.append(sequence)
+        if sequence.status is Status.FINISHED:
+            self._forget(arrival)
             return
-        self._kv.free(sequence)
-        if sequence.status is not Status.FINISHED:
-            sequence.status = Status.FINISHED
-            self._near.out.fail(
-                request_id, f"the KV of the request could not be fetched: {error}", 500, "transfer_failed"
-            )
+        if error is None:
+            arrival.num_here = max(arrival.num_here, len(ticket.blocks))
+            sequence.num_computed = max(sequence.num_computed, ticket.num_tokens)
+            self._kv.seal(sequence)
+        if arrival.ticket is not None:  # if something that came ahead got lost, it is read again with the rest
+            self._pull(arrival, arrival.ticket)
+        elif error is None:
+            self._settle(arrival)
+        else:
+            self._forget(arrival)
+            if arrival.handed_over:
+                message = f"the KV of the request could not be fetched: {error}"
+                self._near.out.fail(request_id, message, 500, "transfer_failed")
 
     def abort(self, request_id: RequestId) -> None:
         self._gone.add(request_id)
@@ -101,8 +143,11 @@ class DecodeStage:
                 self._near.out.release(ticket)
                 sequence.status = Status.FINISHED
         self._waiting = deque(item for item in self._waiting if item[0].request_id != request_id)
-        if request_id in self._pulling:  # its blocks are being written: they are freed when the pull settles
-            self._pulling[request_id][0].status = Status.FINISHED
+        arrival = self._arriving.get(request_id)
+        if arrival is not None:
+            arrival.sequence.status = Status.FINISHED
+            if arrival.pulling is None:  # else its blocks are being written: they are freed when the pull settles
+                self._forget(arrival)
         for place in (self._here, self._offloaded):
             for sequence in [s for s in place if s.request_id == request_id]:
                 place.remove(sequence)
@@ -133,6 +178,7 @@ class DecodeStage:
             if sequence.status is not Status.RUNNING:
                 continue
             sequence.num_computed += 1
+            self._kv.seal(sequence)
             sequence.token_ids.append(token.token_id)
             finish = near.finish_of(sequence)
             near.out.tokens.append(token_update(sequence, finish, token.logprobs))
@@ -142,18 +188,83 @@ class DecodeStage:
 
     # ---- inside
 
+    def _hand_over(self, sequence: Sequence, order: Prefilled) -> None:
+        """What prefill knows of the sequence is known here from now on."""
+        sequence.token_ids = order.token_ids
+        sequence.num_prompt_tokens = order.num_prompt_tokens
+        sequence.sampling = order.sampling
+        sequence.rope_delta = order.rope_delta
+        sequence.prompt_hashes = order.prompt_hashes
+
+    def _make_room_ahead(self, order: Prefilling) -> Arrival | None:
+        """Space for a whole sequence that is not done yet; None where somebody else could need it."""
+        nobody = SamplingParams(max_tokens=0, seed=0)  # comes with `Prefilled`
+        sequence = Sequence(order.request_id, [], 0, nobody, prompt_hashes=order.prompt_hashes)
+        found = self._kv.find(order.prompt_hashes, order.num_tokens)
+        num_tokens = order.num_tokens + 1
+        if self._waiting or self._offloaded or not self._kv.has_room(sequence, num_tokens, found):
+            return None
+        return self._begin(sequence, num_tokens, found)
+
+    def _begin(self, sequence: Sequence, num_tokens: int, found: list[int]) -> Arrival:
+        self._kv.hold(sequence, num_tokens, found)
+        sequence.status = Status.LOADING
+        arrival = self._arriving[sequence.request_id] = Arrival(sequence, len(found))
+        return arrival
+
+    def _pull(self, arrival: Arrival, ticket: Ticket) -> None:
+        """Reads what the newest ticket has and is not here. While a pull is under way, the next one waits."""
+        out = self._near.out
+        if arrival.ticket is not None and arrival.ticket is not ticket:
+            out.release(arrival.ticket)
+        arrival.ticket = ticket
+        if arrival.pulling is not None:
+            return
+        arrival.ticket = None
+        missing = ticket.blocks[arrival.num_here :]
+        if missing:
+            arrival.pulling = ticket
+            here = arrival.sequence.block_table[arrival.num_here : len(ticket.blocks)]
+            out.pulls.append(Pull(arrival.sequence.request_id, replace(ticket, blocks=missing), here))
+        else:
+            out.release(ticket)
+        self._settle(arrival)
+
+    def _settle(self, arrival: Arrival) -> None:
+        """Moves an arrival on whose KV is complete."""
+        sequence = arrival.sequence
+        if arrival.handed_over and arrival.pulling is None:
+            sequence.num_computed = len(sequence.token_ids) - 1
+            self._kv.seal(sequence)
+            del self._arriving[sequence.request_id]
+            self._here.append(sequence)
+
+    def _forget(self, arrival: Arrival) -> None:
+        if arrival.ticket is not None:
+            self._near.out.release(arrival.ticket)
+        del self._arriving[arrival.sequence.request_id]
+        self._end(arrival.sequence)
+
+    def _drop_ahead(self) -> bool:
+        """Gives back what the youngest sequence that is still prefilled holds here; it comes again as a whole."""
+        for arrival in reversed(self._arriving.values()):
+            if not arrival.handed_over and arrival.pulling is None:
+                self._forget(arrival)
+                return True
+        return False
+
     def _pull_waiting(self) -> None:
         """Begins pulls in arrival order, for as many sequences as fit beside those that are here."""
         while self._waiting and not self._offloaded:
             sequence, ticket = self._waiting[0]
-            if not self._kv.can_admit(sequence, len(sequence.token_ids)):
+            num_tokens = len(sequence.token_ids)
+            found = self._kv.find(sequence.prompt_hashes, ticket.num_tokens)
+            if not self._kv.can_admit(sequence, num_tokens, found):
                 break
             self._waiting.popleft()
-            self._kv.hold(sequence, len(sequence.token_ids))
-            sequence.status = Status.LOADING
-            self._pulling[sequence.request_id] = (sequence, ticket)
-            blocks = sequence.block_table[: len(ticket.blocks)]
-            self._near.out.pulls.append(Pull(sequence.request_id, ticket, blocks))
+            arrival = self._begin(sequence, num_tokens, found)
+            arrival.handed_over = True
+            self._pull(arrival, ticket)
 
     def _join(self, plan: DecodePlan) -> None:
         """Sequences whose KV is here join the batch. With nothing running, the oldest may push the youngest out."""

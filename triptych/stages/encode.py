@@ -3,21 +3,21 @@
 from collections import deque
 from dataclasses import dataclass
 
-from triptych.core import EncodeUnit, EncodeWork, InstanceId, RequestId
+from triptych.core import EncodeUnit, EncodeWork, InstanceId, Media, RequestId, UnitHash
 from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.memory.leases import Leases
-from triptych.messages import FRONTEND, Embedded, Encode, Failed
-from triptych.stages.base import Surroundings
+from triptych.messages import FRONTEND, Encode, Failed
+from triptych.stages.base import Surroundings, announcement
 
 
 @dataclass(slots=True)
 class EncodeJob:
-    """One `Encode` order, until its embedding is announced."""
+    """One unit of an `Encode` order, until its embedding is announced."""
 
     request_id: RequestId
     unit: EncodeUnit
-    data: bytes
+    media: Media
     prefill: InstanceId
     aborted: bool = False
 
@@ -29,15 +29,13 @@ class EncodeStage:
     cache, and the schedule stops here.
     """
 
-    def __init__(self, near: Surroundings, embeddings: EmbeddingShare, leases: Leases, max_encode_tokens: int) -> None:
+    def __init__(self, near: Surroundings, embeddings: EmbeddingShare, leases: Leases) -> None:
         self._near = near
         self._embeddings = embeddings
         self._leases = leases
-        self._max_encode_tokens = max_encode_tokens
         self._waiting: deque[EncodeJob] = deque()
         self._running: list[EncodeJob] = []
         self.num_computed = 0  # units
-        self.num_cached = 0
 
     @property
     def queues(self) -> dict[str, int]:
@@ -48,34 +46,38 @@ class EncodeStage:
         return sum(job.unit.num_tokens for job in self._waiting) + sum(job.unit.num_tokens for job in self._running)
 
     def admit(self, order: Encode) -> None:
-        job = EncodeJob(order.request_id, order.unit, order.data, order.prefill)
-        needed, there = self._embeddings.cache.num_blocks_of(order.unit), self._embeddings.max_blocks
-        if needed > there:
-            self._fail(job, RequestError(f"media item needs {needed} embedding blocks, the pool has {there}"))
-        else:
-            self._waiting.append(job)
+        there = self._embeddings.max_blocks
+        for unit in order.units:
+            job = EncodeJob(order.request_id, unit, order.media, order.prefill)
+            needed = self._embeddings.cache.num_blocks_of(unit)
+            if needed > there:
+                text = f"a {unit.modality} needs {needed} embedding blocks, the pool has {there}"
+                self._fail(job, RequestError(text, code="request_too_large"))
+            else:
+                self._waiting.append(job)
 
-    def schedule(self) -> list[EncodeWork]:
-        """The next batch, its blocks held; empty if there is nothing to do or no space. Commit it before the next."""
+    def schedule(self, budget: int) -> list[EncodeWork]:
+        """The next batch, of at most `budget` embedding rows unless a single unit has more, its blocks held. Empty if
+        there is nothing to do or no space. Commit it before the next."""
         assert not self._running, f"{len(self._running)} units of the last batch were not committed"
         works: list[EncodeWork] = []
         num_tokens = 0
         while self._waiting:
             job = self._waiting[0]
-            if works and num_tokens + job.unit.num_tokens > self._max_encode_tokens:
+            if works and num_tokens + job.unit.num_tokens > budget:
                 break
             if not self._can_start(job.unit):
                 break
             self._waiting.popleft()
-            if self._is_ready(job.unit):
-                self.num_cached += 1
-                self._announce(job)
+            if self._embeddings.cache.is_ready(job.unit.hash):
+                self._embeddings.cache.num_hits += 1
+                self._announce(job, computed=False)
                 continue
             entry = self._embeddings.hold(job.unit)
             self._running.append(job)
             if not entry.writing:
                 entry.writing = True
-                works.append(EncodeWork(job.unit, job.data, entry.blocks))
+                works.append(EncodeWork(job.unit, job.media, entry.blocks))
                 num_tokens += job.unit.num_tokens
         return works
 
@@ -84,26 +86,25 @@ class EncodeStage:
         outcome = {work.unit.hash: error for work, error in zip(works, errors, strict=True)}
         self.num_computed += sum(error is None for error in errors)
         running, self._running = self._running, []
+        told: set[UnitHash] = set()
         for job in running:
-            error = outcome[job.unit.hash]
-            entry = self._embeddings.cache.find(job.unit.hash)
-            assert entry is not None, f"unit {job.unit.hash.hex()} left the cache while it was encoded"
+            unit = job.unit.hash
+            error = outcome[unit]
+            entry = self._embeddings.cache.find(unit)
+            assert entry is not None, f"unit {unit.hex()} left the cache while it was encoded"
             entry.writing = False
             if error is None:
                 entry.ready = True
-                self._announce(job)
+                self._announce(job, computed=unit not in told)
+                told.add(unit)
             else:
                 self._fail(job, error)
-            self._embeddings.release(job.unit.hash)
+            self._embeddings.release(unit)
 
     def abort(self, request_id: RequestId) -> None:
         self._waiting = deque(job for job in self._waiting if job.request_id != request_id)
         for job in self._running:
             job.aborted |= job.request_id == request_id
-
-    def _is_ready(self, unit: EncodeUnit) -> bool:
-        entry = self._embeddings.cache.find(unit.hash)
-        return entry is not None and entry.ready
 
     def _can_start(self, unit: EncodeUnit) -> bool:
         """Whether the unit is there, is being encoded in this batch, or can be: space, and no pull writing it."""
@@ -112,15 +113,14 @@ class EncodeStage:
             return self._embeddings.can_hold([unit])
         return any(job.unit.hash == unit.hash for job in self._running)
 
-    def _announce(self, job: EncodeJob) -> None:
+    def _announce(self, job: EncodeJob, *, computed: bool) -> None:
         """Pins the embedding under a lease and sends the ticket. Nobody is waiting any more for an aborted job."""
-        if job.aborted:
-            return
-        entry = self._embeddings.hold(job.unit)
-        unit = job.unit.hash
-        lease = self._leases.grant(job.prefill, unit, lambda: self._embeddings.release(unit))
-        ticket = self._near.ticket(lease, "embedding", entry.blocks, job.unit.num_tokens)
-        self._near.out.send(job.prefill, Embedded(job.request_id, unit, ticket))
+        if not job.aborted:
+            near, reader = self._near, job.prefill
+            pinned = announcement(
+                near, self._embeddings, self._leases, job.unit, job.request_id, reader, computed=computed
+            )
+            near.out.send(reader, pinned)
 
     def _fail(self, job: EncodeJob, error: RequestError) -> None:
         if not job.aborted:

@@ -1,33 +1,44 @@
-"""Prefill: prompt to KV cache and first token, in chunks, over the prefix whose embeddings have arrived."""
+"""Prefill: prompts to KV and a first token, in chunks, over whatever part of the embeddings has arrived."""
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from triptych.core import Chunk, EncodeUnit, RequestId, SampledToken, Sequence, Status, UnitHash
+from triptych.core import Chunk, EncodeUnit, InstanceId, RequestId, SampledToken, Sequence, Status, UnitHash
 from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import FRONTEND, Embedded, Located, Prefilled, Submit, Ticket
+from triptych.messages import FRONTEND, Abort, Embedded, Located, Prefilled, Prefilling, Share, Submit, Wanted
 from triptych.routing import pick_decode
-from triptych.stages.base import Gone, Pull, Surroundings, foreseen_tokens, token_update
+from triptych.stages.base import Gone, Pull, Surroundings, announcement, foreseen_tokens, token_update
 
 
 @dataclass(slots=True)
 class PrefillJob:
-    """A sequence on its way through prefill, and the announced units that nobody has begun to pull for it."""
+    """A sequence on its way through prefill, and what is known about the embeddings that it needs."""
 
     sequence: Sequence
-    tickets: dict[UnitHash, Ticket] = field(default_factory=dict)
+    coming: set[UnitHash]  # somebody was told to announce them, and did not yet
+    held: dict[UnitHash, InstanceId]  # who seems to have others
+    tickets: dict[UnitHash, Embedded] = field(default_factory=dict)  # announced, and nobody began to pull them for it
     announced: set[UnitHash] = field(default_factory=set)  # units whose ticket came, used since or not
-    num_ready_spans: int = 0  # leading spans whose embeddings are here
+    asked: dict[UnitHash, InstanceId] = field(default_factory=dict)  # asked for since the request started, and whom
+    needed: dict[UnitHash, EncodeUnit] = field(default_factory=dict)  # referenced: a part of the prompt looks at them
+    sources: dict[UnitHash, str] = field(default_factory=dict)  # where units came from, if not from the cache
+    num_ready_spans: int = 0  # leading spans whose embeddings are here, or not needed
+    num_cached: int = 0  # leading tokens whose KV was found
+    decode: InstanceId | None = None  # where the KV goes, once that is decided
+    num_sent_ahead: int = 0  # leading blocks that it was told of
 
 
 class PrefillStage:
-    """FCFS. A request starts when it holds space for all its embeddings; then it takes KV blocks for its whole prompt.
-    Both in arrival order, the order of the encode instances too: what the oldest request waits for is never held by
-    one that waits for it. Requests that miss embeddings leave room for the decodes of this instance.
+    """FCFS. A request starts when it holds space for all embeddings that it needs; then it takes KV blocks for its
+    whole prompt. Both in arrival order, the order of the encode instances too: what the oldest request waits for is
+    never held by one that waits for it. Requests that miss embeddings leave room for the decodes of this instance.
+
+    What a prefix that is here covers is neither computed nor encoded nor transferred: a request that begins with one
+    takes all its blocks when it starts.
     """
 
     def __init__(
@@ -39,9 +50,11 @@ class PrefillStage:
         *,
         max_num_seqs: int,
         streamed: bool = True,
+        chunked_transfer: bool = True,
         whole_spans: bool = False,
     ) -> None:
         """`streamed`: prefill starts on the prefix that is ready; else it waits for all embeddings of a request.
+        `chunked_transfer`: KV is announced to decode after every chunk; else as a whole at the end.
         `whole_spans`: the model looks at an image as a whole (gemma3), so a chunk never ends inside one."""
         self._near = near
         self._kv = kv
@@ -49,12 +62,16 @@ class PrefillStage:
         self._leases = leases
         self._max_num_seqs = max_num_seqs
         self._streamed = streamed
+        self._chunked_transfer = chunked_transfer and not kv.state_blocks
         self._whole_spans = whole_spans
         self._waiting: deque[PrefillJob] = deque()
         self._started: dict[RequestId, PrefillJob] = {}  # in arrival order
         self._early: dict[RequestId, list[Embedded]] = {}  # announced before their request was submitted
-        self._pulling: dict[UnitHash, Ticket] = {}
+        self._pulling: dict[UnitHash, Embedded] = {}
         self._gone = Gone()
+        self.num_units: Counter[str] = Counter()  # of prefilled requests: cached, transferred, prefix
+        self.num_prompt_tokens = 0  # of requests that got their KV blocks
+        self.num_cached_tokens = 0  # of those: found in the KV cache
 
     @property
     def queues(self) -> dict[str, int]:
@@ -69,42 +86,59 @@ class PrefillStage:
 
     def admit(self, order: Submit) -> None:
         sequence = Sequence(
-            order.request_id, order.token_ids, order.num_prompt_tokens, order.sampling, order.units, order.spans
+            order.request_id,
+            order.token_ids,
+            order.num_prompt_tokens,
+            order.sampling,
+            order.units,
+            order.spans,
+            order.position_arguments,
+            order.prompt_hashes,
         )
         early = self._early.pop(order.request_id, [])
         refusal = self._never_fits(sequence)
-        if refusal is None:
-            tickets = {message.unit: message.ticket for message in early}
-            self._waiting.append(PrefillJob(sequence, tickets, set(tickets)))
+        if refusal is not None:
+            self._near.out.fail(order.request_id, refusal, status=400, code="request_too_large")
+            self._gone.add(order.request_id)
+            for message in early:
+                self._near.out.release(message.ticket)
             return
-        self._near.out.fail(order.request_id, refusal, status=400, code="request_too_large")
-        self._gone.add(order.request_id)
+        job = PrefillJob(sequence, set(order.ordered), dict(order.held))
+        self._waiting.append(job)
         for message in early:
-            self._near.out.release(message.ticket)
+            self._announced(job, message)
 
     def embedded(self, message: Embedded) -> None:
         """A unit can be pulled. Kept for a request that is not submitted yet: messages of two senders may overtake
         each other; `abort` forgets it."""
         job = self._started.get(message.request_id) or self._find_waiting(message.request_id)
-        if job is None and message.request_id not in self._gone:
-            self._early.setdefault(message.request_id, []).append(message)
-        elif job is None or message.unit in job.announced or self._near.is_stale(message.ticket):
+        if job is not None:
+            self._announced(job, message)
+        elif message.request_id in self._gone:
             self._near.out.release(message.ticket)
         else:
-            job.tickets[message.unit] = message.ticket
-            job.announced.add(message.unit)
-            if job.sequence.status is not Status.WAITING:
-                self._fetch(message.unit)
+            self._early.setdefault(message.request_id, []).append(message)
+
+    def share(self, order: Share) -> None:
+        """Another instance needs a unit that was seen here."""
+        unit, near = order.unit, self._near
+        if self._embeddings.cache.is_ready(unit.hash) and self._embeddings.can_hold([unit]):
+            pinned = announcement(
+                near, self._embeddings, self._leases, unit, order.request_id, order.prefill, computed=False
+            )
+            near.out.send(order.prefill, pinned)
+        else:
+            near.out.send(FRONTEND, Wanted(order.request_id, unit.hash))
 
     def pulled(self, unit: UnitHash, error: Exception | None) -> None:
         """A pull settled. After an error another request's ticket for the same unit is tried; if there is none, the
-        requests that had theirs fail, and those that still expect one go on waiting for it."""
+        requests that had theirs fail, and the others go on waiting for theirs."""
         entry = self._embeddings.cache.find(unit)
         assert entry is not None and entry.writing, f"a pull of unit {unit.hex()} settled that was never started"
         entry.writing = False
         entry.ready = error is None
         self._embeddings.release(unit)
-        self._near.out.release(self._pulling.pop(unit))
+        self._near.out.release(self._pulling.pop(unit).ticket)
         if self._embeddings.cache.find(unit) is not None:
             self._fetch(unit)
         if error is not None and unit not in self._pulling:
@@ -126,9 +160,15 @@ class PrefillStage:
             if job is None:
                 return
             self._waiting.remove(job)
-        for ticket in job.tickets.values():
-            self._near.out.release(ticket)
+        self._give_back(job, list(job.tickets))
         job.sequence.status = Status.FINISHED
+
+    def lost(self, instance: InstanceId) -> None:
+        """An instance that was asked to share something is gone."""
+        for job in [*self._waiting, *self._started.values()]:
+            for unit in [unit for unit, whom in job.asked.items() if whom == instance]:
+                job.asked[unit] = FRONTEND
+                self._near.out.send(FRONTEND, Wanted(job.sequence.request_id, unit))
 
     # ---- schedule, commit
 
@@ -155,16 +195,19 @@ class PrefillStage:
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_computed += chunk.length
+            self._kv.seal(sequence)
             if token is not None:
                 self._complete(self._started.pop(sequence.request_id), token)
+            elif self._chunked_transfer:
+                self._send_ahead(self._started[sequence.request_id])
 
-    # ---- inside
+    # ---- starting
 
     def _never_fits(self, sequence: Sequence) -> str | None:
         needed, there = len(sequence.token_ids) + 1, self._kv.max_tokens
         if needed > there:
             return f"the request needs KV space for {needed} tokens, the pool has {there}"
-        blocks = sum(self._embeddings.cache.num_blocks_of(unit) for unit in _distinct(sequence))
+        blocks = sum(self._embeddings.cache.num_blocks_of(unit) for unit in _distinct(sequence.units))
         if blocks > self._embeddings.max_blocks:
             return f"the request's media need {blocks} embedding blocks, the pool has {self._embeddings.max_blocks}"
         return None
@@ -176,68 +219,171 @@ class PrefillStage:
         while self._waiting and len(self._started) < self._max_num_seqs:
             job = self._waiting[0]
             sequence = job.sequence
-            if not self._embeddings.can_hold(sequence.units):
+            found = self._found_prefix(sequence)
+            # Who waits for KV here waits for decodes, for readers, or for requests that started before: they all go on.
+            if found and not self._kv.can_admit(sequence, len(sequence.token_ids), found):
+                break
+            needed = _units_behind(sequence, len(found) * self._kv.block_tokens)
+            if not self._embeddings.can_hold(list(needed.values())):
                 break
             self._waiting.popleft()
-            for unit in _distinct(sequence):
-                self._embeddings.hold(unit)
-            sequence.status = Status.RUNNING
-            self._started[sequence.request_id] = job
-            for unit_hash in list(job.tickets):
-                self._fetch(unit_hash)
+            if found:
+                self._take_kv(job, found)
+            self._start(job, needed)
+
+    def _start(self, job: PrefillJob, needed: dict[UnitHash, EncodeUnit]) -> None:
+        sequence = job.sequence
+        job.needed = needed
+        for unit in needed.values():
+            self._embeddings.hold(unit)
+        hashes = {sequence.units[span.unit].hash for span in sequence.spans}
+        job.sources = dict.fromkeys(hashes - needed.keys(), "prefix")
+        sequence.status = Status.RUNNING
+        self._started[sequence.request_id] = job
+        self._give_back(job, [unit for unit in job.tickets if unit not in needed])
+        for hash_ in needed:
+            self._embeddings.cache.num_hits += self._embeddings.cache.is_ready(hash_)
+            self._bring(job, hash_)
+
+    def _found_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks that a request may begin with: the last token is always computed, because it is sampled from. None for
+        a request that would have to wait with them for embeddings, where too many do that already."""
+        found = self._kv.find(sequence.prompt_hashes, len(sequence.token_ids) - 1)
+        needed = _units_behind(sequence, len(found) * self._kv.block_tokens)
+        if not found or all(map(self._embeddings.cache.is_ready, needed)):
+            return found
+        waiting = self._num_waiting_blocks() + self._kv.num_blocks_for(len(sequence.token_ids))
+        return found if self._kv.can_wait_with(waiting) else []
+
+    def _num_waiting_blocks(self) -> int:
+        return sum(len(job.sequence.block_table) for job in self._started.values() if not self._is_complete(job))
 
     def _hold_kv(self) -> None:
         """Gives started requests blocks for their whole prompt, oldest first. One whose embeddings are not all here
         may be passed by younger ones: if it took the blocks, it would wait with them for another instance."""
-        num_waiting = sum(len(job.sequence.block_table) for job in self._started.values() if not self._is_complete(job))
+        num_waiting = self._num_waiting_blocks()
         for job in self._started.values():
             sequence = job.sequence
             if sequence.block_table:
                 continue
-            needed = self._kv.num_missing(sequence, len(sequence.token_ids))
-            if not self._is_complete(job):
+            found: list[int] = []
+            if self._is_complete(job):
+                found = self._kv.find(sequence.prompt_hashes, len(sequence.token_ids) - 1)
+            else:
+                needed = self._kv.num_missing(sequence, len(sequence.token_ids))
                 if not self._streamed or not self._kv.can_wait_with(num_waiting + needed):
                     continue
                 num_waiting += needed
-            if not self._kv.can_admit(sequence, len(sequence.token_ids)):
+            if not self._kv.can_admit(sequence, len(sequence.token_ids), found):
                 break
-            self._kv.hold(sequence, len(sequence.token_ids))
+            self._take_kv(job, found)
+
+    def _take_kv(self, job: PrefillJob, found: list[int]) -> None:
+        sequence = job.sequence
+        self._kv.hold(sequence, len(sequence.token_ids), found)
+        job.num_cached = sequence.num_computed
+        self.num_prompt_tokens += len(sequence.token_ids)
+        self.num_cached_tokens += job.num_cached
+
+    # ---- embeddings
+
+    def _announced(self, job: PrefillJob, message: Embedded) -> None:
+        """Takes a ticket where it is of use now or will be; else gives it back."""
+        unit, started = message.unit, job.sequence.status is not Status.WAITING
+        job.coming.discard(unit)
+        job.asked.pop(unit, None)
+        useless = unit in job.announced or self._near.is_stale(message.ticket) or (started and unit not in job.needed)
+        if useless or (not started and self._is_asking):
+            self._near.out.release(message.ticket)
+            return
+        job.tickets[unit] = message
+        job.announced.add(unit)
+        if started:
+            self._fetch(unit)
+
+    def _bring(self, job: PrefillJob, unit: UnitHash) -> None:
+        """Makes sure that a unit which a started request needs is here or on its way."""
+        entry = self._embeddings.cache.find(unit)
+        assert entry is not None, f"unit {unit.hex()} is needed by a started request that holds no space for it"
+        if unit in job.tickets:
+            self._fetch(unit)
+        elif (
+            not entry.ready and not entry.writing and not any(unit in other.coming for other in self._started.values())
+        ):
+            self._ask(job, unit)
 
     def _fetch(self, unit: UnitHash) -> None:
-        """Brings a unit nearer that a started request holds space for: begins a pull, unless it is there or coming."""
+        """Begins a pull of a unit that is announced to started requests, unless it is here or already coming."""
         entry = self._embeddings.cache.find(unit)
         assert entry is not None, f"unit {unit.hex()} is announced to a started request that holds no space for it"
         holders = [job for job in self._started.values() if unit in job.tickets]
         if entry.ready:
             for job in holders:
-                self._near.out.release(job.tickets.pop(unit))
+                if job.tickets[unit].computed:
+                    job.sources[unit] = "computed"
+                self._near.out.release(job.tickets.pop(unit).ticket)
         elif holders and not entry.writing:
-            ticket = holders[0].tickets.pop(unit)
-            needed = next(u for u in holders[0].sequence.units if u.hash == unit)
-            self._embeddings.hold(needed)  # the pull's own reference: an abort must not free what is being written
+            job = holders[0]
+            message = job.tickets.pop(unit)
+            job.sources[unit] = "computed" if message.computed else "transferred"
+            self._embeddings.hold(job.needed[unit])  # the pull's own: an abort must not free what is being written
             entry.writing = True
-            self._pulling[unit] = ticket
-            self._near.out.pulls.append(Pull(unit, ticket, entry.blocks))
+            self._pulling[unit] = message
+            self._near.out.pulls.append(Pull(unit, message.ticket, entry.blocks))
+
+    def _ask(self, job: PrefillJob, unit: UnitHash) -> None:
+        """Nobody is about to announce a unit that a started request holds space for: it was thought to be here, or its
+        ticket had to be given back. What it asks for comes behind the orders of younger requests, so these must not
+        fill the encode instances meanwhile: their tickets go back, and are asked for when their turn comes."""
+        request_id, near = job.sequence.request_id, self._near
+        holder = job.held.pop(unit, near.instance)
+        job.coming.add(unit)
+        if holder != near.instance and holder in near.table.peers:
+            job.asked[unit] = holder
+            near.out.send(holder, Share(request_id, job.needed[unit], near.instance))
+        else:
+            job.asked[unit] = FRONTEND
+            near.out.send(FRONTEND, Wanted(request_id, unit))
+        for waiting in self._waiting:
+            waiting.announced.difference_update(waiting.tickets)
+            self._give_back(waiting, list(waiting.tickets))
+
+    @property
+    def _is_asking(self) -> bool:
+        return any(job.asked for job in self._started.values())
+
+    def _give_back(self, job: PrefillJob, units: Iterable[UnitHash]) -> None:
+        for unit in units:
+            self._near.out.release(job.tickets.pop(unit).ticket)
+
+    def _let_go(self, job: PrefillJob) -> None:
+        for unit in job.needed:
+            self._embeddings.release(unit)
+        job.needed = {}
+
+    # ---- chunks
 
     def _next_length(self, job: PrefillJob, budget: int) -> int:
         """How many tokens of a started request can run now: up to the first placeholder that has no embedding yet."""
         sequence, spans = job.sequence, job.sequence.spans
         if not sequence.block_table:
             return 0
-        ready_end = len(sequence.token_ids) if self._is_complete(job) else spans[job.num_ready_spans].start
+        complete = self._is_complete(job)
+        if not complete and not self._streamed:
+            return 0
+        ready_end = len(sequence.token_ids) if complete else spans[job.num_ready_spans].start
         end = min(ready_end, sequence.num_computed + budget)
         if self._whole_spans:
             end = self._outside_spans(sequence, end)
         return end - sequence.num_computed
 
     def _is_complete(self, job: PrefillJob) -> bool:
-        """Whether all embeddings of a started request are here. Once here, they stay: the request refers to them."""
+        """Whether all embeddings that a started request needs are here. Once here, they stay: it refers to them."""
         sequence, spans = job.sequence, job.sequence.spans
         while job.num_ready_spans < len(spans):
             unit = sequence.units[spans[job.num_ready_spans].unit].hash
-            if not self._is_ready(unit):
-                if unit in job.tickets:  # what was writing it, an encode step of another request, failed
-                    self._fetch(unit)
+            if unit in job.needed and not self._embeddings.cache.is_ready(unit):
+                self._bring(job, unit)  # what was writing it, a step or a pull of another request, may have failed
                 return False
             job.num_ready_spans += 1
         return True
@@ -259,41 +405,71 @@ class PrefillStage:
                 chunk.embedding_blocks[span.unit] = entry.blocks
         return chunk
 
-    def _is_ready(self, unit: UnitHash) -> bool:
-        entry = self._embeddings.cache.find(unit)
-        return entry is not None and entry.ready
+    # ---- handing on
 
     def _complete(self, job: PrefillJob, token: SampledToken) -> None:
         """The prompt is computed and its first token sampled: report it, and hand the KV on unless this was all."""
         sequence = job.sequence
         self._gone.add(sequence.request_id)
         self._let_go(job)
-        for ticket in job.tickets.values():
-            self._near.out.release(ticket)
+        self._give_back(job, list(job.tickets))
+        for unit in _distinct(sequence.units):
+            self.num_units[job.sources.get(unit.hash, "cached")] += 1
         sequence.token_ids.append(token.token_id)
         finish = self._near.finish_of(sequence)
-        self._near.out.tokens.append(token_update(sequence, finish, token.logprobs))
+        self._near.out.tokens.append(token_update(sequence, finish, token.logprobs, job.num_cached))
         if finish is None:
-            self._hand_on(sequence)
+            self._hand_on(job)
         else:
+            if job.num_sent_ahead and job.decode is not None:
+                self._near.out.send(job.decode, Abort(sequence.request_id))  # it has no use for what it was sent
             self._kv.free(sequence)
             sequence.status = Status.FINISHED
 
-    def _hand_on(self, sequence: Sequence) -> None:
-        """Leases the KV to a decode instance picked from the newest table; this one, if no other is less loaded."""
+    def _send_ahead(self, job: PrefillJob) -> None:
+        """Tells decode of the blocks that are full by now: only the tail is left to move after the last chunk."""
+        sequence, near = job.sequence, self._near
+        num_full = sequence.num_computed // self._kv.block_tokens
+        if foreseen_tokens(sequence) <= 1 or num_full == job.num_sent_ahead or self._decode_of(job) in (None, near.instance):
+            return
+        assert job.decode is not None
+        if not job.num_sent_ahead:
+            near.out.send(FRONTEND, Located(sequence.request_id, job.decode))
+        job.num_sent_ahead = num_full
+        blocks = sequence.block_table[:num_full]
+        self._kv.share(blocks)  # the reader's: an abort must not free what is being read
+        lease = self._leases.grant(job.decode, sequence.request_id, lambda: self._kv.give_back(blocks))
+        ticket = near.ticket(lease, "kv", blocks, num_full * self._kv.block_tokens)
+        num_tokens = len(sequence.token_ids)
+        near.out.send(job.decode, Prefilling(sequence.request_id, num_tokens, sequence.prompt_hashes, ticket))
+
+    def _decode_of(self, job: PrefillJob) -> InstanceId | None:
+        """Who decodes it: picked once, again if that one is gone. None where there is none: then the request fails."""
         near, loads = self._near, self._near.decode_loads
-        try:
-            decode = pick_decode(near.table, loads, near.instance).id
-        except RequestError as error:
-            near.out.fail(sequence.request_id, str(error), error.status, error.code)
+        if job.decode is None or job.decode not in near.table.peers:
+            try:
+                job.decode = pick_decode(near.table, loads, near.instance).id
+            except RequestError:
+                return None
+            loads[job.decode] = loads.get(job.decode, 0.0) + foreseen_tokens(job.sequence) * near.decode_pace_s
+            job.num_sent_ahead = 0
+        return job.decode
+
+    def _hand_on(self, job: PrefillJob) -> None:
+        """Leases the KV to a decode instance picked from the newest table; this one, if no other is less loaded."""
+        near, sequence = self._near, job.sequence
+        decode = self._decode_of(job)
+        if decode is None:
+            text = "no instance serves decode at the moment"
+            near.out.fail(sequence.request_id, text, status=503, code="unavailable")
             self._kv.free(sequence)
             sequence.status = Status.FINISHED
             return
-        loads[decode] = loads.get(decode, 0.0) + foreseen_tokens(sequence) * near.decode_pace_s
         sequence.status = Status.LEASED
         lease = self._leases.grant(decode, sequence, lambda: self._kv.free(sequence))
         ticket = near.ticket(lease, "kv", sequence.block_table, sequence.num_computed)
-        near.out.send(FRONTEND, Located(sequence.request_id, decode))
+        if not job.num_sent_ahead:
+            near.out.send(FRONTEND, Located(sequence.request_id, decode))
         near.out.send(
             decode,
             Prefilled(
@@ -302,14 +478,17 @@ class PrefillStage:
                 sequence.num_prompt_tokens,
                 sequence.sampling,
                 sequence.rope_delta,
+                sequence.prompt_hashes,
                 ticket,
             ),
         )
 
-    def _let_go(self, job: PrefillJob) -> None:
-        for unit in _distinct(job.sequence):
-            self._embeddings.release(unit.hash)
+
+def _distinct(units: Iterable[EncodeUnit]) -> Iterator[EncodeUnit]:
+    return iter({unit.hash: unit for unit in units}.values())
 
 
-def _distinct(sequence: Sequence) -> Iterator[EncodeUnit]:
-    return iter({unit.hash: unit for unit in sequence.units}.values())
+def _units_behind(sequence: Sequence, num_tokens: int) -> dict[UnitHash, EncodeUnit]:
+    """Distinct units of which rows stand behind the first `num_tokens` tokens."""
+    spans = [span for span in sequence.spans if span.start + span.length > num_tokens]
+    return {sequence.units[span.unit].hash: sequence.units[span.unit] for span in spans}

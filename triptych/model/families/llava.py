@@ -1,13 +1,22 @@
 """LLaVA 1.5: every picture is cropped to the same square and becomes the same number of tokens."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from triptych.errors import ConfigError
-from triptych.model.families.base import Family, ImageLayout, ItemLayout, UnitLayout, edge, require_equal, square
+from triptych.model.families.base import (
+    Family,
+    ImageModality,
+    ItemLayout,
+    Modality,
+    Parts,
+    edge,
+    require_equal,
+    square,
+)
+from triptych.model.headers import ImageHeader
 
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # features of a tower that are no patch
 
@@ -17,35 +26,45 @@ class Llava(Family):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        tower = config.vision_config.model_type
-        if tower not in _CLASS_TOKENS:
-            raise ConfigError(f"llava with a vision tower of type {tower} is not supported: its layout is another one")
+        refuse_other_towers(config)
 
-    def image_layout(
-        self, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
-    ) -> ImageLayout:
-        vision = self.config.vision_config
-        side, patch_size = square(vision.image_size), square(vision.patch_size)
-        pixels = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    def modalities(self, parts: Parts) -> Sequence[Modality]:
+        processor, side = parts.image_processor, square(self.config.vision_config.image_size)
+        pixels = processor.crop_size if processor.do_center_crop else processor.size
         require_equal("picture height", edge(pixels, "height"), side)
         require_equal("picture width", edge(pixels, "width"), side)
-        class_tokens = _CLASS_TOKENS[vision.model_type]
-        strategy = self.config.vision_feature_select_strategy
-        require_equal("patch_size", arguments.get("patch_size") or patch_size, patch_size)
-        require_equal(
-            "num_additional_image_tokens", arguments.get("num_additional_image_tokens", class_tokens), class_tokens
+        return [_OneSquare(processor, parts.token(self.config.image_token_id), rows_of_square(self.config, parts))]
+
+
+def refuse_other_towers(config: PreTrainedConfig) -> None:
+    """Raises ConfigError for a tower that might make another number of features of a square."""
+    tower = config.vision_config.model_type
+    if tower not in _CLASS_TOKENS:
+        raise ConfigError(
+            f"{config.model_type} with a vision tower of type {tower} is not supported: its layout is another one"
         )
-        require_equal(
-            "vision_feature_select_strategy", arguments.get("vision_feature_select_strategy") or strategy, strategy
-        )
-        num_tokens = (side // patch_size) ** 2 + class_tokens - (strategy == "default")
-        return _OneSquare(self._token(tokenizer, self.image_token_id), num_tokens)
 
 
-class _OneSquare(ImageLayout):
-    def __init__(self, image_token: str, num_tokens: int) -> None:
-        super().__init__(image_token)
-        self._layout = ItemLayout.of(image_token, [num_tokens], (UnitLayout(num_tokens),))
+def rows_of_square(config: PreTrainedConfig, parts: Parts) -> int:
+    """How many features the tower's square becomes. Raises ConfigError where the processor counts others."""
+    vision, arguments = config.vision_config, parts.arguments
+    patch_size, strategy = square(vision.patch_size), config.vision_feature_select_strategy
+    class_tokens = _CLASS_TOKENS[vision.model_type]
+    require_equal("patch_size", arguments.get("patch_size") or patch_size, patch_size)
+    require_equal(
+        "num_additional_image_tokens", arguments.get("num_additional_image_tokens", class_tokens), class_tokens
+    )
+    require_equal(
+        "vision_feature_select_strategy", arguments.get("vision_feature_select_strategy") or strategy, strategy
+    )
+    without_class: bool = strategy == "default"
+    return (square(vision.image_size) // patch_size) ** 2 + class_tokens - without_class
 
-    def _lay_out(self, width: int, height: int) -> ItemLayout:
+
+class _OneSquare(ImageModality):
+    def __init__(self, processor: BaseImageProcessor, token: str, num_tokens: int) -> None:
+        super().__init__(processor, token)
+        self._layout = self.item([num_tokens], [num_tokens])
+
+    def _lay_out(self, header: ImageHeader, num_items: int) -> ItemLayout:
         return self._layout
