@@ -81,7 +81,7 @@ def make_request(
         units,
         spans,
         make_sampling(max_tokens),
-        prompt_hashes=prompt_hashes(b"", token_ids, units, spans, BLOCK_TOKENS) if hashed else BlockHashes(),
+        prompt_hashes=prompt_hashes(b"root", token_ids, units, spans, BLOCK_TOKENS) if hashed else BlockHashes(),
         ordered=tuple(unit.hash for unit in units) if ordered else (),
     )
 

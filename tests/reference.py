@@ -150,9 +150,11 @@ def _without_video(full_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
     class ImagesAndAudio(full_class):
         def __init__(self, image_processor=None, feature_extractor=None, tokenizer=None, chat_template=None):
-            for kind in ("image", "video", "audio"):
+            marks = ("vision_bos", "vision_eos", "audio_bos", "audio_eos")
+            for kind in ("image", "video", "audio", *marks):
                 setattr(self, f"{kind}_token", getattr(tokenizer, f"{kind}_token"))
                 setattr(self, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
+            self.video_processor = image_processor  # some versions ask for its numbers whatever there is in the prompt
             ProcessorMixin.__init__(self, image_processor, feature_extractor, tokenizer, chat_template=chat_template)
 
     return ImagesAndAudio if "feature_extractor" in takes else ImagesOnly
@@ -175,14 +177,16 @@ class _VoxtralByText(ProcessorMixin):
 
     def __call__(self, text, audio=(), **arguments):
         extractor = self.feature_extractor
+        as_its_own = {
+            "sampling_rate": extractor.sampling_rate,
+            "padding": True,
+            "truncation": False,
+            "pad_to_multiple_of": extractor.n_samples,
+            "max_source_positions": extractor.nb_max_frames,
+            "return_tensors": "pt",
+        }
         features = [
-            transformers.VoxtralProcessor._retrieve_input_features(
-                self,
-                [clip],
-                **transformers.VoxtralProcessor.audio_kwargs
-                | {"pad_to_multiple_of": extractor.n_samples, "max_source_positions": extractor.nb_max_frames},
-            )
-            for clip in audio
+            transformers.VoxtralProcessor._retrieve_input_features(self, [clip], **as_its_own) for clip in audio
         ]
         pieces = text[0].split("[AUDIO]")
         runs = ["[BEGIN_AUDIO]" + "[AUDIO]" * (len(windows) * self.rows_per_window) for windows in features]

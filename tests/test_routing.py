@@ -106,6 +106,35 @@ def test_loads_of_the_caller_are_left_as_they_are():
     assert loads == {"e0": 1.0}
 
 
+def test_a_unit_goes_to_the_encode_instance_that_holds_it_however_busy_that_is():
+    unit, other = make_unit("held"), make_unit("other")
+    held = {unit.hash: {"e1", "p0"}}
+    table = make_table(e0="e", e1="e", p0="p")
+    assert assign_units(table, [unit, other], {"e1": 9.0}, 1.0, holders=held) == {unit.hash: "e1", other.hash: "e0"}
+
+
+def test_of_several_holders_the_least_busy_one_is_taken_and_one_that_is_gone_or_cannot_encode_is_none():
+    unit = make_unit("held")
+    table = make_table(e0="e", e1="e", e2="e", p0="p")
+    assert assign_units(table, [unit], {"e0": 2.0, "e1": 1.0}, 1.0, holders={unit.hash: {"e0", "e1"}}) == {unit.hash: "e1"}
+    assert assign_units(table, [unit], {"e0": 2.0}, 1.0, holders={unit.hash: {"e9", "p0"}}) == {unit.hash: "e1"}
+
+
+def test_what_is_held_costs_nothing_and_does_not_push_other_units_away():
+    units = [make_unit(f"u{i}") for i in range(3)]
+    held = {units[0].hash: ["e0"]}
+    assigned = assign_units(make_table(e0="e", e1="e"), units, {}, 1.0, holders=held)
+    assert sorted([assigned[units[1].hash], assigned[units[2].hash]]) == ["e0", "e1"]
+
+
+def test_without_spreading_all_units_go_to_the_least_loaded_instance_but_held_ones_stay():
+    units = [make_unit(f"u{i}") for i in range(5)]
+    held = {units[0].hash: {"e0"}}
+    table = make_table(e0="e", e1="e", e2="e")
+    assigned = assign_units(table, units, {"e0": 1.0, "e2": 2.0}, 1.0, holders=held, spread=False)
+    assert [assigned[unit.hash] for unit in units] == ["e0", "e1", "e1", "e1", "e1"]
+
+
 def test_units_without_an_encode_instance_get_503_and_no_units_need_none():
     with pytest.raises(RequestError) as caught:
         assign_units(make_table(p0="p"), [make_unit()], {}, 1.0)

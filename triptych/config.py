@@ -71,6 +71,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     inbox: str  # address this instance listens on
     frontend: str  # address of the frontend's inbox
     threads: Count  # CPU threads for tensor work
+    niceness: Annotated[int, Meta(ge=0, le=19)] = 0  # what its threads are worth where they share cores with others
     transfer: TransferMode
     model: ModelConfig
     memory: MemoryConfig

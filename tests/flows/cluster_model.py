@@ -479,7 +479,7 @@ class Cluster:
             return  # refused here; without more blocks, prefill itself has to
         prefill = pick(self.table, Stage.PREFILL, self.sent[Stage.PREFILL]).id
         self.sent[Stage.PREFILL][prefill] += len(token_ids)
-        hashes = prompt_hashes(b"", token_ids, units, spans, BLOCK_TOKENS)
+        hashes = prompt_hashes(b"root", token_ids, units, spans, BLOCK_TOKENS)
         distinct = {unit.hash: unit for unit in units}
         missing, held = self._look_up(prefill, distinct, hashes.blocks)
         encoders = self._assign(list(missing.values()))

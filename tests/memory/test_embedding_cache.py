@@ -49,6 +49,31 @@ def test_cached_entries_are_evicted_oldest_first():
     assert cache.find(old.hash) is None
     assert cache.find(new.hash) is not None
     assert cache.num_evicted == 1
+    assert cache.evicted == [old.hash], "the frontend is told"
+
+
+def test_a_free_block_is_taken_before_anything_is_evicted():
+    cache = EmbeddingCache(4, 4)
+    fill(cache, make_unit("old", 8))
+    cache.hold(make_unit("next", 8))
+    assert cache.evicted == []
+
+
+def test_what_is_referenced_is_never_evicted():
+    cache = EmbeddingCache(4, 4)
+    held = make_unit("held", 8)
+    fill(cache, held)
+    cache.hold(held)
+    fill(cache, make_unit("idle", 8))
+    assert not cache.can_hold([make_unit("next", 9)])
+    cache.hold(make_unit("next", 8))
+    assert cache.is_ready(held.hash)
+
+
+def test_two_units_of_other_content_never_get_the_same_blocks():
+    cache = EmbeddingCache(6, 4)
+    entries = [cache.hold(make_unit(name, 8)) for name in "abc"]
+    assert len({block for entry in entries for block in entry.blocks}) == 6
 
 
 def test_a_unit_that_never_became_ready_is_dropped_with_its_last_reference():

@@ -85,9 +85,7 @@ def make_request(family: str, index: int, new_tokens: int = 10) -> Request:
     return expand(folder, [{"role": "user", "content": parts}], items, pictures, new_tokens)
 
 
-def expand(
-    folder: Path, messages: Messages, items: list[Item], files: list[bytes], new_tokens: int = 10
-) -> Request:
+def expand(folder: Path, messages: Messages, items: list[Item], files: list[bytes], new_tokens: int = 10) -> Request:
     """A conversation with media in it. `items` and `files` are those of its parts, in order."""
     processor = processor_of(folder)
     answer = reference(folder, messages, new_tokens)

@@ -1,5 +1,6 @@
 """Small videos whose frames tell their own number."""
 
+import io
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -75,8 +76,8 @@ def write(
     with tempfile.TemporaryDirectory() as folder:  # some containers are finished by a second look at the file
         path = Path(folder) / "clip"
         with av.open(str(path), "w", format=container, options=dict(options)) as output:
-            codec_options = {"x264-params": "log-level=none"} if encoder == "libx264" else {}
-            stream: Any = output.add_stream(encoder, rate=fps, options=codec_options)
+            quiet = {"x264-params": "log-level=none"} if encoder == "libx264" else {}
+            stream: Any = output.add_stream(encoder, rate=fps, options=quiet)
             stream.height, stream.width = pictures[0].shape[:2]
             stream.pix_fmt = pixels
             if gop is not None:
@@ -99,4 +100,20 @@ def sound(container: str = "mp4", encoder: str = "aac") -> bytes:
             frame.sample_rate = 16000
             output.mux(stream.encode(frame))
             output.mux(stream.encode(None))
+        return path.read_bytes()
+
+
+def trimmed(data: bytes, num_hidden: int) -> bytes:
+    """The same MP4 with an edit list that starts behind the first `num_hidden` of its frames, which stay in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip"
+        options = {"avoid_negative_ts": "disabled", "use_editlist": "1"}
+        with av.open(io.BytesIO(data)) as source, av.open(str(path), "w", format="mp4", options=options) as output:
+            video: Any = source.streams.video[0]
+            stream = output.add_stream_from_template(video)
+            ticks = round(num_hidden / video.average_rate / video.time_base)
+            for packet in source.demux(video):
+                if packet.pts is not None and packet.dts is not None:
+                    packet.pts, packet.dts, packet.stream = packet.pts - ticks, packet.dts - ticks, stream
+                    output.mux(packet)
         return path.read_bytes()

@@ -69,10 +69,11 @@ def encoded_as(
     *,
     layout: str = "mono",
     options: dict[str, str] | None = None,
+    codec_options: dict[str, str] | None = None,
 ) -> bytes:
     out = io.BytesIO()
     with av.open(out, "w", format=container, options=options or {}) as file:
-        stream = file.add_stream(codec, rate=rate, layout=layout)
+        stream = file.add_stream(codec, rate=rate, layout=layout, options=codec_options or {})
         stream.codec_context.open()
         frame = av.AudioFrame.from_ndarray(np.stack([samples] * stream.layout.nb_channels), "fltp", layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -309,3 +310,32 @@ def test_a_feature_extractor_that_does_not_fit_is_refused(
     file.write_text(json.dumps(json.loads(file.read_text()) | {argument: value}))
     with pytest.raises(ConfigError):
         Processor.load(folder)
+
+
+def test_a_checkpoint_that_can_speak_as_well_is_served_by_its_thinker(tmp_path: Path) -> None:
+    """In the layout of the hub: an older one, every name behind `thinker.`, and the talker beside it."""
+    folder = shutil.copytree(checkpoint("qwen2_5_omni"), tmp_path / "omni")
+    thinker = json.loads((folder / "config.json").read_text()) | {"architectures": ["AnyName"]}
+    whole = {"model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniModel"], "thinker_config": thinker}
+    (folder / "config.json").write_text(json.dumps(whole))
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {"thinker." + _old_name(name): tensor for name, tensor in tensors.items()}
+    save_file(renamed | {"talker.x": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    clip = noise(16_000)
+    messages, items = conversation([clip]), [("audio", AudioHeader(len(clip), RATE))]
+    processor = Processor.load(folder)
+    prompt = processor.expand(processor.render(_without_samples(messages)), items)
+    assert prompt == processor_of(checkpoint("qwen2_5_omni")).expand(
+        processor.render(_without_samples(messages)), items
+    )
+    for role in (Role.E, Role.P, Role.EPD):
+        state = load_model(model_config(folder), role).state_dict()
+        expected = load_model(model_config(checkpoint("qwen2_5_omni")), role).state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def _old_name(name: str) -> str:
+    for part in ("audio_tower", "visual"):
+        name = name.replace(f"model.{part}", part)
+    return name.replace("model.language_model", "model")

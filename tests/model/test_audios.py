@@ -41,6 +41,20 @@ def test_header_and_decoder_agree_on_the_number_of_samples(data: st.DataObject, 
         assert len(samples) == math.ceil(num_samples * wanted / rate)
 
 
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(FORMATS)))
+def test_damaged_files_are_refused_or_have_the_announced_number_of_samples(data: st.DataObject, name: str) -> None:
+    file = bytearray(encoded(name, noise(30_000), FORMATS[name].rates[0]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        header = read_audio_header(bytes(file), 16_000)
+        samples = decode_audio(bytes(file), 16_000)
+    except RequestError:
+        return
+    assert len(samples) == header.num_samples > 0
+
+
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_a_decoded_file_sounds_like_what_was_encoded(name: str) -> None:
     rate = FORMATS[name].rates[-1]
@@ -147,6 +161,7 @@ def test_too_many_channels_are_refused() -> None:
 @pytest.mark.parametrize("read", TWICE)
 def test_a_codec_that_is_not_served_is_refused_by_name(read: object) -> None:
     assert "adpcm_ima_wav" in refusal(encoded_as("wav", "adpcm_ima_wav", noise(9_000), 16_000), read)
+    assert "not supported" in refusal(wav_header(2_000, 16_000, kind=0x1234) + bytes(2_000), read)
     assert "ac3" in refusal(encoded_as("matroska", "ac3", noise(9_000), 48_000), read)
 
 
@@ -187,6 +202,42 @@ def test_recordings_whose_length_was_never_written_are_served() -> None:
         assert read_audio_header(wav_header(announced, 16_000) + data, 16_000).num_samples == 4_000
     live = encoded_as("webm", "libopus", noise(96_000), 48_000, options={"live": "1"})
     assert abs(len(decode_audio(live, 16_000)) - 32_000) < 700
+
+
+@pytest.mark.parametrize("name", ["mp3", "wav", "flac", "aac"])
+def test_tags_around_the_sound_change_nothing(name: str) -> None:
+    file = encoded(name, noise(50_000), 44_100)
+    text = b"Title, Info and Xing".ljust(500)
+    front = b"ID3\x04\0\0" + bytes([0, 0, len(text) >> 7, len(text) & 127]) + text
+    tagged = front + file if name in ("mp3", "flac", "aac") else file
+    if name == "mp3":
+        tagged += b"TAG".ljust(128, b" ")
+    if name == "wav":
+        tagged += b"LIST\x08\0\0\0INFOabcd"
+    np.testing.assert_array_equal(decode_audio(tagged, 16_000), decode_audio(file, 16_000))
+    assert read_audio_header(tagged, 16_000) == read_audio_header(file, 16_000)
+
+
+def test_an_mp3_file_that_does_not_say_how_long_it_is_is_served() -> None:
+    """With a bit rate that changes, FFmpeg's guess from the first frames can be far off."""
+    quiet, loud = np.zeros(44_100 * 3, np.float32), noise(44_100 * 3)
+    for samples in (np.concatenate([quiet, loud]), np.concatenate([loud, quiet])):
+        file = encoded_as(
+            "mp3",
+            "libmp3lame",
+            samples,
+            44_100,
+            options={"write_xing": "0", "id3v2_version": "0"},
+            codec_options={"flags": "+qscale", "global_quality": "118"},
+        )
+        assert b"Xing" not in file and b"Info" not in file
+        assert abs(read_audio_header(file, 16_000).num_samples - 96_000) < 2_000
+
+
+@pytest.mark.parametrize("read", TWICE)
+def test_a_file_whose_rate_changes_on_the_way_is_refused(read: object) -> None:
+    parts = [encoded("mp3", noise(20_000), rate) for rate in (44_100, 48_000)]
+    assert "change" in refusal(b"".join(part[part.index(b"\xff\xfb") :] for part in parts), read)
 
 
 def test_the_sound_of_a_video_file_can_be_taken() -> None:

@@ -92,6 +92,7 @@ def test_replacement_text_from_the_size_is_what_the_processor_writes(family: str
             return
         _, replacements = theirs._process_images(pictures, **theirs_arguments)
         assert written_out(item) == replacements[0]
+        assert {row.unit for row in item.rows} == set(range(len(item.units)))
 
     check()
 

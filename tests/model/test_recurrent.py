@@ -20,7 +20,7 @@ from tests.checkpoints import make_checkpoint
 from tests.reference import reference, reference_inputs, reference_model
 from triptych.config import ModelConfig
 from triptych.core import Chunk, EncodeUnit, RequestId, Role, SamplingParams, Sequence, Span, UnitHash
-from triptych.model.attention_batch import AttentionBatch
+from triptych.model import recurrent
 from triptych.model.caches import EmbeddingRegion, KVLayout, KVRegion, LayerState
 from triptych.model.language import LanguageRunner
 from triptych.model.loading import load_config, load_model
@@ -93,12 +93,12 @@ def layout() -> KVLayout:
 class Instance:
     """A runner whose region holds no number where nothing was stored, and the blocks that are free in it."""
 
-    def __init__(self, role: Role = Role.P, seed: int = 0) -> None:
-        config = load_config(checkpoint())
-        self.region = KVRegion.allocate(layout(), NUM_BLOCKS)
+    def __init__(self, role: Role = Role.P, seed: int = 0, dtype: str = "float32") -> None:
+        config, kind = load_config(checkpoint()), getattr(torch, dtype)
+        self.region = KVRegion.allocate(kv_layout(config, kind), NUM_BLOCKS)
         self.region.blocks.fill_(torch.nan)
-        self.embeddings = EmbeddingRegion.allocate(embedding_layout(config, torch.float32), 64)
-        model = load_model(ModelConfig(path=str(checkpoint()), name="tiny", dtype="float32"), role)
+        self.embeddings = EmbeddingRegion.allocate(embedding_layout(config, kind), 64)
+        model = load_model(ModelConfig(path=str(checkpoint()), name="tiny", dtype=dtype), role)
         family = SimpleNamespace(image_groups=False)
         self.runner = LanguageRunner(model, family, self.region, self.embeddings, eos_token_ids=())
         self.free: list[int] = np.random.default_rng(seed).permutation(NUM_BLOCKS).tolist()
@@ -118,7 +118,7 @@ class Instance:
     def chunk(self, sequence: Sequence, limit: int, blocks: dict[int, list[int]] | None = None) -> Chunk:
         start = sequence.num_computed
         length = min(limit, len(sequence.token_ids) - start)
-        while len(sequence.block_table) < layout().state_blocks - (-(start + length) // BLOCK):
+        while len(sequence.block_table) < self.region.layout.state_blocks - (-(start + length) // BLOCK):
             sequence.block_table.append(self.free.pop())
         return Chunk(sequence, start, length, blocks or {})
 
@@ -188,7 +188,11 @@ def test_the_states_after_a_prompt_are_those_of_transformers_cache(instance: Ins
         torch.testing.assert_close(ours, states[0][0], rtol=1e-4, atol=1e-5)
 
 
-def test_chunks_and_decodes_of_several_sequences_run_together(instance: Instance) -> None:
+@pytest.mark.parametrize("bytes_together", [64 << 20, 8 << 10])
+def test_chunks_and_decodes_of_several_sequences_run_together(
+    instance: Instance, monkeypatch: pytest.MonkeyPatch, bytes_together: int
+) -> None:
+    monkeypatch.setattr(recurrent, "_BYTES_TOGETHER", bytes_together)
     requests = [prompt(index) for index in (0, 1, 2, 3, 0, 1)]
     sequences = [request.sequence() for request in requests]
     blocks = [instance.load(request) for request in requests]
@@ -300,17 +304,20 @@ def test_states_of_any_bits_come_back_as_they_were(dtype: torch.dtype, conv_chan
         assert torch.equal(found.view(torch.uint8), left.view(torch.uint8))
 
 
-def test_blocks_that_held_states_hold_keys_and_values_next_without_a_trace() -> None:
-    """In bfloat16, half of a state's float32 may be no number, and masked keys are multiplied with weight 0."""
-    small = KVLayout(2, 2, 16, torch.bfloat16, layout().states)
-    region = KVRegion.allocate(small, 4)
-    region.blocks.fill_(torch.nan)
-    chunk = SimpleNamespace(start=0, end=20, blocks=np.array([2, 1]), last_visible=None)
-    decode = SimpleNamespace(start=16, end=17, blocks=np.array([3, 0]), last_visible=None)
-    AttentionBatch(region, [decode, chunk], 1)  # type: ignore[list-item]
-    assert [bool(block.isnan().any()) for block in region.blocks] == [False, False, True, True]
-    AttentionBatch(region, [SimpleNamespace(start=17, end=18, blocks=np.array([3, 0]), last_visible=None)], 1)  # type: ignore[list-item]
-    assert region.blocks[3].isnan().all()
+def test_what_blocks_held_before_leaves_no_trace_though_half_of_a_float32_may_be_no_number_in_bfloat16() -> None:
+    instance = Instance(dtype="bfloat16")
+    answers = []
+    for before in (0.0, torch.nan):
+        instance.region.blocks.fill_(before)
+        sequences = [prompt(0).sequence(), prompt(2).sequence()]
+        blocks = [instance.load(prompt(0)), instance.load(prompt(2))]
+        while sequences[1].num_output_tokens < NEW_TOKENS:
+            instance.run([instance.chunk(s, limit, b) for s, limit, b in zip(sequences, (9, 13), blocks, strict=True)])
+        answers.append([answer_of(sequence) for sequence in sequences])
+        for sequence in sequences:
+            instance.free_of(sequence)
+    assert answers[0] == answers[1]
+    assert all(len(set(answer)) > NEW_TOKENS // 2 for answer in answers[0])
 
 
 def test_the_layout_is_found_where_a_package_of_kernels_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +334,7 @@ def test_the_layout_is_found_where_a_package_of_kernels_is_installed(monkeypatch
     assert kv_layout(load_config(checkpoint()), torch.float32) == expected
 
 
-def test_decodes_are_stacked_whatever_their_number(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decodes_are_stacked_as_long_as_their_states_fit(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     run = StateBatch.run
 
@@ -344,6 +351,10 @@ def test_decodes_are_stacked_whatever_their_number(instance: Instance, monkeypat
     late = prompt(2).sequence()
     instance.run([*(instance.chunk(s, 1) for s in sequences), instance.chunk(late, 6)])
     assert calls == [(5, sequences[0].num_prompt_tokens)] * 3 + [(5, 1), (1, 6)] * 3
+    calls.clear()
+    monkeypatch.setattr(recurrent, "_BYTES_TOGETHER", 2 * 4 * layout().page_bytes)
+    instance.run([instance.chunk(s, 1) for s in sequences])
+    assert calls == [(2, 1), (2, 1), (1, 1)] * 3
 
 
 def test_the_comparison_notices_states_that_are_not_kept(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.checkpoints import IMAGE_FAMILIES
+from tests.checkpoints import IMAGE_FAMILIES, make_checkpoint
 from tests.model.builders import checkpoint, model_config
 from tests.reference import reference_inputs, reference_model
 from triptych.core import EncodeUnit, Media, Role
@@ -39,13 +40,13 @@ PROMPTS: list[list[Size]] = [
 
 
 @cache
-def processor_of(family: str) -> Processor:
-    return Processor.load(checkpoint(family))
+def processor_of(folder: Path) -> Processor:
+    return Processor.load(folder)
 
 
 @cache
-def encoder_of(family: str) -> PreTrainedModel:
-    return load_model(model_config(checkpoint(family)), Role.E)
+def encoder_of(folder: Path) -> PreTrainedModel:
+    return load_model(model_config(folder), Role.E)
 
 
 def make_picture(size: Size, seed: int = 0) -> Image.Image:
@@ -63,8 +64,8 @@ def conversation(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}]
 
 
-def expanded(family: str, pictures: list[Image.Image]) -> tuple[Prompt, list[tuple[EncodeUnit, Media]]]:
-    processor = processor_of(family)
+def expanded(folder: Path, pictures: list[Image.Image]) -> tuple[Prompt, list[tuple[EncodeUnit, Media]]]:
+    processor = processor_of(folder)
     messages = conversation([{"type": "image_url", "image_url": {"url": "data:"}} for _ in pictures])
     items = [("image", ImageHeader(*picture.size)) for picture in pictures]
     prompt = processor.expand(processor.render(messages), items)
@@ -74,15 +75,15 @@ def expanded(family: str, pictures: list[Image.Image]) -> tuple[Prompt, list[tup
 
 
 @torch.inference_mode()
-def encode(family: str, units: list[tuple[EncodeUnit, Media]], *, seed: int | None) -> list[Tensor]:
+def encode(folder: Path, units: list[tuple[EncodeUnit, Media]], *, seed: int | None) -> list[Tensor]:
     """Rows of each unit. Units are encoded alone, or with a seed in random batches of those whose tensors fit."""
-    processor = processor_of(family)
+    processor = processor_of(folder)
     prepared = {media.hash: processor.prepare(media) for _, media in units}
     tensors = [processor.inputs(media, prepared[media.hash], unit.index) for unit, media in units]
     rows: dict[int, Tensor] = {}
     for batch in _batches(tensors, seed):
         joined = {name: torch.cat([tensors[index][name] for index in batch]) for name in tensors[batch[0]]}
-        features = processor.features("image", encoder_of(family), joined)
+        features = processor.features("image", encoder_of(folder), joined)
         parts = features.split([units[index][0].num_tokens for index in batch])
         rows.update(zip(batch, parts, strict=True))
     return [rows[index] for index in range(len(units))]
@@ -126,37 +127,57 @@ def unsplit(folder: Path, pictures: list[Image.Image]) -> tuple[list[int], Tenso
     return inputs["input_ids"][0].tolist(), seen["inputs_embeds"][0], seen.get("deepstack_visual_embeds") or []
 
 
-@pytest.mark.parametrize("family", IMAGE_FAMILIES)
-def test_units_encoded_alone_or_in_any_batch_are_the_embeddings_of_the_unsplit_model(family: str) -> None:
-    for number, sizes in enumerate(PROMPTS):
+def assert_units_are_the_unsplit_model(folder: Path, prompts: list[list[Size]]) -> None:
+    for number, sizes in enumerate(prompts):
         pictures = [make_picture(size, seed) for seed, size in enumerate(sizes)]
-        prompt, units = expanded(family, pictures)
-        token_ids, embeddings, deepstack = unsplit(checkpoint(family), pictures)
+        prompt, units = expanded(folder, pictures)
+        token_ids, embeddings, deepstack = unsplit(folder, pictures)
         assert prompt.token_ids == token_ids
         for seed in (None, number):
-            places, rows = assembled(prompt, encode(family, units, seed=seed))
+            places, rows = assembled(prompt, encode(folder, units, seed=seed))
             expected = torch.cat([embeddings[places], *deepstack], -1)
             torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
-def test_prepared_tensors_are_those_of_the_families_own_processor(family: str) -> None:
-    """Bit for bit, wherever the processor is called for a whole prompt."""
-    sizes = [(90, 80), (160, 23)]
-    pictures = [make_picture(size, seed) for seed, size in enumerate(sizes)]
-    theirs = reference_inputs(checkpoint(family), conversation([{"type": "image", "image": each} for each in pictures]))
-    _, units = expanded(family, pictures)
-    processor = processor_of(family)
-    values = [
-        processor.inputs(media, processor.prepare(media), unit.index)["pixel_values"].flatten() for unit, media in units
-    ]
-    expected = theirs["pixel_values"].flatten().tolist()
-    assert set(torch.cat(values).tolist()) <= set(expected)
+def test_units_encoded_alone_or_in_any_batch_are_the_embeddings_of_the_unsplit_model(family: str) -> None:
+    assert_units_are_the_unsplit_model(checkpoint(family), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments"),
+    [
+        ("internvl", {"max_patches": 1}),
+        ("internvl", {"min_patches": 3, "max_patches": 5}),
+        ("aya_vision", {"max_patches": 12}),
+        ("idefics3", {"do_image_splitting": False}),
+        ("smolvlm", {"size": {"longest_edge": 190}}),
+        ("pixtral", {"size": {"height": 70, "width": 30}}),
+    ],
+    ids=str,
+)
+def test_so_are_those_of_other_processor_arguments(family: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path / family)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | arguments))
+    assert_units_are_the_unsplit_model(folder, [[(90, 80), (160, 23)]])
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_pixels_are_bit_for_bit_those_of_the_families_own_processor(family: str) -> None:
+    folder = checkpoint(family)
+    pictures = [make_picture((90, 80), 0), make_picture((160, 23), 1)]
+    theirs = reference_inputs(folder, conversation([{"type": "image", "image": each} for each in pictures]))
+    _, units = expanded(folder, pictures)
+    processor = processor_of(folder)
+    ours = [processor.inputs(media, processor.prepare(media), unit.index) for unit, media in units]
+    values = {value for tensors in ours for value in tensors["pixel_values"].flatten().tolist()}
+    assert values <= set(theirs["pixel_values"].flatten().tolist())  # which may have padding, and tiles of nothing else
 
 
 @pytest.mark.parametrize("family", TILED_FAMILIES)
 def test_tiles_of_a_picture_are_units_and_each_of_them_stands_in_the_prompt(family: str) -> None:
-    prompt, units = expanded(family, [make_picture((160, 45))])
+    prompt, units = expanded(checkpoint(family), [make_picture((160, 45))])
     assert len(units) > 1
     assert {span.unit for span in prompt.spans} == set(range(len(units)))
     assert len({unit.hash for unit, _ in units}) == len(units)
@@ -165,19 +186,20 @@ def test_tiles_of_a_picture_are_units_and_each_of_them_stands_in_the_prompt(fami
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
 def test_lines_run_over_all_tiles_and_end_with_a_newline_row(family: str) -> None:
-    prompt, units = expanded(family, [make_picture((144, 48))])  # resized to 72 x 24: 3 tiles of 3 x 3 features
+    # Resized to 72 x 24: 3 tiles of 3 x 3 features.
+    prompt, units = expanded(checkpoint(family), [make_picture((144, 48))])
     assert [unit.num_tokens for unit, _ in units] == [10] * 4
     line = [[(1, first, 3), (2, first, 3), (3, first, 3), (3, 9, 1)] for first in (0, 3, 6)]
     assert [(span.unit, span.offset, span.length) for span in prompt.spans] == [(0, 0, 9), *line[0], *line[1], *line[2]]
 
 
 def test_lines_and_columns_of_padding_are_left_out() -> None:
-    flat, _ = expanded("llava_next", [make_picture((144, 16))])  # fills 1 of the 3 lines of 3 tiles
+    flat, _ = expanded(checkpoint("llava_next"), [make_picture((144, 16))])  # fills 1 of the 3 lines of 3 tiles
     assert [(span.unit, span.offset, span.length) for span in flat.spans] == [
         (0, 0, 9),
         *[(1, 3, 3), (2, 3, 3), (3, 3, 3), (3, 9, 1)],
     ]
-    tall, _ = expanded("llava_next", [make_picture((16, 144))])
+    tall, _ = expanded(checkpoint("llava_next"), [make_picture((16, 144))])
     assert [(span.unit, span.offset, span.length) for span in tall.spans][1:] == [
         part for tile in (1, 2, 3) for line in range(3) for part in [(tile, 3 * line + 1, 1), (tile, 9, 1)]
     ]
@@ -185,37 +207,38 @@ def test_lines_and_columns_of_padding_are_left_out() -> None:
 
 def test_only_the_lone_picture_of_a_prompt_is_cut_into_tiles() -> None:
     picture = make_picture((160, 45))
-    _, units = expanded("llava_onevision", [picture])
-    _, both_units = expanded("llava_onevision", [picture, picture])
+    _, units = expanded(checkpoint("llava_onevision"), [picture])
+    _, both_units = expanded(checkpoint("llava_onevision"), [picture, picture])
     assert (len(units), len(both_units)) == (4, 2)
     assert both_units[0][0].hash != units[0][0].hash
     assert [unit.num_tokens for unit, _ in both_units] == [10, 10]
 
 
 def test_picture_whose_grid_is_shrunk_over_all_tiles_is_one_unit() -> None:
-    prompt, units = expanded("llava_onevision", [make_picture((160, 150))])  # 3 x 3 tiles, where 3 are allowed
+    # 3 x 3 tiles, where the features of 3 are allowed.
+    prompt, units = expanded(checkpoint("llava_onevision"), [make_picture((160, 150))])
     assert [unit.num_tokens for unit, _ in units] == [prompt.spans[0].length]
     assert len(prompt.spans) == 1
 
 
 def test_picture_of_one_token_is_encoded_alone_as_it_is_with_others() -> None:
     pictures = [make_picture((9, 12), 1), make_picture((90, 80), 2)]
-    _, alone = expanded("mistral3", pictures[:1])
+    _, alone = expanded(checkpoint("mistral3"), pictures[:1])
     assert [unit.num_tokens for unit, _ in alone] == [1]
-    prompt, _ = expanded("mistral3", pictures)
+    prompt, _ = expanded(checkpoint("mistral3"), pictures)
     _, embeddings, _ = unsplit(checkpoint("mistral3"), pictures)
-    rows = encode("mistral3", alone, seed=None)[0]
+    rows = encode(checkpoint("mistral3"), alone, seed=None)[0]
     torch.testing.assert_close(rows, embeddings[[prompt.spans[0].start]], rtol=1e-5, atol=1e-5)
 
 
 def test_tile_that_is_all_zeros_is_encoded_like_any_other() -> None:
-    processor = processor_of("smolvlm")
-    _, units = expanded("smolvlm", [make_picture((60, 30))])
+    processor = processor_of(checkpoint("smolvlm"))
+    _, units = expanded(checkpoint("smolvlm"), [make_picture((60, 30))])
     media = units[0][1]
     prepared = processor.prepare(media)
     prepared["pixel_values"][:, 1] = 0
     inputs = [processor.inputs(media, prepared, index) for index in range(len(units))]
     joined = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
     with torch.inference_mode():
-        rows = processor.features("image", encoder_of("smolvlm"), joined)
+        rows = processor.features("image", encoder_of(checkpoint("smolvlm")), joined)
     assert len(rows) == sum(unit.num_tokens for unit, _ in units)

@@ -4,12 +4,9 @@ transformers' own video processors need torchvision. Where it is installed they 
 is written down here. Everything around them (the text of a video, types, positions, `generate`) is the families' own.
 """
 
-import copy
-import hashlib
 import importlib
 import json
 import random
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,81 +16,49 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin
+from transformers import AutoTokenizer
 from transformers.video_utils import VideoMetadata
 
-from tests.model.builders import Blocks, checkpoint, language_runner, model_config, next_chunk, run_step
-from tests.model.clips import clip, write
-from tests.reference import reference_model, reference_processor
-from triptych.core import EncodeUnit, EncodeWork, Media, RequestId, Role, SamplingParams
-from triptych.core import Sequence as RequestSequence
+from tests.model.builders import Blocks, checkpoint
+from tests.model.clips import clip
+from tests.model.video_prompts import (
+    Videos,
+    answered,
+    encoded,
+    encoder_of,
+    expanded,
+    language_of,
+    moving,
+    processed,
+    processor_of,
+    sequence_of,
+    unit_inputs,
+)
+from tests.reference import reference_model
+from triptych.core import EncodeWork, Media
 from triptych.errors import ConfigError, RequestError
 from triptych.model.caches import EmbeddingRegion
 from triptych.model.encoder import EncodeRunner
-from triptych.model.families.base import Modality, Parts
+from triptych.model.families.base import Modality, Parts, flatten
 from triptych.model.families.glm4v import Glm4vVideo
 from triptych.model.families.qwen_video import Qwen2Video, Qwen3Video
 from triptych.model.families.video import Slices
 from triptych.model.headers import VideoHeader
-from triptych.model.loading import load_config, load_model
+from triptych.model.loading import load_config
 from triptych.model.positions import Positions
 from triptych.model.probe import embedding_layout
-from triptych.model.processor import Processor, Prompt
 from triptych.model.videos import read_video_header
 
 torch.set_num_threads(1)
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"]
-NUM_BLOCKS = 128
-
-
-@cache
-def moving(num_frames: int, width: int, height: int, fps: int = 10) -> bytes:
-    rng = np.random.default_rng(num_frames * width)
-    noise = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    return write([np.roll(noise, 5 * shift, 1)[:height, :width] for shift in range(num_frames)], fps=fps)
-
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v"]
 
 # the videos of a prompt, each with the frames that are looked at
-PROMPTS: list[list[tuple[bytes, int]]] = [
+PROMPTS: list[Videos] = [
     [(moving(12, 64, 48), 32)],
     [(moving(30, 96, 64, fps=25), 5), (moving(9, 40, 80), 3)],
     [(moving(7, 64, 64, fps=3), 6)],
 ]
-
-
-@cache
-def processor_of(family: str) -> Processor:
-    return Processor.load(checkpoint(family))
-
-
-@cache
-def encoder_of(family: str) -> PreTrainedModel:
-    return load_model(model_config(checkpoint(family)), Role.E)
-
-
-@cache
-def language_of(family: str) -> PreTrainedModel:
-    return load_model(model_config(checkpoint(family)), Role.P)
-
-
-def conversation(num_videos: int) -> list[dict[str, Any]]:
-    videos = [{"type": "video_url", "video_url": {"url": "data:"}} for _ in range(num_videos)]
-    return [{"role": "user", "content": [*videos, {"type": "text", "text": "What is this?"}]}]
-
-
-def expanded(family: str, videos: list[tuple[bytes, int]]) -> tuple[Prompt, list[tuple[EncodeUnit, Media]]]:
-    processor = processor_of(family)
-    items = [("video", read_video_header(data, num_frames=num_frames)) for data, num_frames in videos]
-    prompt = processor.expand(processor.render(conversation(len(videos))), items)
-    files = [(data, hashlib.blake2b(data, digest_size=16).digest()) for data, _ in videos]
-    return prompt, processor.encode_units(prompt, processor.media(items, files))
-
-
-def unit_inputs(family: str, units: list[tuple[EncodeUnit, Media]]) -> list[dict[str, Tensor]]:
-    processor = processor_of(family)
-    prepared = {media.hash: processor.prepare(media) for _, media in units}
-    return [processor.inputs(media, prepared[media.hash], unit.index) for unit, media in units]
 
 
 # ---- pixels
@@ -346,7 +311,7 @@ def test_broken_video_ends_its_units_and_no_others() -> None:
 class WholeVideos:
     """In the place of a video processor: pixel values that Triptych made, of all slices of each video together."""
 
-    def __init__(self, family: str, videos: list[tuple[bytes, int]]) -> None:
+    def __init__(self, family: str, videos: Videos) -> None:
         _, units = expanded(family, videos)
         inputs = unit_inputs(family, units)
         self.pixels = torch.cat([each["pixel_values_videos"] for each in inputs])
@@ -370,16 +335,8 @@ class WholeVideos:
         }
 
 
-def unsplit_inputs(family: str, videos: list[tuple[bytes, int]]) -> Any:
-    """What the family's own processor makes of the conversation, given the pixel values."""
-    processor: Any = copy.copy(reference_processor(checkpoint(family)))
-    processor.video_processor = WholeVideos(family, videos)
-    parts = [*({"type": "video"} for _ in videos), {"type": "text", "text": "What is this?"}]
-    text = ProcessorMixin.apply_chat_template(
-        processor, [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
-    )
-    frames = [np.zeros((2, 8, 8, 3), np.uint8)] * len(videos)
-    return processor(text=[text], videos=frames, return_tensors="pt")
+def unsplit_inputs(family: str, videos: Videos) -> Any:
+    return processed(family, len(videos), WholeVideos(family, videos))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -396,19 +353,6 @@ def test_prompt_has_the_tokens_types_and_positions_of_the_families_own_processor
         assert our_delta == int(delta)
 
 
-def sequence_of(prompt: Prompt, units: list[tuple[EncodeUnit, Media]]) -> RequestSequence:
-    ids = list(prompt.token_ids)
-    return RequestSequence(
-        RequestId("r"),
-        ids,
-        len(ids),
-        SamplingParams(max_tokens=64, seed=0, temperature=0.0),
-        units=tuple(unit for unit, _ in units),
-        spans=prompt.spans,
-        position_arguments=prompt.position_arguments,
-    )
-
-
 # ---- slices
 
 
@@ -421,8 +365,8 @@ def test_slices_encoded_alone_or_in_any_batch_are_the_features_of_the_whole_vide
             base: Any = reference_model(checkpoint(family)).base_model
             grids = {"pixel_values_videos": whole["pixel_values_videos"], "video_grid_thw": whole["video_grid_thw"]}
             output = base.get_video_features(**grids, return_dict=True)
-        deepstack = [torch.cat(layer) for layer in getattr(output, "deepstack_features", None) or ()]
-        expected = torch.cat([torch.cat(output.pooler_output), *deepstack], -1)
+        deepstack = [flatten(layer) for layer in getattr(output, "deepstack_features", None) or ()]
+        expected = torch.cat([flatten(output.pooler_output), *deepstack], -1)
         inputs = unit_inputs(family, units)
         for batches in ([[index] for index in range(len(units))], shuffled(len(units), seed)):
             rows = encoded(family, units, inputs, batches)
@@ -436,42 +380,9 @@ def shuffled(num_units: int, seed: int) -> list[list[int]]:
     return [order[start : start + 3] for start in range(0, num_units, 3)]
 
 
-@torch.inference_mode()
-def encoded(
-    family: str, units: list[tuple[EncodeUnit, Media]], inputs: list[dict[str, Tensor]], batches: list[list[int]]
-) -> list[Tensor]:
-    rows: dict[int, Tensor] = {}
-    for batch in batches:
-        joined = {name: torch.cat([inputs[index][name] for index in batch]) for name in inputs[0]}
-        features = processor_of(family).features("video", encoder_of(family), joined)
-        rows.update(zip(batch, features.split([units[index][0].num_tokens for index in batch]), strict=True))
-    return [rows[index] for index in range(len(units))]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answer_is_that_of_the_unsplit_model(family: str) -> None:
     for videos in PROMPTS:
         inputs = unsplit_inputs(family, videos)
         expected = reference_model(checkpoint(family)).generate(**inputs, max_new_tokens=8, do_sample=False)
         assert answered(family, videos, 8) == expected[0, inputs["input_ids"].shape[1] :].tolist()
-
-
-def answered(family: str, videos: list[tuple[bytes, int]], num_tokens: int) -> list[int]:
-    """Units are encoded by one runner, and read by another that prefills in chunks."""
-    folder = checkpoint(family)
-    prompt, units = expanded(family, videos)
-    region = EmbeddingRegion.allocate(embedding_layout(load_config(folder), torch.float32), NUM_BLOCKS, "cpu")
-    encoder = EncodeRunner(encoder_of(family), processor_of(family), region)
-    free = Blocks(NUM_BLOCKS)
-    works = [EncodeWork(unit, media, free.take(unit.num_tokens)) for unit, media in units]
-    for start in range(0, len(works), 3):
-        assert encoder.run(works[start : start + 3]) == [None] * len(works[start : start + 3])
-    language = language_runner(language_of(family), folder, region, NUM_BLOCKS)
-    sequence = sequence_of(prompt, units)
-    rows = {index: work.blocks for index, work in enumerate(works)}
-    blocks = Blocks(NUM_BLOCKS, seed=1)
-    while sequence.num_output_tokens < num_tokens:
-        chunk = next_chunk(sequence, 37, rows)
-        blocks.grow(sequence, chunk.start + chunk.length)
-        run_step(language, [chunk])
-    return sequence.token_ids[sequence.num_prompt_tokens :]

@@ -1,16 +1,18 @@
 """Videos: what their header says, which frames are looked at, and that those are exactly the ones that come out."""
 
+import io
 import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.model.clips import KINDS, STREAMED, clip, indices, sound, write
+from tests.model.clips import KINDS, STREAMED, clip, indices, sound, trimmed, write
 from triptych.errors import RequestError
 from triptych.model import videos
 from triptych.model.headers import VideoHeader
@@ -108,7 +110,28 @@ def test_few_frames_of_a_long_video_do_not_cost_all_of_them(monkeypatch: pytest.
     original = videos._decoded
     monkeypatch.setattr(videos, "_decoded", counting)
     assert indices(decode_frames(clip(num_frames=100, gop=10), [3, 55, 99])) == [3, 55 % 16, 99 % 16]
-    assert decoded == 4 + 6 + 10
+    assert decoded <= 4 + 6 + 10
+
+
+@pytest.mark.parametrize("num_hidden", [3, 5, 9])
+@pytest.mark.parametrize("gop", [4, 100])
+def test_frames_that_an_edit_list_hides_do_not_count(num_hidden: int, gop: int) -> None:
+    data = trimmed(clip(num_frames=16, gop=gop), num_hidden)
+    header = read_video_header(data)
+    assert (header.width, header.height, header.num_frames) == (64, 48, 16 - num_hidden)
+    assert indices(decode_frames(data, header.frames)) == list(range(num_hidden, 16))
+    assert indices(decode_frames(data, [2])) == [num_hidden + 2]
+
+
+def test_hidden_reference_frames_do_not_count() -> None:
+    data = clip("webm vp8")
+    with av.open(io.BytesIO(data)) as container:
+        fifth = bytes([packet for packet in container.demux(video=0) if packet.size > 0][5])
+    hidden = data.replace(fifth, bytes([fifth[0] & ~0x10]) + fifth[1:])
+    header = read_video_header(hidden)
+    assert header.num_frames == 11
+    assert indices(decode_frames(hidden, header.frames)) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    assert indices(decode_frames(hidden, [5])) == [6]
 
 
 def test_one_frame_is_a_video() -> None:
@@ -241,6 +264,17 @@ def test_huge_picture_in_the_header_is_refused_before_memory_is_taken() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_frames_that_have_to_be_decoded_on_the_way_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    still = [np.zeros((48, 64, 3), np.uint8)] * 16
+    in_one_piece, in_pieces = write(still, gop=100), write(still, gop=5)
+    monkeypatch.setattr(videos, "MAX_DECODED_PIXELS", 8 * 64 * 48)
+    assert "16 frames of 64 x 48 pixels have to be decoded" in refusal(in_one_piece)
+    assert "have to be decoded" in refusal(in_pieces)
+    assert read_video_header(in_pieces, num_frames=2).frames == (0, 15)
+    with pytest.raises(RequestError, match="16 frames"):
+        read_video_header(in_one_piece, num_frames=2)
 
 
 def test_all_frames_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

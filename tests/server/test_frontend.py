@@ -2,18 +2,32 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
 
 from tests.server.fakes import ANSWER, D, E, P, end_id, ids, num_live, processor
-from triptych.core import EncodeUnit, FinishReason, InstanceId, Media, RequestId, Role, SamplingParams, Span, UnitHash
+from triptych.config import KV_BLOCK_TOKENS
+from triptych.core import (
+    BlockHashes,
+    EncodeUnit,
+    FinishReason,
+    InstanceId,
+    Media,
+    RequestId,
+    Role,
+    SamplingParams,
+    Span,
+    UnitHash,
+)
 from triptych.errors import RequestError
 from triptych.messages import (
     Abort,
     AnyMessage,
     Encode,
+    Evicted,
+    Failed,
     Load,
     Located,
     Peer,
@@ -22,9 +36,14 @@ from triptych.messages import (
     Table,
     Tokens,
     TokenUpdate,
+    Wanted,
 )
 from triptych.server.frontend import Frontend, Generation, PreparedPrompt
 from triptych.telemetry import Telemetry
+
+
+M = TypeVar("M")
+TEXT = 2 * KV_BLOCK_TOKENS
 
 
 class Wire:
@@ -39,10 +58,15 @@ class Wire:
     def receivers(self, kind: type[Any]) -> list[InstanceId]:
         return [instance for instance, message in self.sent if isinstance(message, kind)]
 
+    def take(self, kind: type[M]) -> list[tuple[InstanceId, M]]:
+        """What was sent since, of one kind; all the rest is forgotten."""
+        sent, self.sent = self.sent, []
+        return [(instance, message) for instance, message in sent if isinstance(message, kind)]
 
-def make_frontend(*placement: tuple[str, Role]) -> tuple[Frontend, Wire]:
+
+def make_frontend(*placement: tuple[str, Role], **options: bool) -> tuple[Frontend, Wire]:
     wire = Wire()
-    frontend = Frontend(processor(), wire, Telemetry("m"))
+    frontend = Frontend(processor(), wire, Telemetry("m"), **options)
     slab = SlabDescription({}, "", "cpu", 0, {})
     peers = [Peer(InstanceId(name), role, "epoch", "", slab) for name, role in placement]
     frontend.handle(
@@ -61,6 +85,34 @@ def start(frontend: Frontend, *units: EncodeUnit, n: int = 1) -> Generation:
     spans = tuple(Span(i, unit.num_tokens, i, 0) for i, unit in enumerate(units))
     prompt = PreparedPrompt([1] * 100, units, spans, {unit.hash: media(unit) for unit in units}, {})
     return frontend.generate([prompt], [SamplingParams(max_tokens=50, seed=1)], n)
+
+
+def ask(frontend: Frontend, *units: EncodeUnit, token: int = 1, n: int = 1) -> Generation:
+    """A prompt of two blocks of text, the pictures, and two blocks of text again."""
+    spans, start = [], TEXT
+    for index, unit in enumerate(units):
+        spans.append(Span(start, unit.num_tokens, index, 0))
+        start += unit.num_tokens
+    medias = {unit.hash: media(unit) for unit in units}
+    prompt = PreparedPrompt([token] * (start + TEXT), units, tuple(spans), medias, {})
+    return frontend.generate([prompt], [SamplingParams(max_tokens=50, seed=1)], n)
+
+
+def report(frontend: Frontend, **work_s: float) -> None:
+    """Loads of instances, by name."""
+    for name, seconds in work_s.items():
+        frontend.handle(Load(InstanceId(name), {}, {}, {"p": seconds}, {}, {}))
+
+
+def encoded(wire: Wire) -> list[tuple[InstanceId, int]]:
+    """Who was told to encode which unit since it was last asked."""
+    return [(instance, unit.hash[0]) for instance, order in wire.take(Encode) for unit in order.units]
+
+
+def without(frontend: Frontend, *gone: InstanceId) -> None:
+    """The next routing table."""
+    peers = [peer for peer in frontend.table.peers.values() if peer.id not in gone]
+    frontend.handle(Table(frontend.table.version + 1, peers))
 
 
 def media(unit: EncodeUnit) -> Media:
@@ -253,3 +305,221 @@ def test_choices_of_one_prompt_go_to_the_same_instances() -> None:
     start(frontend, unit(1, 10), n=4)
     assert len(set(wire.receivers(Submit))) == 1
     assert all(message.prefill == wire.receivers(Submit)[0] for _, message in wire.sent if isinstance(message, Encode))
+
+
+# ---- what the caches are thought to hold
+
+
+def test_choices_after_the_first_order_nothing() -> None:
+    frontend, wire = make_frontend()
+    generation = ask(frontend, unit(1, 16), unit(2, 16), n=3)
+    submits = [message for _, message in wire.sent if isinstance(message, Submit)]
+    assert [len(order.ordered) for order in submits] == [2, 0, 0]
+    assert {message.request_id for _, message in wire.take(Encode)} == {generation.outputs[0].request_id}
+
+
+def test_a_unit_that_prefill_seems_to_have_is_not_ordered_again() -> None:
+    frontend, wire = make_frontend()
+    ask(frontend, unit(1, 16), token=1)
+    wire.sent.clear()
+    ask(frontend, unit(1, 16), unit(2, 16), token=2)
+    [(_, order)] = [(to, m) for to, m in wire.sent if isinstance(m, Submit)]
+    assert (order.ordered, order.held) == ((unit(2, 16).hash,), {})
+    assert encoded(wire) == [(E, 2)]
+
+
+def test_a_unit_that_is_wanted_is_ordered_from_an_encode_instance_which_then_hears_of_the_end() -> None:
+    async def scenario() -> None:
+        frontend, wire = make_frontend(("e0", Role.E), ("e1", Role.E), ("p0", Role.P), ("d0", Role.D))
+        ask(frontend, unit(1, 16), token=1)
+        assert encoded(wire) == [("e0", 1)]
+        async with ask(frontend, unit(1, 16), token=2) as generation:
+            assert encoded(wire) == []
+            frontend.handle(Evicted(InstanceId("e0"), [unit(1, 16).hash], []))
+            report(frontend, e0=1.0, e1=0.5)
+            request_id = generation.outputs[0].request_id
+            frontend.handle(Wanted(request_id, unit(1, 16).hash))
+            [(to, order)] = wire.take(Encode)
+            assert (to, order.request_id, order.prefill) == ("e1", request_id, "p0")
+        assert sorted(wire.receivers(Abort)) == ["e1", "p0"]
+
+    on_loop(scenario)
+
+
+def test_a_unit_that_is_wanted_by_a_request_that_is_gone_is_not_encoded() -> None:
+    async def scenario() -> None:
+        frontend, wire = make_frontend()
+        async with ask(frontend, unit(1, 16)) as generation:
+            request_id = generation.outputs[0].request_id
+        wire.sent.clear()
+        frontend.handle(Wanted(request_id, unit(1, 16).hash))
+        assert wire.sent == []
+
+    on_loop(scenario)
+
+
+def test_a_unit_that_is_wanted_when_nobody_encodes_ends_the_request_with_503() -> None:
+    async def scenario() -> None:
+        frontend, _ = make_frontend()
+        generation = ask(frontend, unit(1, 16))
+        without(frontend, E)
+        frontend.handle(Wanted(generation.outputs[0].request_id, unit(1, 16).hash))
+        with pytest.raises(RequestError, match="no instance serves encode") as caught:
+            await generation.wait()
+        assert caught.value.status == 503
+
+    on_loop(scenario)
+
+
+def test_what_was_evicted_is_ordered_again_from_who_still_has_it_first() -> None:
+    frontend, wire = make_frontend(("e0", Role.E), ("e1", Role.E), ("p0", Role.P), ("d0", Role.D))
+    report(frontend, e0=1.0, e1=0.0)
+    one = unit(1, 16)
+    ask(frontend, one, token=1)
+    assert encoded(wire) == [("e1", 1)]
+    frontend.handle(Evicted(InstanceId("p0"), [one.hash], []))
+    report(frontend, e0=0.0, e1=9.0)
+    ask(frontend, one, token=2)
+    assert encoded(wire) == [("e1", 1)], "it costs nothing there"
+    for instance in ("p0", "e1"):
+        frontend.handle(Evicted(InstanceId(instance), [one.hash], []))
+    ask(frontend, one, token=3)
+    assert encoded(wire) == [("e0", 1)]
+
+
+def test_a_unit_that_only_another_prefill_instance_holds_is_said_to_be_held_there() -> None:
+    frontend, wire = make_frontend(("e0", Role.E), ("p0", Role.P), ("p1", Role.P), ("d0", Role.D))
+    report(frontend, p0=0.0, p1=1.0)
+    one = unit(1, 16)
+    ask(frontend, one, token=1)
+    frontend.handle(Evicted(InstanceId("e0"), [one.hash], []))
+    report(frontend, p0=1.0, p1=0.0)
+    wire.sent.clear()
+    ask(frontend, one, token=2)
+    assert wire.receivers(Encode) == []
+    [(to, order)] = wire.take(Submit)
+    assert (to, order.ordered, order.held) == ("p1", (), {one.hash: "p0"})
+    without(frontend, InstanceId("p0"), InstanceId("p1"))
+
+
+def test_a_unit_that_could_not_be_encoded_is_thought_to_be_nowhere() -> None:
+    async def scenario() -> None:
+        frontend, wire = make_frontend()
+        generation = ask(frontend, unit(1, 16))
+        frontend.handle(Failed(generation.outputs[0].request_id, "bad", 400, "invalid_image", unit(1, 16).hash))
+        with pytest.raises(RequestError, match="bad"):
+            await generation.wait()
+        wire.sent.clear()
+        ask(frontend, unit(1, 16), token=2)
+        assert encoded(wire) == [(E, 1)]
+
+    on_loop(scenario)
+
+
+@pytest.mark.parametrize("reported", [True, False])
+@pytest.mark.parametrize("gap", [True, False])
+def test_an_instance_that_was_restarted_is_thought_to_hold_nothing(reported: bool, gap: bool) -> None:
+    frontend, wire = make_frontend()
+    if reported:
+        report(frontend, **{P: 0.0, E: 0.0})
+    ask(frontend, unit(1, 16), token=1)
+    peers = list(frontend.table.peers.values())
+    if gap:
+        without(frontend, P, E)
+    frontend.handle(Table(9, [msgspec.structs.replace(peer, epoch="later") for peer in peers]))
+    wire.sent.clear()
+    ask(frontend, unit(1, 16), token=1)
+    assert encoded(wire) == [(E, 1)]
+
+
+def test_without_parallel_encode_one_instance_gets_all_units_of_a_request() -> None:
+    frontend, wire = make_frontend(("e0", Role.E), ("e1", Role.E), ("pd0", Role.PD), parallel_encode=False)
+    report(frontend, e0=0.5, e1=0.0)
+    ask(frontend, *(unit(i, 160) for i in range(1, 6)))
+    assert {instance for instance, _ in encoded(wire)} == {"e1"}
+    ask(frontend, *(unit(i, 16) for i in range(6, 9)), token=2)
+    assert len({instance for instance, _ in encoded(wire)}) == 1
+
+
+def test_the_units_of_one_item_go_to_one_instance_in_one_order() -> None:
+    frontend, wire = make_frontend(("e0", Role.E), ("e1", Role.E), ("pd0", Role.PD))
+    tiles = tuple(EncodeUnit(UnitHash(bytes([i] * 16)), "image", 16, i) for i in range(1, 7))
+    spans = tuple(Span(16 * i, 16, i, 0) for i in range(6))
+    item = Media(b"item", "image", b"x")
+    prompt = PreparedPrompt([1] * 100, tiles, spans, {tile.hash: item for tile in tiles}, {})
+    frontend.generate([prompt], [SamplingParams(max_tokens=5, seed=1)])
+    orders = wire.take(Encode)
+    assert sorted(to for to, _ in orders) == ["e0", "e1"]
+    assert all([unit.index for unit in order.units] == sorted(unit.index for unit in order.units) for _, order in orders)
+    assert sum(len(order.units) for _, order in orders) == 6
+
+
+# ---- where a prefix is
+
+
+def test_a_prompt_goes_to_the_prefill_instance_that_has_its_beginning() -> None:
+    frontend, wire = make_frontend(("e0", Role.E), ("pd0", Role.PD), ("pd1", Role.PD))
+    report(frontend, pd0=1.0, pd1=0.0)
+    ask(frontend, token=1)
+    report(frontend, pd0=0.0, pd1=0.0)
+    ask(frontend, token=1)
+    ask(frontend, token=2)
+    assert wire.receivers(Submit) == ["pd1", "pd1", "pd0"]
+
+
+def test_unless_it_is_busier_than_the_prefix_is_worth() -> None:
+    frontend, wire = make_frontend(("e0", Role.E), ("pd0", Role.PD), ("pd1", Role.PD))
+    report(frontend, pd0=1.0, pd1=0.0)
+    ask(frontend, token=1)  # of 64 tokens, each 0.1 ms as long as nobody reports his pace
+    wire.sent.clear()
+    for busy, expected in ((0.0060, "pd1"), (0.0068, "pd0")):
+        report(frontend, pd0=0.0, pd1=busy)
+        ask(frontend, token=1)
+        assert [to for to, _ in wire.take(Submit)] == [expected]
+        frontend.handle(Evicted(InstanceId("pd0"), [], [*_hashes(frontend, 1)]))
+
+
+def test_a_prefix_that_was_evicted_attracts_nobody() -> None:
+    frontend, wire = make_frontend(("e0", Role.E), ("pd0", Role.PD), ("pd1", Role.PD))
+    report(frontend, pd0=1.0, pd1=0.0)
+    ask(frontend, token=1)
+    frontend.handle(Evicted(InstanceId("pd1"), [], [*_hashes(frontend, 1)]))
+    report(frontend, pd0=0.0, pd1=0.0)
+    wire.sent.clear()
+    ask(frontend, token=1)
+    assert wire.receivers(Submit) == ["pd0"]
+
+
+def test_units_that_a_cached_prefix_covers_are_not_ordered_even_if_nobody_holds_them_any_more() -> None:
+    frontend, wire = make_frontend()
+    one = unit(1, 16)
+    ask(frontend, one)
+    for instance in (E, P):
+        frontend.handle(Evicted(instance, [one.hash], []))
+    wire.sent.clear()
+    ask(frontend, one)
+    assert encoded(wire) == []
+
+
+def test_another_picture_among_the_same_tokens_is_another_prefix() -> None:
+    frontend, wire = make_frontend()
+    ask(frontend, unit(1, 16))
+    ask(frontend, unit(2, 16))
+    one, other = [order.prompt_hashes.blocks for _, order in wire.take(Submit)]
+    assert [a == b for a, b in zip(one, other, strict=True)] == [True, True, False, False, False]
+
+
+def test_without_prefix_caching_no_prompt_is_hashed_and_none_attracted() -> None:
+    frontend, wire = make_frontend(("e0", Role.E), ("pd0", Role.PD), ("pd1", Role.PD), prefix_caching=False)
+    report(frontend, pd0=1.0, pd1=0.0)
+    ask(frontend, token=1)
+    report(frontend, pd0=0.0, pd1=0.0)
+    ask(frontend, token=1)
+    assert [(to, order.prompt_hashes) for to, order in wire.take(Submit)] == [
+        ("pd1", BlockHashes()),
+        ("pd0", BlockHashes()),
+    ]
+
+
+def _hashes(frontend: Frontend, token: int) -> tuple[bytes, ...]:
+    return frontend._hashes(PreparedPrompt([token] * 2 * TEXT)).blocks

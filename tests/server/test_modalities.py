@@ -26,6 +26,7 @@ from triptych.config import ServerConfig
 from triptych.errors import ConfigError
 from triptych.messages import Encode, Submit
 from triptych.model.processor import Processor
+from triptych.server import media_headers
 from triptych.server.media import MediaLoader
 
 TEXT = {"type": "text", "text": "What?"}
@@ -78,6 +79,15 @@ def test_pictures_videos_and_sounds_in_one_prompt(fresh: Stack) -> None:
     assert encodes["video"].media.frames == (0, 1, 2, 3, 4, 5)
     assert encodes["audio"].media.data == sound(1.5)
     assert [unit.num_tokens for unit in encodes["audio"].units] == [10, 5]
+
+
+def test_a_family_that_takes_everything(tmp_path: Path) -> None:
+    processor = Processor.load(make_checkpoint("qwen2_5_omni", tmp_path))
+    with Stack(processor=processor, max_model_len=2048) as stack:
+        parts = [audio_part(sound(1.5)), TEXT, video_part(video(6)), image_part(data_url(picture(32, 32)))]
+        order = submitted(stack, *parts)
+        assert [media.media.modality for media in stack.cluster.orders(Encode)] == ["audio", "video", "image"]
+        assert {"image_grid_thw", "video_grid_thw", "audio_seqlens"} <= order.position_arguments.keys()
 
 
 @pytest.mark.parametrize(
@@ -319,6 +329,15 @@ def test_a_video_with_more_tokens_than_the_context_is_refused_before_it_is_expan
         error = response.json()["error"]
         assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
         assert "80 tokens of media" in error["message"]
+
+
+def test_a_video_of_too_many_frames_is_refused(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media_headers, "MAX_FRAMES", 10)
+    every = {"video": {"num_frames": -1}}
+    response = ask(stack, video_part(video(11)), media_io_kwargs=every)
+    assert response.status_code == 400
+    assert "11 frames are more than the limit of 10" in response.json()["error"]["message"]
+    assert ask(stack, video_part(video(10)), media_io_kwargs=every).status_code == 200
 
 
 def test_media_of_all_kinds_share_the_bytes_of_a_request(tmp_path: Path) -> None:

@@ -1,15 +1,31 @@
-"""Decode: continuous batching, pulls that fit, and offloading when blocks run short."""
+"""Decode: continuous batching, pulls of what is not here, KV that comes ahead, and offloading when blocks run short."""
 
 import pytest
+from msgspec.structs import replace
 
-from tests.builders import Pools, make_near, make_pools, make_prefilled, make_sampling, make_stage
+from tests.builders import (
+    BLOCK_TOKENS,
+    Pools,
+    make_near,
+    make_pools,
+    make_prefilled,
+    make_sampling,
+    make_stage,
+    make_ticket,
+)
 from triptych.core import BlockHashes, FinishReason, RequestId, SampledToken, Sequence, Stage, Status
-from triptych.messages import Failed, Prefilled, Release
+from triptych.memory.kv_cache import KVCache
+from triptych.memory.prefix import prompt_hashes
+from triptych.messages import Failed, Prefilled, Prefilling, Release
+from triptych.stages.base import Pull
 from triptych.stages.decode import DecodePlan, DecodeStage
 
+PROMPT = list(range(100, 200))  # its beginnings are the prompts of `make_prefilled`
 
-def make_decode(kv_blocks: int = 16, max_num_seqs: int = 8) -> tuple[DecodeStage, Pools]:
+
+def make_decode(kv_blocks: int = 16, max_num_seqs: int = 8, state_blocks: int = 0) -> tuple[DecodeStage, Pools]:
     pools = make_pools(kv_blocks, near=make_near("d0", p0="p", d0="d"))
+    pools.kv = KVCache(kv_blocks, BLOCK_TOKENS, state_blocks=state_blocks)
     return make_stage(Stage.DECODE, pools, max_num_seqs=max_num_seqs), pools
 
 
@@ -17,6 +33,33 @@ def arrive(stage: DecodeStage, name: str, num_prompt_tokens: int = 7, max_tokens
     """Admitted, and its KV pulled at once."""
     stage.admit(make_prefilled(name, num_prompt_tokens, max_tokens))
     stage.pulled(RequestId(name), None)
+
+
+def hashes_of(num_tokens: int) -> BlockHashes:
+    return prompt_hashes(b"root", PROMPT[:num_tokens], (), (), BLOCK_TOKENS)
+
+
+def make_hashed(name: str, num_tokens: int = 11, lease: int = 1, max_tokens: int = 4) -> Prefilled:
+    """All of a prompt that may be found, with the blocks 0, 1, ... of p0."""
+    order = make_prefilled(name, num_tokens, max_tokens, lease=lease)
+    return replace(order, prompt_hashes=hashes_of(num_tokens))
+
+
+def make_ahead(name: str, num_here: int, num_tokens: int = 11, lease: int = 1) -> Prefilling:
+    """The first `num_here` tokens of that."""
+    ticket = make_ticket("p0", lease, "kv", num_here)
+    return Prefilling(RequestId(name), num_tokens, hashes_of(num_tokens), ticket)
+
+
+def pulls(pools: Pools) -> list[Pull]:
+    """Takes those that were begun so far."""
+    begun, pools.near.out.pulls = pools.near.out.pulls, []
+    return begun
+
+
+def copied(pools: Pools) -> list[tuple[list[int], list[int]]]:
+    """(blocks there, blocks here) of those."""
+    return [(pull.ticket.blocks, pull.blocks) for pull in pulls(pools)]
 
 
 def step(stage: DecodeStage, token: int = 5) -> DecodePlan:
@@ -271,3 +314,275 @@ def test_newcomers_leave_a_block_for_each_sequence_that_just_joined_and_none_whe
     step(stage)
     assert batch(step(stage)) == []
     assert pools.kv.growth_reserve == 0
+
+
+# ---- what is here already
+
+
+def test_only_blocks_that_are_not_here_are_pulled():
+    stage, pools = make_decode()
+    stage.admit(make_hashed("a", 11))
+    stage.pulled(RequestId("a"), None)
+    pulls(pools)
+    stage.admit(make_hashed("b", 18, lease=2))
+    assert copied(pools) == [([2, 3, 4], [3, 4, 5])]
+    stage.pulled(RequestId("b"), None)
+    plan = step(stage)
+    assert plan.chunks[1].sequence.block_table == [0, 1, 3, 4, 5]
+    assert [m.lease for m in sent(pools)] == [1, 2]
+
+
+def test_a_sequence_of_which_all_is_here_joins_at_once_and_gives_its_ticket_back():
+    stage, pools = make_decode()
+    for lease, name in enumerate(("a", "b")):
+        stage.admit(make_hashed(name, 8, lease))
+        if name == "a":
+            stage.pulled(RequestId("a"), None)
+            pulls(pools)
+    assert pulls(pools) == []
+    assert [m.lease for m in sent(pools)] == [0, 1]
+    assert batch(step(stage)) == ["a", "b"]
+
+
+def test_the_kv_of_an_answer_is_found_by_the_next_turn_of_the_conversation():
+    stage, pools = make_decode()
+    stage.admit(make_hashed("a", 7, max_tokens=7))
+    stage.pulled(RequestId("a"), None)
+    while any(stage.queues.values()):
+        step(stage, token=5)
+    pulls(pools)
+    token_ids = [*make_hashed("a", 7).token_ids, *[5] * 6, 1, 2]  # 8 + 6 + 2, of which 13 had their KV computed
+    hashes = prompt_hashes(b"root", token_ids, (), (), BLOCK_TOKENS)
+    order = replace(make_prefilled("b", 15), token_ids=token_ids, prompt_hashes=hashes)
+    stage.admit(order)
+    assert [there for there, _ in copied(pools)] == [[3]]
+
+
+def test_a_block_is_not_found_while_it_is_still_being_pulled():
+    stage, pools = make_decode()
+    stage.admit(make_hashed("a"))
+    stage.admit(make_hashed("b", lease=2))
+    assert [there for there, _ in copied(pools)] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_failed_pull_leaves_no_block_to_be_found():
+    stage, pools = make_decode()
+    stage.admit(make_hashed("a"))
+    stage.pulled(RequestId("a"), RuntimeError("link down"))
+    pulls(pools)
+    assert pools.kv.usage().cached == 0
+    stage.admit(make_hashed("b"))
+    assert [there for there, _ in copied(pools)] == [[0, 1, 2]]
+
+
+def test_recurrent_states_are_pulled_with_all_blocks_every_time():
+    stage, pools = make_decode(state_blocks=2)
+    for name in "ab":
+        order = make_hashed(name, 8)
+        stage.admit(replace(order, ticket=replace(order.ticket, blocks=[7, 8, 3, 4])))
+        [(there, here)] = copied(pools)
+        assert (there, len(here)) == ([7, 8, 3, 4], 4)
+        stage.pulled(RequestId(name), None)
+    drain(stage)
+    pools.assert_idle()
+    assert pools.kv.usage().cached == 0
+
+
+# ---- KV that comes while the rest is computed
+
+
+def test_blocks_that_come_ahead_are_pulled_into_the_sequence_s_own_and_the_tail_at_the_end():
+    stage, pools = make_decode()
+    stage.prefilling(make_ahead("r", 4, lease=1))
+    assert copied(pools) == [([0], [0])]
+    assert pools.kv.usage().used == 3, "space for the whole prompt and the first token"
+    stage.pulled(RequestId("r"), None)
+    stage.prefilling(make_ahead("r", 8, lease=2))
+    assert copied(pools) == [([1], [1])]
+    stage.pulled(RequestId("r"), None)
+    assert batch(step(stage)) == []
+    stage.admit(make_hashed("r", lease=3))
+    assert copied(pools) == [([2], [2])]
+    stage.pulled(RequestId("r"), None)
+    assert [m.lease for m in sent(pools)] == [1, 2, 3]
+    assert batch(step(stage)) == ["r"]
+    drain(stage)
+    pools.assert_idle()
+
+
+def test_while_a_pull_is_under_way_only_the_newest_ticket_is_kept():
+    stage, pools = make_decode()
+    stage.prefilling(make_ahead("r", 4, num_tokens=19, lease=1))
+    stage.prefilling(make_ahead("r", 8, num_tokens=19, lease=2))
+    assert sent(pools) == []
+    stage.prefilling(make_ahead("r", 16, num_tokens=19, lease=3))
+    assert sent(pools) == [Release(2)]
+    pulls(pools)
+    stage.pulled(RequestId("r"), None)
+    assert copied(pools) == [([1, 2, 3], [1, 2, 3])]
+    stage.admit(make_hashed("r", 19, lease=4))
+    stage.pulled(RequestId("r"), None)
+    assert copied(pools) == [([4], [4])]
+    stage.pulled(RequestId("r"), None)
+    assert [m.lease for m in sent(pools)] == [1, 3, 4]
+    assert batch(step(stage)) == ["r"]
+
+
+def test_of_what_comes_ahead_too_only_what_is_not_here_is_pulled():
+    stage, pools = make_decode()
+    stage.admit(make_hashed("a", 8))
+    stage.pulled(RequestId("a"), None)
+    pulls(pools)
+    stage.prefilling(make_ahead("b", 8, num_tokens=15, lease=7))
+    assert pulls(pools) == []
+    assert sent(pools)[-1] == Release(7)
+    stage.prefilling(make_ahead("b", 12, num_tokens=15))
+    assert [there for there, _ in copied(pools)] == [[2]]
+
+
+def test_what_came_ahead_can_be_found_by_others_before_the_rest_is_here():
+    stage, pools = make_decode()
+    stage.prefilling(make_ahead("a", 8))
+    stage.pulled(RequestId("a"), None)
+    pulls(pools)
+    stage.admit(make_hashed("b", 11, lease=2))
+    assert [there for there, _ in copied(pools)] == [[2]]
+
+
+@pytest.mark.parametrize("kv_blocks", [2, 5])
+def test_what_comes_ahead_is_given_back_where_the_whole_sequence_has_no_room(kv_blocks):
+    stage, pools = make_decode(kv_blocks)
+    if kv_blocks == 5:
+        stage.admit(make_prefilled("other", 11, lease=1))
+        pulls(pools)
+    stage.prefilling(make_ahead("r", 8, lease=2))
+    assert pulls(pools) == []
+    assert sent(pools) == [Release(2)]
+
+
+def test_what_comes_ahead_is_given_back_while_others_wait_for_space():
+    stage, pools = make_decode(kv_blocks=5)
+    for lease, num_tokens in enumerate((7, 15)):
+        stage.admit(make_prefilled(f"r{lease}", num_tokens, lease=lease))
+    pulls(pools)
+    stage.prefilling(make_ahead("ahead", 4, num_tokens=5, lease=9))
+    assert sent(pools) == [Release(9)]
+    assert pulls(pools) == []
+
+
+def test_a_running_sequence_takes_room_that_is_held_in_advance_and_the_other_comes_again_as_a_whole():
+    stage, pools = make_decode(kv_blocks=5)
+    arrive(stage, "running", num_prompt_tokens=7, max_tokens=9)
+    stage.prefilling(make_ahead("ahead", 8, lease=2))
+    stage.pulled(RequestId("ahead"), None)
+    assert pools.kv.usage().free == 0
+    step(stage)
+    assert batch(step(stage)) == ["running"], "it grew"
+    assert stage.num_offloads == 0
+    assert stage.queues == {"decode_waiting": 0, "decode_running": 1}
+    pulls(pools)
+    stage.prefilling(make_ahead("ahead", 8, lease=3))
+    assert sent(pools)[-1] == Release(3)
+    stage.abort(RequestId("running"))
+    stage.admit(make_hashed("ahead", lease=4))
+    assert len(pulls(pools)) == 1
+
+
+def test_a_sequence_that_was_handed_over_takes_room_that_is_held_in_advance_from_the_youngest():
+    stage, pools = make_decode(kv_blocks=9)
+    for lease, name in enumerate(("old", "young")):
+        stage.prefilling(replace(make_ahead(name, 4, lease=lease), prompt_hashes=BlockHashes()))
+        stage.pulled(RequestId(name), None)
+    assert pools.kv.usage().free == 3
+    pulls(pools)
+    stage.admit(make_prefilled("whole", 15))
+    assert [pull.key for pull in pulls(pools)] == ["whole"]
+    stage.prefilling(replace(make_ahead("old", 8, lease=5), prompt_hashes=BlockHashes()))
+    assert [pull.key for pull in pulls(pools)] == ["old"], "it kept its place"
+
+
+def test_room_that_is_being_written_to_is_not_given_away():
+    stage, pools = make_decode(kv_blocks=4)
+    stage.prefilling(make_ahead("ahead", 4))
+    stage.admit(make_prefilled("whole", 8, lease=3))
+    assert [pull.key for pull in pulls(pools)] == ["ahead"]
+    stage.pulled(RequestId("ahead"), None)
+    step(stage)
+    assert [pull.key for pull in pulls(pools)] == ["whole"]
+
+
+def test_a_pull_ahead_that_got_lost_is_read_again_with_the_rest():
+    stage, pools = make_decode()
+    stage.prefilling(make_ahead("r", 8, lease=1))
+    stage.admit(make_hashed("r", lease=2))
+    pulls(pools)
+    stage.pulled(RequestId("r"), RuntimeError("link down"))
+    assert copied(pools) == [([0, 1, 2], [0, 1, 2])]
+    stage.pulled(RequestId("r"), None)
+    assert [m for m in sent(pools) if isinstance(m, Failed)] == []
+    assert batch(step(stage)) == ["r"]
+
+
+def test_a_pull_ahead_that_got_lost_with_nothing_behind_it_is_forgotten_and_nobody_told():
+    stage, pools = make_decode()
+    stage.prefilling(make_ahead("r", 8, lease=1))
+    stage.pulled(RequestId("r"), RuntimeError("link down"))
+    assert sent(pools) == [Release(1)]
+    pools.assert_idle()
+    pulls(pools)
+    stage.admit(make_hashed("r", lease=2))
+    assert [there for there, _ in copied(pools)] == [[0, 1, 2]]
+
+
+def test_when_the_last_pull_is_lost_the_request_fails():
+    stage, pools = make_decode()
+    stage.prefilling(make_ahead("r", 8))
+    stage.pulled(RequestId("r"), None)
+    stage.admit(make_hashed("r", lease=2))
+    stage.pulled(RequestId("r"), RuntimeError("link down"))
+    assert [m.code for m in sent(pools) if isinstance(m, Failed)] == ["transfer_failed"]
+    pools.assert_idle()
+
+
+def test_a_request_that_ended_in_prefill_leaves_what_came_ahead_of_it():
+    stage, pools = make_decode()
+    stage.prefilling(make_ahead("r", 4, lease=1))
+    stage.prefilling(make_ahead("r", 8, lease=2))
+    stage.abort(RequestId("r"))
+    assert pools.kv.usage().used == 3, "it is still being written to"
+    stage.prefilling(make_ahead("r", 8, lease=3))
+    stage.pulled(RequestId("r"), None)
+    assert sorted(m.lease for m in sent(pools)) == [1, 2, 3]
+    pools.assert_idle()
+    assert stage.queues == {"decode_waiting": 0, "decode_running": 0}
+    stage.prefilling(make_ahead("r", 8, lease=4))
+    assert sent(pools) == [Release(4)]
+
+
+def test_sequences_that_are_still_prefilled_are_no_decode_work_yet():
+    stage, _ = make_decode()
+    stage.prefilling(make_ahead("r", 8))
+    assert stage.queued_tokens == 0
+    stage.admit(make_hashed("r", max_tokens=4))
+    assert stage.queued_tokens == 3
+
+
+def test_an_offloaded_sequence_comes_back_into_blocks_of_its_own():
+    """Those that it left may be found by others; what is restored is written to blocks that nobody finds."""
+    stage, pools = make_decode(kv_blocks=6)
+    for name, num_tokens in (("old", 11), ("young", 7)):
+        stage.admit(replace(make_prefilled(name, num_tokens, 12), prompt_hashes=hashes_of(num_tokens)))
+        if name in stage._arriving:
+            stage.pulled(RequestId(name), None)
+    [(young, _)] = step_until(stage, "offloads").offloads
+    assert young.request_id == "young"
+    for _ in range(50):
+        plan = stage.schedule()
+        if plan.restores:
+            break
+        stage.commit(plan.chunks, [SampledToken(5) for _ in plan.chunks])
+    [(_, blocks)] = plan.restores
+    assert not pools.kv._hash_of.keys() & set(blocks)
+    stage.commit(plan.chunks, [SampledToken(5) for _ in plan.chunks])
+    drain(stage)
+    pools.assert_idle()

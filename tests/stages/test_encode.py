@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.builders import Pools, make_near, make_order, make_pools, make_stage, make_unit
+from tests.builders import Pools, make_media, make_near, make_order, make_pools, make_stage, make_unit
 from triptych.core import EncodeWork, InstanceId, RequestId, Stage
 from triptych.errors import RequestError
-from triptych.messages import FRONTEND, Embedded, Failed
+from triptych.messages import FRONTEND, Embedded, Encode, Failed
 from triptych.stages.encode import EncodeStage
 
 
@@ -183,3 +183,52 @@ def test_queued_tokens_are_rows_still_to_be_encoded():
     assert stage.queued_tokens == 16
     stage.commit(works, [None])
     assert stage.queued_tokens == 8
+
+
+def test_the_units_of_an_order_are_encoded_and_announced_one_by_one():
+    stage, pools = make_encode()
+    units = tuple(make_unit(f"tile-{i}", 8) for i in range(3))
+    stage.admit(Encode(RequestId("r"), make_media(), units, InstanceId("p0")))
+    assert [work.unit for work in encode(stage, budget=16)] == list(units[:2])
+    assert [message.unit for _, message in sent(pools)] == [units[0].hash, units[1].hash]
+    assert [work.unit for work in encode(stage, budget=16)] == [units[2]]
+
+
+def test_who_gets_a_unit_is_told_whether_it_was_encoded_for_that_order():
+    stage, pools = make_encode()
+    for name in "ab":
+        stage.admit(make_order(name))
+    encode(stage)
+    stage.admit(make_order("c"))
+    encode(stage)
+    assert [(m.request_id, m.computed) for _, m in sent(pools)] == [("a", True), ("b", False), ("c", False)]
+    assert (stage.num_computed, pools.cache.num_hits) == (1, 1)
+
+
+def test_a_unit_that_was_evicted_is_encoded_again():
+    stage, pools = make_encode(embedding_blocks=2)
+    for name in ("cat", "dog", "cat"):
+        stage.admit(make_order(name, make_unit(name)))
+        assert len(encode(stage)) == 1
+        pools.leases.release(sent(pools)[0][1].ticket.lease)
+    assert pools.cache.evicted == [make_unit("cat").hash, make_unit("dog").hash]
+    assert stage.num_computed == 3
+
+
+def test_a_unit_that_somebody_reads_is_not_evicted_for_the_next():
+    stage, pools = make_encode(embedding_blocks=2)
+    for name in ("cat", "dog"):
+        stage.admit(make_order(name, make_unit(name)))
+    assert len(encode(stage)) == 1
+    assert encode(stage) == []
+    pools.leases.release(sent(pools)[0][1].ticket.lease)
+    assert [work.unit for work in encode(stage)] == [make_unit("dog")]
+
+
+def test_a_tile_that_is_too_large_fails_the_request_and_is_named():
+    stage, pools = make_encode(embedding_blocks=2)
+    units = (make_unit("small", 8), make_unit("huge", 9))
+    stage.admit(Encode(RequestId("r"), make_media(), units, InstanceId("p0")))
+    [(to, failed)] = sent(pools)
+    assert (to, failed.unit, failed.code) == (FRONTEND, units[1].hash, "request_too_large")
+    assert stage.queues["encode_waiting"] == 1

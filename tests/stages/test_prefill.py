@@ -1,10 +1,33 @@
-"""Prefill: reserve, pull, chunks over the ready prefix, and the hand-over."""
+"""Prefill: reserve, pull, chunks over the ready prefix, what caches save, and the hand-over."""
 
 import pytest
+from msgspec.structs import replace
 
-from tests.builders import Pools, make_embedded, make_near, make_pools, make_request, make_stage, make_unit
-from triptych.core import Chunk, FinishReason, RequestId, SampledToken, Stage
-from triptych.messages import FRONTEND, Failed, Located, Prefilled, Release
+from tests.builders import (
+    BLOCK_TOKENS,
+    Pools,
+    make_embedded,
+    make_near,
+    make_pools,
+    make_request,
+    make_stage,
+    make_unit,
+)
+from triptych.core import Chunk, FinishReason, InstanceId, RequestId, SampledToken, Stage
+from triptych.memory.kv_cache import KVCache
+from triptych.messages import (
+    FRONTEND,
+    Abort,
+    Embedded,
+    Failed,
+    Located,
+    Prefilled,
+    Prefilling,
+    Release,
+    Share,
+    Submit,
+    Wanted,
+)
 from triptych.stages.decode import DecodeStage
 from triptych.stages.prefill import PrefillStage
 
@@ -12,10 +35,11 @@ BUDGET = 64
 
 
 def make_prefill(
-    kv_blocks: int = 32, embedding_blocks: int = 8, role: str = "p", **options: object
+    kv_blocks: int = 32, embedding_blocks: int = 8, role: str = "p", state_blocks: int = 0, **options: object
 ) -> tuple[PrefillStage, Pools]:
-    near = make_near("here", here=role, e0="e", d0="d")
+    near = make_near("here", here=role, e0="e", d0="d", p1="p")
     pools = make_pools(kv_blocks, embedding_blocks, near)
+    pools.kv = KVCache(kv_blocks, BLOCK_TOKENS, state_blocks=state_blocks)
     return make_stage(Stage.PREFILL, pools, **options), pools
 
 
@@ -42,6 +66,31 @@ def sent(pools: Pools, kind: type | None = None) -> list[tuple[str, object]]:
 
 def released(pools: Pools) -> list[int]:
     return [message.lease for _, message in sent(pools, Release)]
+
+
+def bring(stage: PrefillStage, request: Submit, lease: int = 1) -> None:
+    """Everything that a started request needs is announced and pulled."""
+    for unit in request.units:
+        stage.embedded(make_embedded(request.request_id, unit, lease))
+        if unit.hash in stage._pulling:
+            stage.pulled(unit.hash, None)
+
+
+def leave_behind(stage: PrefillStage, pools: Pools, request: Submit) -> None:
+    """A request that was prefilled, decoded elsewhere, and is gone: what it had is in the caches."""
+    stage.admit(request)
+    run(stage)
+    bring(stage, request)
+    while any(stage.queues.values()):
+        run(stage)
+    pools.leases.release_reader(InstanceId("d0"))
+    pulls(pools)
+    sent(pools)
+    pools.near.out.tokens.clear()
+
+
+def asked(pools: Pools) -> list[tuple[str, object]]:
+    return [(to, message) for to, message in sent(pools) if isinstance(message, (Share, Wanted))]
 
 
 def test_a_text_prompt_is_prefilled_reported_and_handed_on():
@@ -438,3 +487,434 @@ def test_queued_tokens_are_prompt_tokens_still_to_be_computed():
         stage.admit(make_request(f"r{i}", text=10))
     run(stage, 4)
     assert stage.queued_tokens == 16
+
+
+# ---- what the KV cache saves
+
+
+def test_a_request_with_a_cached_prefix_starts_behind_it_and_says_so():
+    stage, pools = make_prefill()
+    leave_behind(stage, pools, make_request("a", text=10, hashed=True))
+    stage.admit(make_request("b", text=13, hashed=True))
+    assert lengths(run(stage)) == [("b", 8, 5)]
+    assert pools.near.out.tokens[0].num_cached == 8
+    assert (stage.num_prompt_tokens, stage.num_cached_tokens) == (23, 8)
+
+
+def test_the_last_token_is_always_computed():
+    stage, pools = make_prefill()
+    for name in "ab":
+        leave_behind(stage, pools, make_request(name, text=8, hashed=True))
+    stage.admit(make_request("c", text=8, hashed=True))
+    assert lengths(run(stage)) == [("c", 4, 4)]
+
+
+def test_the_kv_of_another_picture_is_not_used_though_all_tokens_are_equal():
+    stage, pools = make_prefill()
+    leave_behind(stage, pools, make_request("a", (make_unit("cat"),), text=4, hashed=True))
+    other = make_request("b", (make_unit("dog"),), text=4, hashed=True)
+    stage.admit(other)
+    assert lengths(run(stage)) == [], "the text before it is here already"
+    bring(stage, other)
+    assert lengths(run(stage)) == [("b", 4, 12)]
+
+
+def test_a_unit_that_a_cached_prefix_covers_is_neither_fetched_nor_waited_for_and_counts_as_prefix():
+    stage, pools = make_prefill(embedding_blocks=2)
+    leave_behind(stage, pools, make_request("a", (make_unit("cat"),), text=4, hashed=True))
+    leave_behind(stage, pools, make_request("other", (make_unit("dog"),), text=4))
+    assert pools.cache.find(make_unit("cat").hash) is None, "it needed the space"
+    stage.num_units.clear()
+    stage.admit(make_request("b", (make_unit("cat"),), text=4, hashed=True, ordered=False))
+    [chunk] = run(stage)
+    assert (chunk.start, chunk.length, chunk.embedding_blocks) == (12, 4, {})
+    assert pulls(pools) == []
+    assert asked(pools) == []
+    assert dict(stage.num_units) == {"prefix": 1}
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_ticket_for_a_unit_that_a_cached_prefix_covers_is_given_back(early):
+    stage, pools = make_prefill()
+    unit = make_unit("cat")
+    leave_behind(stage, pools, make_request("a", (unit,), text=4, hashed=True))
+    stage.admit(make_request("b", (unit,), text=4, hashed=True))
+    if early:
+        stage.embedded(make_embedded("b", unit, lease=8))
+        run(stage)
+    else:
+        run(stage, budget=1)
+        stage.embedded(make_embedded("b", unit, lease=8))
+    assert released(pools) == [8]
+    assert pulls(pools) == []
+
+
+def test_a_unit_that_a_cached_prefix_covers_in_part_is_still_needed():
+    stage, pools = make_prefill()
+    unit = make_unit("cat")  # tokens 3..11: the second block of the picture is shared with the text behind it
+    leave_behind(stage, pools, make_request("a", (unit,), text=3, hashed=True))
+    request = make_request("b", (unit,), text=3, hashed=True)
+    stage.admit(replace(request, token_ids=[*request.token_ids[:-3], 7, 7, 7], prompt_hashes=_cut(request, 2)))
+    [chunk] = run(stage)
+    assert (chunk.start, chunk.length, list(chunk.embedding_blocks)) == (8, 6, [0])
+
+
+def test_a_prefix_that_becomes_known_while_a_request_waits_for_embeddings_is_used_too():
+    stage, pools = make_prefill(streamed=False)
+    cat, dog = make_unit("cat"), make_unit("dog")
+    first = make_request("first", (cat,), text=4, hashed=True)  # 16 tokens, and second begins with them
+    second = make_request("second", (cat, dog), text=4, hashed=True)
+    stage.admit(first)
+    stage.admit(second)
+    run(stage)
+    bring(stage, first)
+    assert lengths(run(stage)) == [("first", 0, 16)]
+    stage.embedded(make_embedded("second", dog))
+    stage.pulled(dog.hash, None)
+    assert lengths(run(stage)) == [("second", 16, 12)]
+    assert pools.near.out.tokens[1].num_cached == 16
+
+
+def test_a_cached_prefix_is_left_alone_where_too_many_would_wait_for_embeddings_with_their_blocks():
+    stage, pools = make_prefill(kv_blocks=10, role="pd")
+    leave_behind(stage, pools, make_request("a", text=4, hashed=True, max_tokens=1))
+    pools.near.max_model_len = 24
+    DecodeStage(pools.near, pools.kv, pools.leases, max_num_seqs=4)
+    request = make_request("b", num_images=2, text=4, hashed=True)  # 28 tokens: 7 blocks, 6 are decode's
+    stage.admit(request)
+    assert run(stage) == []
+    assert pools.kv.usage().used == 0
+    bring(stage, request)
+    assert lengths(run(stage)) == [("b", 4, 24)], "once it is complete, it waits for nobody"
+
+
+def test_a_request_with_a_cached_prefix_waits_for_the_blocks_of_the_rest():
+    stage, pools = make_prefill(kv_blocks=6)
+    leave_behind(stage, pools, make_request("a", text=9, hashed=True))
+    stage.admit(make_request("other", text=12))
+    stage.admit(make_request("b", text=20, hashed=True))
+    assert [name for name, *_ in lengths(run(stage))] == ["other"], "the older one is first served"
+    assert stage.queues == {"prefill_waiting": 1, "prefill_running": 0}
+    pools.leases.release_reader(InstanceId("d0"))
+    assert lengths(run(stage)) == [("b", 8, 12)]
+
+
+def test_what_was_computed_is_found_even_if_its_request_was_aborted():
+    stage, pools = make_prefill()
+    stage.admit(make_request("a", text=20, hashed=True))
+    run(stage, 9)
+    stage.abort(RequestId("a"))
+    pools.leases.release_reader(InstanceId("d0"))
+    assert (pools.kv.usage().used, pools.kv.usage().cached) == (0, 2)
+    stage.admit(make_request("b", text=20, hashed=True))
+    assert lengths(run(stage)) == [("b", 8, 12)]
+
+
+def test_with_recurrent_states_no_prefix_is_shared_and_no_chunk_goes_ahead():
+    stage, pools = make_prefill(state_blocks=2)
+    for name in "ab":
+        stage.admit(make_request(name, text=9, hashed=True))
+        assert lengths(run(stage, 6) + run(stage, 6)) == [(name, 0, 6), (name, 6, 3)]
+        kinds = sent(pools)
+        assert [type(message) for _, message in kinds] == [Located, Prefilled]
+        assert len(kinds[1][1].ticket.blocks) == 2 + 3
+        pools.leases.release_reader(InstanceId("d0"))
+    assert pools.kv.usage().cached == 0
+    assert stage.num_cached_tokens == 0
+
+
+# ---- units that nobody is about to announce
+
+
+def test_a_unit_that_nobody_ordered_is_asked_for_once_when_its_request_starts():
+    stage, pools = make_prefill(max_num_seqs=1)
+    stage.admit(make_request("first", num_images=1))
+    request = make_request("r", num_images=1, ordered=False)
+    stage.admit(request)
+    run(stage)
+    assert asked(pools) == [], "there may be no space for it yet"
+    stage.abort(RequestId("first"))
+    for _ in range(3):
+        run(stage)
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), request.units[0].hash))]
+    bring(stage, request)
+    assert lengths(run(stage)) == [("r", 3, 11)]
+
+
+def test_a_unit_is_asked_for_from_the_instance_that_seems_to_hold_it():
+    stage, pools = make_prefill()
+    request = make_request("r", num_images=1, ordered=False)
+    unit = request.units[0]
+    stage.admit(replace(request, held={unit.hash: InstanceId("p1")}))
+    run(stage)
+    assert asked(pools) == [("p1", Share(RequestId("r"), unit, InstanceId("here")))]
+    stage.embedded(replace(make_embedded("r", unit, holder="p1"), computed=False))
+    assert pulls(pools) == [unit.hash]
+    stage.pulled(unit.hash, None)
+    run(stage)
+    assert dict(stage.num_units) == {"transferred": 1}
+
+
+@pytest.mark.parametrize("holder", ["here", "p9"])
+def test_a_holder_that_is_this_instance_or_gone_is_not_asked(holder):
+    stage, pools = make_prefill()
+    request = make_request("r", num_images=1, ordered=False)
+    stage.admit(replace(request, held={request.units[0].hash: InstanceId(holder)}))
+    run(stage)
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), request.units[0].hash))]
+
+
+def test_what_an_instance_was_asked_for_that_is_gone_now_has_to_be_encoded():
+    stage, pools = make_prefill()
+    request = make_request("r", num_images=2, ordered=False)
+    one = request.units[0]
+    stage.admit(replace(request, held={one.hash: InstanceId("p1")}))
+    run(stage)
+    assert [type(message) for _, message in asked(pools)] == [Share, Wanted]
+    stage.lost(InstanceId("p1"))
+    stage.lost(InstanceId("p1"))
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), one.hash))]
+
+
+def test_a_unit_that_is_coming_for_an_older_request_is_not_asked_for_until_that_one_is_gone():
+    stage, pools = make_prefill()
+    unit = make_unit("cat")
+    stage.admit(make_request("older", (unit,)))
+    stage.admit(make_request("younger", (unit,), ordered=False))
+    run(stage)
+    assert asked(pools) == []
+    stage.abort(RequestId("older"))
+    run(stage)
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("younger"), unit.hash))]
+
+
+def test_a_stale_ticket_is_given_back_and_the_unit_asked_for():
+    stage, pools = make_prefill()
+    request = make_request("r", num_images=1)
+    stage.admit(request)
+    run(stage)
+    message = make_embedded("r", request.units[0], lease=3)
+    stage.embedded(replace(message, ticket=replace(message.ticket, epoch="0")))
+    assert released(pools) == [3]
+    run(stage)
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), request.units[0].hash))]
+
+
+def test_while_somebody_asks_the_tickets_of_waiting_requests_go_back_and_are_asked_for_in_their_turn():
+    stage, pools = make_prefill(embedding_blocks=2)
+    asking = make_request("asking", num_images=1, ordered=False)
+    waiting = make_request("waiting", (make_unit("waiting-0"),))
+    late = make_request("late", (make_unit("late-0"),))
+    for request in (asking, waiting, late):
+        stage.admit(request)
+    stage.embedded(make_embedded("waiting", waiting.units[0], lease=1))
+    assert released(pools) == []
+    run(stage)
+    messages = sent(pools)
+    assert [m for _, m in messages if isinstance(m, Wanted)] == [Wanted(RequestId("asking"), asking.units[0].hash)]
+    assert [m.lease for _, m in messages if isinstance(m, Release)] == [1]
+    stage.embedded(make_embedded("late", late.units[0], lease=2))
+    assert released(pools) == [2], "this one comes while the question is open"
+    bring(stage, asking, lease=3)
+    run(stage)
+    assert released(pools) == [3]
+    run(stage)
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("waiting"), waiting.units[0].hash))]
+    bring(stage, waiting)
+    run(stage)
+    run(stage)
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("late"), late.units[0].hash))]
+
+
+def test_a_ticket_that_was_given_back_and_comes_again_is_used():
+    stage, pools = make_prefill(max_num_seqs=1)
+    asking, waiting = make_request("asking", num_images=1, ordered=False), make_request("waiting", num_images=1)
+    for request in (asking, waiting):
+        stage.admit(request)
+    stage.embedded(make_embedded("waiting", waiting.units[0], lease=1))
+    run(stage)
+    stage.abort(RequestId("asking"))
+    run(stage)
+    pulls(pools)
+    stage.embedded(make_embedded("waiting", waiting.units[0], lease=2))
+    assert pulls(pools) == [waiting.units[0].hash]
+
+
+# ---- sharing with other instances
+
+
+def test_a_unit_that_is_here_is_shared_by_a_ticket_that_keeps_it():
+    stage, pools = make_prefill(embedding_blocks=2)
+    unit = make_unit("cat")
+    leave_behind(stage, pools, make_request("a", (unit,)))
+    stage.share(Share(RequestId("b"), unit, InstanceId("p1")))
+    [(to, answer)] = sent(pools)
+    assert to == "p1"
+    assert isinstance(answer, Embedded)
+    assert (answer.request_id, answer.unit, answer.computed) == ("b", unit.hash, False)
+    assert answer.ticket.blocks == pools.cache.find(unit.hash).blocks
+    assert not pools.cache.can_hold([make_unit("dog")]), "it cannot be evicted while it is read"
+    pools.leases.release(answer.ticket.lease)
+    assert pools.cache.can_hold([make_unit("dog")])
+
+
+def test_a_unit_that_is_not_here_or_not_complete_is_not_shared_but_wanted():
+    stage, pools = make_prefill()
+    unit = make_unit("cat")
+    wanted = [(FRONTEND, Wanted(RequestId("b"), unit.hash))]
+    stage.share(Share(RequestId("b"), unit, InstanceId("p1")))
+    assert sent(pools) == wanted
+    stage.admit(make_request("a", (unit,)))
+    run(stage)
+    stage.embedded(make_embedded("a", unit))
+    stage.share(Share(RequestId("b"), unit, InstanceId("p1")))
+    assert asked(pools) == wanted, "it is being written"
+    stage.pulled(unit.hash, RuntimeError("link down"))
+    sent(pools)
+    stage.share(Share(RequestId("b"), unit, InstanceId("p1")))
+    assert asked(pools) == wanted, "nothing came"
+
+
+def test_a_unit_for_whose_lease_there_is_no_space_in_the_share_is_wanted():
+    stage, pools = make_prefill(embedding_blocks=2)
+    cat = make_unit("cat")
+    leave_behind(stage, pools, make_request("a", (cat,)))
+    pools.share.max_blocks = 1
+    stage.share(Share(RequestId("b"), cat, InstanceId("p1")))
+    assert sent(pools) == [(FRONTEND, Wanted(RequestId("b"), cat.hash))]
+
+
+def test_units_are_counted_by_where_they_came_from():
+    stage, pools = make_prefill(embedding_blocks=16)
+    here, covered, encoded, lent = (make_unit(name) for name in ("here", "covered", "encoded", "lent"))
+    leave_behind(stage, pools, make_request("a", (covered,), text=4, hashed=True))
+    leave_behind(stage, pools, make_request("b", (here,), text=4, hashed=True))
+    stage.num_units.clear()
+    request = make_request("c", (covered, here, encoded, encoded, lent), text=4, hashed=True)
+    stage.admit(request)
+    run(stage)
+    stage.embedded(make_embedded("c", encoded))
+    stage.pulled(encoded.hash, None)
+    stage.embedded(replace(make_embedded("c", lent), computed=False))
+    stage.pulled(lent.hash, None)
+    run(stage)
+    assert dict(stage.num_units) == {"prefix": 1, "cached": 1, "computed": 1, "transferred": 1}
+
+
+def test_units_of_requests_that_were_aborted_are_not_counted():
+    stage, _ = make_prefill()
+    request = make_request("r", num_images=1)
+    stage.admit(request)
+    run(stage)
+    bring(stage, request)
+    stage.abort(RequestId("r"))
+    assert not stage.num_units
+
+
+# ---- KV on its way while the rest is computed
+
+
+def test_kv_is_announced_after_every_chunk_that_filled_a_block_and_whole_at_the_end():
+    stage, pools = make_prefill()
+    request = make_request("r", text=15, hashed=True)
+    stage.admit(request)
+    run(stage, 6)
+    (to_frontend, located), (to, first) = sent(pools)
+    assert (to_frontend, located) == (FRONTEND, Located(RequestId("r"), "d0"))
+    assert (to, type(first)) == ("d0", Prefilling)
+    assert (first.num_tokens, first.prompt_hashes) == (15, request.prompt_hashes)
+    assert (first.ticket.region, first.ticket.blocks, first.ticket.num_tokens) == ("kv", [0], 4)
+    run(stage, 1)
+    assert sent(pools) == [], "no further block is full"
+    run(stage, 6)
+    [(to, second)] = sent(pools)
+    assert (to, second.ticket.blocks, second.ticket.num_tokens) == ("d0", [0, 1, 2], 12)
+    run(stage, 6)
+    [(to, last)] = sent(pools)
+    assert (to, type(last)) == ("d0", Prefilled)
+    assert (last.ticket.blocks, last.ticket.num_tokens) == ([0, 1, 2, 3], 15)
+    for message in (first, second, last):
+        pools.leases.release(message.ticket.lease)
+    pools.assert_idle()
+
+
+def test_found_blocks_are_announced_with_the_first_chunk():
+    stage, pools = make_prefill()
+    leave_behind(stage, pools, make_request("a", text=9, hashed=True))
+    stage.admit(make_request("b", text=17, hashed=True))
+    assert lengths(run(stage, 1)) == [("b", 8, 1)]
+    [(_, order)] = sent(pools, Prefilling)
+    assert order.ticket.num_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("role", "max_tokens", "options"),
+    [("p", 1, {}), ("pd", 4, {}), ("p", 4, {"chunked_transfer": False})],
+    ids=["one token", "decoded here", "as a whole"],
+)
+def test_nothing_goes_ahead_where_it_is_of_no_use(role, max_tokens, options):
+    stage, pools = make_prefill(role=role, **options)
+    pools.near.decode_loads["d0"] = 1.0
+    stage.admit(make_request("r", text=15, max_tokens=max_tokens))
+    run(stage, 8)
+    assert sent(pools) == []
+    run(stage, 8)
+    assert sent(pools, Prefilling) == []
+
+
+def test_an_aborted_prefill_does_not_free_the_blocks_that_are_read():
+    stage, pools = make_prefill(kv_blocks=4)
+    stage.admit(make_request("r", text=15))
+    run(stage, 8)
+    [(_, order)] = sent(pools, Prefilling)
+    stage.abort(RequestId("r"))
+    assert pools.kv.usage().used == 2
+    stage.admit(make_request("next", text=12))
+    assert run(stage) == [], "it would be written over what is read"
+    pools.leases.release(order.ticket.lease)
+    assert lengths(run(stage)) == [("next", 0, 12)]
+    pools.leases.release_reader(InstanceId("d0"))
+    pools.assert_idle()
+
+
+def test_a_request_that_ends_with_its_first_token_tells_decode():
+    stage, pools = make_prefill()
+    pools.near.eos_token_ids = frozenset({5})
+    stage.admit(make_request("r", text=15))
+    run(stage, 8)
+    sent(pools)
+    run(stage, 8, token=5)
+    assert pools.near.out.tokens[0].finish is FinishReason.STOP
+    assert sent(pools) == [("d0", Abort(RequestId("r")))]
+    pools.leases.release_reader(InstanceId("d0"))
+    pools.assert_idle()
+
+
+def test_a_request_whose_kv_went_ahead_is_located_once_and_goes_where_its_beginning_is():
+    stage, pools = make_prefill()
+    pools.near.table = make_near("here", here="p", d0="d", d1="d").table
+    stage.admit(make_request("r", text=15))
+    run(stage, 8)
+    pools.near.decode_loads |= {"d0": 9.0, "d1": 0.0}
+    run(stage, 8)
+    assert [(to, type(message)) for to, message in sent(pools)] == [
+        (FRONTEND, Located), ("d0", Prefilling), ("d0", Prefilled),
+    ]  # fmt: skip
+
+
+def test_another_decode_instance_gets_everything_where_the_first_one_is_gone():
+    stage, pools = make_prefill()
+    pools.near.table = make_near("here", here="p", d0="d", d1="d").table
+    stage.admit(make_request("r", text=15))
+    run(stage, 8)
+    sent(pools)
+    pools.near.table = make_near("here", here="p", d1="d").table
+    pools.leases.release_reader(InstanceId("d0"))
+    run(stage, 8)
+    (_, located), (to, order) = sent(pools)
+    assert located == Located(RequestId("r"), "d1")
+    assert (to, len(order.ticket.blocks)) == ("d1", 4)
+
+
+def _cut(request: Submit, num_blocks: int) -> object:
+    return replace(request.prompt_hashes, blocks=request.prompt_hashes.blocks[:num_blocks])

@@ -33,6 +33,7 @@ def work(config: InstanceConfig, failures: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the controller decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     set_up_logging(process=config.id)
+    os.nice(config.niceness)  # threads that start from now on inherit it
     torch.set_num_threads(config.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:

@@ -137,10 +137,16 @@ class KVCache:
         return found
 
     def seal(self, sequence: Sequence) -> None:
-        """Lets others find the full blocks whose KV is computed now. Of equal blocks the first one keeps the name."""
-        if not self._prefix_caching or sequence.num_computed < (len(sequence.sealed) + 1) * self.block_tokens:
+        """Lets others find the full blocks whose KV is computed now. Of equal blocks the first one keeps the name.
+
+        A sequence without a root was never hashed: what its media are is not known here. Nor are the tokens of one that
+        is still prefilled elsewhere, behind the blocks whose hashes came with it."""
+        of_prompt = sequence.prompt_hashes
+        if not self._prefix_caching or not of_prompt.root:
             return
-        for index in range(len(sequence.sealed), sequence.num_computed // self.block_tokens):
+        num_known = max(len(sequence.token_ids), len(of_prompt.blocks) * self.block_tokens)
+        num_full = min(sequence.num_computed, num_known) // self.block_tokens
+        for index in range(len(sequence.sealed), num_full):
             hash_ = self._hash_at(sequence, index)
             sequence.sealed.append(hash_)
             block = sequence.block_table[index]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from triptych.model.attention_batch import AttentionBatch, ChunkRows
-from triptych.model.dense_attention import attend
+from triptych.model.dense_attention import attend, prefers_products
 
 try:
     import triptych.model.attention_triton as _triton
@@ -68,7 +68,7 @@ def _attend_chunk(
     window: int | None,
 ) -> Tensor:
     rows = slice(chunk.row, chunk.row + chunk.length)
-    mask = batch.chunk_mask(chunk, window)
+    mask = batch.chunk_mask(chunk, window, needs_causal=not prefers_products(query))
     if chunk.pages is None:
         keys, values = key[:, :, rows], value[:, :, rows]
     else:

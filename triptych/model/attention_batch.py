@@ -105,11 +105,12 @@ class AttentionBatch:
         both = both.view(2, 1, self.region.layout.kv_heads, -1, self.region.layout.head_dim)
         return both[0, :, :, : chunk.rows.end], both[1, :, :, : chunk.rows.end]
 
-    def chunk_mask(self, chunk: ChunkRows, window: int | None) -> Tensor | None:
-        """What rows of a chunk see of [0, end): [length, end], 0 or -inf; None if that is plain causal from token 0."""
+    def chunk_mask(self, chunk: ChunkRows, window: int | None, *, needs_causal: bool = True) -> Tensor | None:
+        """What rows of a chunk see of [0, end): [length, end], 0 or -inf. None if that is plain causal and the chunk
+        starts at token 0, or, without `needs_causal`, anywhere."""
         key = (chunk.row, window)
         if key not in self._masks:
-            self._masks[key] = self._make_chunk_mask(chunk.rows, window)
+            self._masks[key] = self._make_chunk_mask(chunk.rows, window, needs_causal)
         return self._masks[key]
 
     def _clear_begun_blocks(self) -> None:
@@ -181,8 +182,9 @@ class AttentionBatch:
         heads = np.arange(2 * self.region.layout.kv_heads).reshape(2, -1, 1)
         return self._to_device(used + heads)
 
-    def _make_chunk_mask(self, rows: SequenceRows, window: int | None) -> Tensor | None:
-        if rows.start == 0 and rows.last_visible is None and not (window and window < rows.end):
+    def _make_chunk_mask(self, rows: SequenceRows, window: int | None, needs_causal: bool) -> Tensor | None:
+        is_causal = rows.last_visible is None and not (window and window < rows.end)
+        if is_causal and (rows.start == 0 or not needs_causal):
             return None
         query = np.arange(rows.start, rows.end)[:, None]
         key = np.arange(rows.end)[None]

@@ -7,6 +7,7 @@ before an instance has begun.
 """
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,8 @@ _TELLING = ("flac", "aiff")  # formats whose header has the length of the whole
 _TOLERANCE_S = 0.05  # headers of lossy files round
 
 _MP3_FRAME_BYTES = 1441  # at most
+# Behind 4 bytes of frame header, and 9, 17 or 32 of what MPEG 2 and 1 have on one or two channels.
+_XING = re.compile(rb"\xff[\xe0-\xff].{11}(?:.{8}|.{23})?(?:Xing|Info)", re.DOTALL)
 _OGG_HEADER_BYTES = 27  # of a page, in front of the lengths of its segments (RFC 3533)
 _MAX_WAV_CHUNKS = 1000
 
@@ -76,7 +79,7 @@ def _open(data: bytes) -> Iterator["_Track"]:
             yield _Track(data, container, container.streams.audio[0])
     except av.EOFError as error:
         raise _invalid("it is cut off: the file ends where more was expected") from error
-    except (av.FFmpegError, ValueError) as error:  # ValueError: its format changes on the way
+    except (av.FFmpegError, ValueError) as error:  # some of PyAV's own checks raise ValueError
         raise _invalid(getattr(error, "strerror", None) or str(error)) from error
 
 
@@ -84,7 +87,7 @@ class _Track:
     """The audio of an open file, read once from its beginning, with or without decoding."""
 
     def __init__(self, data: bytes, container: InputContainer, stream: AudioStream) -> None:
-        codec: str = stream.codec_context.codec.canonical_name
+        codec: str = stream.codec_context.codec.canonical_name if stream.codec_context else "of this file"
         lossless = codec in _LOSSLESS or codec.startswith("pcm_")
         if not lossless and codec not in _LOSSY:
             raise _invalid(f"the codec {codec} is not supported; supported are PCM, {', '.join((*_LOSSLESS, *_LOSSY))}")
@@ -105,10 +108,14 @@ class _Track:
         return self.packet_samples
 
     def frames(self) -> Iterator[AudioFrame]:
-        num_samples = 0
+        num_samples, first_kind = 0, None
         for packet in self._packets():
             for frame in packet.decode():
                 assert isinstance(frame, AudioFrame)
+                kind = (frame.sample_rate, frame.layout.name, frame.format.name)
+                if num_samples and kind != first_kind:
+                    raise _invalid("its sample rate or its channels change on the way")
+                first_kind = kind
                 num_samples += frame.samples
                 self.rate = frame.sample_rate
                 self._refuse_bad_rate()
@@ -145,8 +152,7 @@ class _Track:
     def _has_frame_count(self) -> bool:
         """Whether an MP3 file has a Xing header: a frame without sound in front of the first packet."""
         end = self._first_packet or 0
-        frame = self._data[max(0, end - _MP3_FRAME_BYTES) : end]
-        return b"Xing" in frame or b"Info" in frame
+        return _XING.search(self._data, max(0, end - _MP3_FRAME_BYTES), end) is not None
 
     def _refuse_bad_rate(self) -> None:
         if not MIN_RATE <= self.rate <= MAX_RATE:

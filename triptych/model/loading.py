@@ -21,6 +21,7 @@ from triptych.config import ModelConfig
 from triptych.core import Role
 from triptych.errors import ConfigError
 from triptych.model.attention import PAGED_ATTENTION
+from triptych.model.families import answering_part
 from triptych.model.recurrent import hand_states_to_linear_layers
 from triptych.model.tower_attention import TOWER_ATTENTION, use_segment_attention
 from triptych.model.tuning import PackedLinear, tune
@@ -52,9 +53,10 @@ def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
-    """Raises ConfigError where transformers cannot read it, or would need code from the checkpoint."""
+    """Of the part that is served. Raises ConfigError where transformers cannot read it, or would need code from the
+    checkpoint."""
     try:
-        return AutoConfig.from_pretrained(str(path))
+        return answering_part(AutoConfig.from_pretrained(str(path)))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model {path}: {error}") from error
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from triptych.core import EncodeUnit, Media, PositionArguments, Span, UnitHash
 from triptych.errors import ConfigError, RequestError
 from triptych.model.chat import ChatTemplate
-from triptych.model.families import Family, ItemLayout, Modality, Parts, Run, family_for
+from triptych.model.families import Family, ItemLayout, Modality, Parts, Run, answering_part, family_for
 from triptych.model.headers import Header, VideoHeader
 from triptych.model.token_stream import TokenStream
 
@@ -84,7 +84,7 @@ class Processor:
         """From a local folder. Raises ConfigError where a part is missing, or does not fit the others."""
         folder = Path(path)
         try:
-            config = AutoConfig.from_pretrained(folder)
+            config = answering_part(AutoConfig.from_pretrained(folder))
             family = family_for(config)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, ImportError) as error:

@@ -1,7 +1,7 @@
 """Linear-attention layers over a KV region: the rows of every sequence run with the states of that sequence.
 
-What a layer computes stays with transformers: its own forward runs on sequences with equally many rows, all decodes for
-one, with a cache that holds just their states. Knows no model and no request.
+What a layer computes stays with transformers: its own forward runs on sequences with equally many rows, such as the
+decodes, with a cache that holds just their states. Knows no model and no request.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from triptych.model.caches import KVRegion, LayerState
+
+_BYTES_TOGETHER = 64 << 20  # of states; a layer takes several times as much while it runs
 
 Forward = Callable[..., Tensor]  # of a layer: hidden states [sequences, tokens, width], `cache_params`
 
@@ -66,12 +68,13 @@ class StateBatch:
         for state, pages in region.layout.state_pages.items():
             self._states.setdefault(state.layer, []).append((state, pages))
         self._parts: list[_Part] = []
-        table = _pages(region, sequences)
-        first = row = 0
+        table, first, row = _pages(region, sequences), 0, 0
         for (length, fresh), group in groupby(sequences, lambda rows: (rows.end - rows.start, rows.start == 0)):
-            last = first + len(list(group))
-            self._parts.append(_Part(row, length, table[first:last], fresh))
-            first, row = last, row + length * (last - first)
+            num_alike = len(list(group))
+            for group_pages in torch.split(table[first : first + num_alike], self._num_together()):
+                self._parts.append(_Part(row, length, group_pages, fresh))
+                row += length * len(group_pages)
+            first += num_alike
 
     def run(self, layer: int, forward: Forward, hidden: Tensor) -> Tensor:
         outputs = []
@@ -81,6 +84,11 @@ class StateBatch:
             outputs.append(forward(rows, cache_params=Cache([kept] * (layer + 1))).flatten(0, 1))
             self._store(layer, part, kept)
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+    def _num_together(self) -> int:
+        """How many sequences a layer takes at once."""
+        pages = max(states[-1][1].stop - states[0][1].start for states in self._states.values())
+        return max(1, _BYTES_TOGETHER // (pages * self._region.layout.page_bytes))
 
     def _load(self, layer: int, part: "_Part") -> "_Kept":
         """Valid until the next gather of the region."""
@@ -109,7 +117,7 @@ class StateBatch:
 
 @dataclass(slots=True)
 class _Part:
-    """Neighbouring sequences that run together, because each has `length` rows: all decodes, or a chunk."""
+    """Neighbouring sequences that run together, because each has `length` rows: decodes, or a chunk."""
 
     row: int  # the first one
     length: int

@@ -6,10 +6,10 @@ turns it. Frames that a player skips (before an edit list's start, hidden refere
 
 import io
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import av
@@ -27,10 +27,13 @@ from triptych.model.headers import VideoHeader
 Frame = NDArray[np.uint8]  # [height, width, 3], RGB
 
 DEFAULT_NUM_FRAMES = 32  # that of vLLM's media_io_kwargs
-ALL_FRAMES = -1
 
 # Pixels of all frames together that a model looks at: 32 frames of 3840 x 2160, which are 760 MiB as RGB.
 MAX_PIXELS = 32 * 3840 * 2160
+
+# And of all frames that have to be decoded on the way to those. A core decodes this much in one or two minutes: with a
+# key frame every 250 frames, 32 frames of a 4K video of any length are just within it.
+MAX_DECODED_PIXELS = 32 * 130 * 3840 * 2160
 
 # FFmpeg decodes hundreds more, many of which nobody looks after.
 CODECS = ("h264", "hevc", "av1", "vp9", "vp8", "mpeg4", "mpeg2video", "mpeg1video", "h263", "mjpeg", "prores", "gif")
@@ -52,8 +55,8 @@ def read_video_header(data: bytes, *, num_frames: int | None = None, fps: float 
         index = _read_index(container, stream)
         rate = float(stream.average_rate or stream.guessed_rate or _USUAL_FPS)
         frames = sample(index.num_frames, rate, num_frames=num_frames, fps=fps)
-        _check_size(len(frames), stream.codec_context.width, stream.codec_context.height)
-        width, height = _key_frame_size(stream, index.key_packet)
+        _check_cost(index, frames, stream.codec_context.width, stream.codec_context.height)
+        width, height = _shown_size(stream, index.probe)
         return VideoHeader(width, height, frames, index.num_frames, rate)
 
 
@@ -114,7 +117,8 @@ def _video_stream(container: InputContainer) -> VideoStream:
     name = codec.codec.canonical_name if codec is not None else "unknown"
     if name not in CODECS:
         raise _invalid(f"the codec {name} is not supported; supported are {', '.join(CODECS)}")
-    _check_size(1, codec.width, codec.height)
+    if codec.width < 1 or codec.height < 1:
+        raise _invalid(f"its header says {codec.width} x {codec.height} pixels")
     codec.options = {"max_pixels": str(max(_MIN_BUFFER, 4 * codec.width * codec.height))}
     return streams[0]
 
@@ -126,7 +130,7 @@ class _Index:
     num_frames: int
     times: list[int]  # when each is shown, ascending, in units of the stream; empty where packets do not tell
     key_times: list[int]  # when key frames are shown, ascending
-    key_packet: "Packet[VideoStream]"  # of the first key frame
+    probe: "list[Packet[VideoStream]]"  # from which a frame comes: one of a key frame, if there is one that is shown
 
 
 def _read_index(container: InputContainer, stream: VideoStream) -> _Index:
@@ -145,7 +149,8 @@ def _read_index(container: InputContainer, stream: VideoStream) -> _Index:
         keys = keys[:1]  # all call themselves key frames, yet draw on top of the one before
     times = sorted({packet.pts for packet in shown if packet.pts is not None})
     key_times = sorted(packet.pts for packet in keys if packet.pts is not None)
-    return _Index(len(shown), times if len(times) == len(shown) else [], key_times, keys[0])
+    probe = [packet for packet in keys if not packet.is_discard][:1] or packets
+    return _Index(len(shown), times if len(times) == len(shown) else [], key_times, probe)
 
 
 def _is_shown(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
@@ -158,14 +163,13 @@ def _is_shown(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
 # ---- frames
 
 
-def _key_frame_size(stream: VideoStream, key_packet: "Packet[VideoStream]") -> tuple[int, int]:
+def _shown_size(stream: VideoStream, probe: "list[Packet[VideoStream]]") -> tuple[int, int]:
     """(width, height) of the upright picture: neither the container nor the codec's header has to say so."""
-    frames = [*stream.codec_context.decode(key_packet), *stream.codec_context.decode(None)]
-    if not frames:
+    frame = next((frame for packet in [*probe, None] for frame in stream.codec_context.decode(packet)), None)
+    if frame is None:
         raise _invalid("its first frame cannot be decoded")
-    _, is_turned, _, _ = _matrix(frames[0])
-    size = frames[0].width, frames[0].height
-    return (size[1], size[0]) if is_turned else size
+    _, is_turned, _, _ = _matrix(frame)
+    return (frame.height, frame.width) if is_turned else (frame.width, frame.height)
 
 
 def _chosen(data: bytes, places: Sequence[int]) -> Iterator[av.VideoFrame]:
@@ -173,13 +177,15 @@ def _chosen(data: bytes, places: Sequence[int]) -> Iterator[av.VideoFrame]:
     num_found = 0
     with _opened(data) as (container, stream):
         index = _read_index(container, stream)
-        _check_size(len(places), stream.codec_context.width, stream.codec_context.height)
+        _check_cost(index, places, stream.codec_context.width, stream.codec_context.height)
         if places[-1] < len(index.times):
             for frame in _sought(container, stream, index, [index.times[place] for place in places]):
                 num_found += 1
                 yield frame
     if num_found < len(places):
         with _opened(data) as (container, stream):
+            index = replace(index, times=[])
+            _check_cost(index, places, stream.codec_context.width, stream.codec_context.height)
             yield from _counted(container, stream, places[num_found:])
 
 
@@ -237,14 +243,28 @@ def _upright(pixels: NDArray[Any], matrix: tuple[int, int, int, int]) -> NDArray
     return pixels[::y_sign, ::x_sign]
 
 
-def _check_size(num_frames: int, width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise _invalid(f"its header says {width} x {height} pixels")
-    if num_frames * width * height > MAX_PIXELS:
-        raise RequestError(
-            f"{num_frames} frames of {width} x {height} pixels are more than the limit of {MAX_PIXELS} pixels",
-            code="invalid_video",
-        )
+def _check_cost(index: _Index, places: Sequence[int], width: int, height: int) -> None:
+    """Before a frame is decoded: a file of a few bytes can have millions of frames of any size."""
+    for verb, num_frames, limit in (
+        ("are looked at", len(places), MAX_PIXELS),
+        ("have to be decoded", _num_decoded(index, places), MAX_DECODED_PIXELS),
+    ):
+        if num_frames * width * height > limit:
+            text = f"{num_frames} frames of {width} x {height} pixels {verb}: more than the limit of {limit} pixels"
+            raise RequestError(text, code="invalid_video")
+
+
+def _num_decoded(index: _Index, places: Sequence[int]) -> int:
+    """How many frames have to be decoded on the way to these."""
+    if not index.times:
+        return places[-1] + 1
+    key_places = [bisect_left(index.times, time) for time in index.key_times]
+    num_frames, done = 0, 0
+    for place in places:
+        key = bisect_right(key_places, place) - 1
+        num_frames += place + 1 - max(done, key_places[key] if key >= 0 else 0)
+        done = place + 1
+    return num_frames
 
 
 def _invalid(reason: str) -> RequestError:

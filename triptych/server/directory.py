@@ -37,7 +37,7 @@ class Directory:
 
     def add_blocks(self, instance: InstanceId, blocks: Sequence[BlockHash]) -> None:
         known = self._blocks[instance]
-        for hash_ in blocks:
+        for hash_ in reversed(blocks):  # a beginning is of use without its end, and so is forgotten after it
             known[hash_] = None
             known.move_to_end(hash_)
         while len(known) > MAX_BLOCKS:

@@ -303,12 +303,13 @@ class Frontend:
     def _table(self, message: Table) -> None:
         if message.version <= self.table.version:
             return
-        self.table = RoutingTable.of(message)
-        peers = self.table.peers
-        for instance in self.loads.keys() - peers.keys():
-            self._directory.forget(instance)
-        self.loads = {id: load for id, load in self.loads.items() if id in peers}
-        self._unreported_s = {id: seconds for id, seconds in self._unreported_s.items() if id in peers}
+        before, self.table = self.table, RoutingTable.of(message)
+        here = {(peer.id, peer.epoch) for peer in message.peers}
+        for peer in before.peers.values():
+            if (peer.id, peer.epoch) not in here:  # gone, or started anew with empty caches
+                self._directory.forget(peer.id)
+                self.loads.pop(peer.id, None)
+                self._unreported_s.pop(peer.id, None)
 
     def _located(self, message: Located) -> None:
         live = self._live.get(message.request_id)

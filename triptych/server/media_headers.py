@@ -9,11 +9,12 @@ from triptych.errors import ConfigError, RequestError
 from triptych.model.audios import read_audio_header
 from triptych.model.families import Modality
 from triptych.model.families.audio import AudioModality
-from triptych.model.headers import AudioHeader, Header, ImageHeader
+from triptych.model.headers import AudioHeader, Header, ImageHeader, VideoHeader
 from triptych.model.images import read_header
 from triptych.model.videos import read_video_header
 from triptych.server.schema import MediaIoKwargs, VideoIo
 
+MAX_FRAMES = 8192  # of a video: what is known of each is kept, and the layouts of videos are remembered
 _NO_BOUND = -1  # how clients write that there is none
 
 
@@ -46,10 +47,17 @@ class HeaderReader:
             case _:
                 assert self._sampling_rate > 0, f"a model whose audio modality is none of {AudioModality}"
                 header = read_audio_header(data, self._sampling_rate)
-        if not isinstance(header, AudioHeader) and header.width * header.height > self._max_pixels:
+        if not isinstance(header, AudioHeader):
+            self._check_size(modality, header)
+        return header
+
+    def _check_size(self, modality: str, header: ImageHeader | VideoHeader) -> None:
+        if header.width * header.height > self._max_pixels:
             text = f"{header.width} x {header.height} pixels are more than the limit of {self._max_pixels}"
             raise RequestError(text, code=f"{modality}_too_large")
-        return header
+        if isinstance(header, VideoHeader) and len(header.frames) > MAX_FRAMES:
+            text = f"{len(header.frames)} frames are more than the limit of {MAX_FRAMES}; media_io_kwargs bounds them"
+            raise RequestError(text, code="video_too_large")
 
 
 def _checked(options: Mapping[str, object]) -> MediaIoKwargs:

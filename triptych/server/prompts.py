@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec
 
 from triptych.errors import RequestError
+from triptych.model.headers import VideoHeader
 from triptych.model.processor import Processor, Prompt
 from triptych.server.frontend import PreparedPrompt
 from triptych.server.media import MediaItem, MediaLoader
@@ -26,7 +27,7 @@ P = ParamSpec("P")
 
 MAX_PROMPTS = 2048  # of one request
 _LONG_TEXT = 20_000  # characters; tokenising more would hold up the event loop for more than some milliseconds
-_PIECE_COST = 100  # what a message or a content part costs the template, counted in characters of text
+_PIECE_COST = 100  # what a message, a content part or a frame costs, counted in characters of text
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # the text of bytes that are no whole character
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece vocabularies spell a byte
@@ -72,10 +73,12 @@ class PromptBuilder:
         num_pieces = sum(1 + (len(m.content) if isinstance(m.content, list) else 0) for m in messages)
         if num_pieces > 2 * self._max_model_len:  # the template writes tokens around each
             raise self._too_long("messages", f"{num_pieces} messages and parts")
+        num_characters = sum(map(_text_len, messages)) + _PIECE_COST * num_pieces
+        self._check_length(num_characters, "messages")
         items = await self._media.load(_sources(messages), media_options)
-        return await self._in_thread_if_long(
-            sum(map(_text_len, messages)) + _PIECE_COST * num_pieces,
-            "messages",
+        num_frames = sum(len(item.header.frames) for item in items if isinstance(item.header, VideoHeader))
+        return await _in_thread_if_long(
+            num_characters + _PIECE_COST * num_frames,
             self._build_chat,
             messages,
             add_generation_prompt and not continue_final_message,
@@ -192,7 +195,8 @@ class PromptBuilder:
         )
 
     async def _text(self, text: str, add_special_tokens: bool, field: str) -> PreparedPrompt:
-        return await self._in_thread_if_long(len(text), field, self._tokenize, text, add_special_tokens, field)
+        self._check_length(len(text), field)
+        return await _in_thread_if_long(len(text), self._tokenize, text, add_special_tokens, field)
 
     def _tokenize(self, text: str, add_special_tokens: bool, field: str) -> PreparedPrompt:
         with blamed(field):
@@ -210,18 +214,21 @@ class PromptBuilder:
             raise RequestError(f"{field}: must not be empty", param=field, code="invalid_value")
         return PreparedPrompt(prompt.token_ids)
 
-    async def _in_thread_if_long(
-        self, num_characters: int, field: str, build: Callable[P, PreparedPrompt], *args: P.args, **kwargs: P.kwargs
-    ) -> PreparedPrompt:
+    def _check_length(self, num_characters: int, field: str) -> None:
         if num_characters > self._max_characters:
             raise self._too_long(field, f"{num_characters} characters")
-        if num_characters > _LONG_TEXT:
-            return await asyncio.to_thread(build, *args, **kwargs)
-        return build(*args, **kwargs)
 
     def _too_long(self, field: str, amount: str) -> RequestError:
         text = f"{field}: {amount} are more than this model's maximum context length of {self._max_model_len} tokens"
         return RequestError(text, param=field, code="context_length_exceeded")
+
+
+async def _in_thread_if_long(
+    num_characters: int, build: Callable[P, PreparedPrompt], *args: P.args, **kwargs: P.kwargs
+) -> PreparedPrompt:
+    if num_characters > _LONG_TEXT:
+        return await asyncio.to_thread(build, *args, **kwargs)
+    return build(*args, **kwargs)
 
 
 def _sources(messages: Sequence[ChatMessage]) -> list[MediaSource]:

@@ -219,9 +219,10 @@ class PrefillStage:
         while self._waiting and len(self._started) < self._max_num_seqs:
             job = self._waiting[0]
             sequence = job.sequence
+            self._hold_kv()
             found = self._found_prefix(sequence)
             # Who waits for KV here waits for decodes, for readers, or for requests that started before: they all go on.
-            if found and not self._kv.can_admit(sequence, len(sequence.token_ids), found):
+            if found and (self._is_short_of_kv or not self._kv.can_admit(sequence, len(sequence.token_ids), found)):
                 break
             needed = _units_behind(sequence, len(found) * self._kv.block_tokens)
             if not self._embeddings.can_hold(list(needed.values())):
@@ -277,6 +278,11 @@ class PrefillStage:
             if not self._kv.can_admit(sequence, len(sequence.token_ids), found):
                 break
             self._take_kv(job, found)
+
+    @property
+    def _is_short_of_kv(self) -> bool:
+        """Whether a started request waits for nothing but KV blocks: none that came later may take them."""
+        return any(not job.sequence.block_table and self._is_complete(job) for job in self._started.values())
 
     def _take_kv(self, job: PrefillJob, found: list[int]) -> None:
         sequence = job.sequence

@@ -20,7 +20,7 @@ from triptych.model.families.qwen3_5 import Qwen35
 from triptych.model.families.qwen_vl import QwenVL
 from triptych.model.families.voxtral import Voxtral
 
-__all__ = ["Family", "ItemLayout", "Modality", "Parts", "Rows", "Run", "family_for"]
+__all__ = ["Family", "ItemLayout", "Modality", "Parts", "Rows", "Run", "answering_part", "family_for"]
 
 _SUPPORTED: tuple[type[Family], ...] = (
     AudioFlamingo3,
@@ -52,6 +52,20 @@ _UNSUPPORTED = {
     "kimi_k25": "its latent attention is not implemented",
     "paligemma": "its prompt attends in both directions",
 }
+
+# Models that have other parts beside the one that takes prompts and answers in text: its config, and its class.
+_ANSWERING = {"qwen2_5_omni": ("thinker_config", "Qwen2_5OmniThinkerForConditionalGeneration")}
+
+
+def answering_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the part of a model that is served: of most models all of it."""
+    if config.model_type not in _ANSWERING:
+        return config
+    name, architecture = _ANSWERING[config.model_type]
+    part: PreTrainedConfig = getattr(config, name)
+    part.architectures = [architecture]
+    part.dtype = part.dtype or config.dtype
+    return part
 
 
 def family_for(config: PreTrainedConfig) -> Family:

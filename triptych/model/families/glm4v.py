@@ -15,11 +15,11 @@ from triptych.model.families.base import (
     require_equal,
 )
 from triptych.model.families.patch_grids import fit_volume
-from triptych.model.families.video import Slices, VideoArguments, slice_times
+from triptych.model.families.video import SliceArguments, Slices, slice_times
 from triptych.model.headers import ImageHeader, VideoHeader
 
 # Those of transformers' class, for checkpoints that bring none.
-_DEFAULTS = VideoArguments(
+_DEFAULTS = SliceArguments(
     min_pixels=112 * 112,
     max_pixels=28 * 28 * 2 * 30000,
     patch_size=14,
@@ -72,14 +72,14 @@ class Glm4vVideo(Slices):
     """Its rows stand under the token of pictures: nothing but the markup tells that this is a video."""
 
     def __init__(
-        self, arguments: VideoArguments, token: str, *, placeholder: str, markup: str, start: str, end: str
+        self, arguments: SliceArguments, token: str, *, placeholder: str, markup: str, start: str, end: str
     ) -> None:
         super().__init__(arguments, token, placeholder=placeholder, markup=markup)
         self._start, self._end = start, end
 
     @classmethod
     def read(cls, parts: Parts, vision: Any, token: str, **texts: str) -> "Glm4vVideo":
-        arguments = VideoArguments.read(parts, _DEFAULTS)
+        arguments = SliceArguments.read(parts, _DEFAULTS)
         arguments.require_of_model(vision)
         return cls(arguments, token, **texts)
 

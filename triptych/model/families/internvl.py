@@ -6,6 +6,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from triptych.errors import ConfigError
 from triptych.model.families.base import Family, ItemLayout, Modality, Parts, edge, require_equal, square
+from triptych.model.families.internvl_video import InternVLVideo
 from triptych.model.families.tiles import ClosestGrid
 from triptych.model.headers import ImageHeader
 
@@ -32,7 +33,11 @@ class InternVL(Family):
             side=side,
             tokens_per_tile=tokens_per_tile,
         )
-        return [picture]
+        placeholder = getattr(tokenizer, "video_token", None)
+        if placeholder is None:
+            return [picture]
+        texts = {"placeholder": placeholder, "start": start, "end": end}
+        return [picture, InternVLVideo.read(parts, picture.token, side=side, tokens_per_frame=tokens_per_tile, **texts)]
 
 
 class _OneRun(ClosestGrid):

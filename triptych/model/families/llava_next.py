@@ -32,6 +32,7 @@ from triptych.model.families.base import (
     square,
 )
 from triptych.model.families.llava import refuse_other_towers, rows_of_square
+from triptych.model.families.llava_onevision_video import OnevisionVideo
 from triptych.model.headers import ImageHeader
 from triptych.model.images import decode_image
 
@@ -62,7 +63,9 @@ class LlavaOnevision(LlavaNext):
         if not max_tiles.isdecimal():
             raise ConfigError(f"a vision_aspect_ratio of anyres_max_N is needed, not {aspect}")
         token = parts.token(self.config.image_token_id)
-        return [LoneLines(parts.image_processor, token, sizes, max_tiles=int(max_tiles))]
+        picture = LoneLines(parts.image_processor, token, sizes, max_tiles=int(max_tiles))
+        video_token = parts.token(self.config.video_token_id)
+        return [picture, OnevisionVideo.read(parts, video_token, side=sizes.side, patches=sizes.patches)]
 
 
 @dataclass(frozen=True, slots=True)

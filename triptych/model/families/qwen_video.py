@@ -5,7 +5,7 @@ from typing import Any
 
 from triptych.model.families.base import Parts, Piece
 from triptych.model.families.patch_grids import fit_area, fit_volume
-from triptych.model.families.video import Slices, VideoArguments, slice_times
+from triptych.model.families.video import SliceArguments, Slices, slice_times
 from triptych.model.headers import VideoHeader
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -13,7 +13,7 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MIN_GROWTH = 1.05  # a cap on the pixels of a frame leaves this much room above the smallest size
 
 # Those of transformers' classes, for checkpoints that bring none.
-_QWEN2_DEFAULTS = VideoArguments(
+_QWEN2_DEFAULTS = SliceArguments(
     min_pixels=128 * 28 * 28,
     max_pixels=28 * 28 * 768,
     patch_size=14,
@@ -23,7 +23,7 @@ _QWEN2_DEFAULTS = VideoArguments(
     image_std=_CLIP_STD,
     max_video_tokens=128000,
 )
-_QWEN3_DEFAULTS = VideoArguments(
+_QWEN3_DEFAULTS = SliceArguments(
     min_pixels=128 * 32 * 32,
     max_pixels=32 * 32 * 768,
     patch_size=16,
@@ -40,7 +40,7 @@ class Qwen2Video(Slices):
 
     @classmethod
     def read(cls, parts: Parts, vision: Any, token: str, *, start: str, end: str) -> "Qwen2Video":
-        arguments = VideoArguments.read(parts, _QWEN2_DEFAULTS, bounds_outside_size=True)
+        arguments = SliceArguments.read(parts, _QWEN2_DEFAULTS, bounds_outside_size=True)
         arguments.require_of_model(vision)
         return cls(arguments, token, markup=f"{start}{token}{end}")
 
@@ -69,13 +69,13 @@ class Qwen25Video(Qwen2Video):
 class Qwen3Video(Slices):
     """A time and a run for each slice. Bounds on pixels are those of all frames together."""
 
-    def __init__(self, arguments: VideoArguments, token: str, *, start: str, end: str) -> None:
+    def __init__(self, arguments: SliceArguments, token: str, *, start: str, end: str) -> None:
         super().__init__(arguments, token, markup=f"{start}{token}{end}")
         self._start, self._end = start, end
 
     @classmethod
     def read(cls, parts: Parts, vision: Any, token: str, *, start: str, end: str) -> "Qwen3Video":
-        arguments = VideoArguments.read(parts, _QWEN3_DEFAULTS)
+        arguments = SliceArguments.read(parts, _QWEN3_DEFAULTS)
         arguments.require_of_model(vision)
         return cls(arguments, token, start=start, end=end)
 

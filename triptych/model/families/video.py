@@ -49,46 +49,92 @@ class VideoModality(Modality):
     def _lay_out(self, header: VideoHeader, num_items: int) -> ItemLayout: ...
 
 
-@dataclass(frozen=True, slots=True)
-class VideoArguments:
-    """Those of a video processor that cuts frames into patches."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelArguments:
+    """Those that every video processor has."""
 
-    min_pixels: int
-    max_pixels: int
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
-    max_video_tokens: int = 0
-    cap_pixels_per_frame: bool = False
     rescale_factor: float = 1 / 255
     resample: int = 3
 
     @classmethod
-    def read(cls, parts: Parts, defaults: Self, *, bounds_outside_size: bool = False) -> Self:
-        """Bounds on pixels are `size`, or `min_pixels` and `max_pixels`, which go first, where the family knows those.
+    def read(cls, parts: Parts, defaults: Self) -> Self:
+        """The checkpoint's arguments of the names that this class has, defaults for the others.
 
         Raises ConfigError for a processor that does not resize, rescale and normalise.
         """
-        given = _given(parts)
+        given = given_arguments(parts)
         for step in ("do_resize", "do_rescale", "do_normalize"):
             if given.get(step) is False:
                 raise ConfigError(f"model {parts.folder}: a video processor with {step}: false is not supported")
-        names = {field.name for field in dataclasses.fields(cls)} - {"min_pixels", "max_pixels"}
+        names = {field.name for field in dataclasses.fields(cls)}
         found = {name: value for name, value in given.items() if name in names and value is not None}
         if found.get("resample", defaults.resample) not in _RESAMPLE:
             raise ConfigError(f"model {parts.folder}: a video processor with resample: {found['resample']}")
         for name in ("image_mean", "image_std"):
             if name in found:
                 found[name] = tuple(found[name])
-        size = given.get("size") or {}
-        outside = given if bounds_outside_size else {}
+        return dataclasses.replace(defaults, **found)
+
+    def resized(self, pixels: Frame, height: int, width: int) -> Tensor:
+        """[3, height, width], uint8."""
+        frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        if frame.shape[1:] == (height, width):
+            return frame
+        mode = _RESAMPLE[self.resample]
+        return functional.interpolate(frame[None], (height, width), mode=mode, antialias=True)[0]
+
+    def normalised(self, frames: Tensor) -> Tensor:
+        """float32, of [frames, 3, height, width] in uint8."""
+        scale = 1.0 / self.rescale_factor
+        mean = (torch.tensor(self.image_mean) * scale)[:, None, None]
+        std = (torch.tensor(self.image_std) * scale)[:, None, None]
+        return frames.to(torch.float32).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameArguments(PixelArguments):
+    """Those of a video processor to which each frame is a picture of one size."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def read(cls, parts: Parts, defaults: Self) -> Self:
+        """Raises ConfigError, as above, and for a processor that crops."""
+        given = given_arguments(parts)
+        size = given.get("size") or {"height": defaults.height, "width": defaults.width}
+        if given.get("do_center_crop") or not size.get("height") or not size.get("width"):
+            raise ConfigError(f"model {parts.folder}: videos must be resized to a height and a width, and not cropped")
+        found = super(FrameArguments, cls).read(parts, defaults)
+        return dataclasses.replace(found, height=size["height"], width=size["width"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceArguments(PixelArguments):
+    """Those of a video processor that keeps the shape of the frames, and cuts them into patches."""
+
+    min_pixels: int
+    max_pixels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    max_video_tokens: int = 0
+    cap_pixels_per_frame: bool = False
+
+    @classmethod
+    def read(cls, parts: Parts, defaults: Self, *, bounds_outside_size: bool = False) -> Self:
+        """Bounds on pixels are `size`, or `min_pixels` and `max_pixels`, which go first, where the family knows those.
+
+        Raises ConfigError, as above.
+        """
+        given = given_arguments(parts)
+        size, outside = given.get("size") or {}, given if bounds_outside_size else {}
         return dataclasses.replace(
-            defaults,
+            super(SliceArguments, cls).read(parts, defaults),
             min_pixels=outside.get("min_pixels") or size.get("shortest_edge") or defaults.min_pixels,
             max_pixels=outside.get("max_pixels") or size.get("longest_edge") or defaults.max_pixels,
-            **found,
         )
 
     def require_of_model(self, vision: PreTrainedConfig) -> None:
@@ -103,6 +149,31 @@ class VideoArguments:
         return self.patch_size * self.merge_size
 
 
+class Frames(VideoModality):
+    """Videos whose frames are pictures to the encoder, one unit each."""
+
+    def __init__(self, arguments: FrameArguments, token: str, tokens_per_frame: int, **texts: str | None) -> None:
+        super().__init__(token, **texts)
+        self.settings = arguments
+        self._tokens_per_frame = tokens_per_frame
+
+    @property
+    def arguments(self) -> str:
+        return json.dumps([type(self).__name__, dataclasses.asdict(self.settings)])
+
+    def prepare(self, media: Media) -> Tensor:
+        """[frames, 3, height, width], uint8."""
+        return self.resized(iter_frames(media.data, media.frames))
+
+    def resized(self, frames: Iterable[Frame]) -> Tensor:
+        """What `prepare` makes of these frames, which it keeps no longer than it needs each of them."""
+        height, width = self.settings.height, self.settings.width
+        return torch.stack([self.settings.resized(pixels, height, width) for pixels in frames])
+
+    @abstractmethod
+    def inputs(self, prepared: Tensor, index: int) -> Tensors: ...
+
+
 class Slices(VideoModality):
     """Videos whose encoder takes `temporal_patch_size` frames at a time, and never looks from one slice to another.
 
@@ -110,12 +181,9 @@ class Slices(VideoModality):
     some of transformers' processors refuse.
     """
 
-    def __init__(self, arguments: VideoArguments, token: str, **texts: str | None) -> None:
+    def __init__(self, arguments: SliceArguments, token: str, **texts: str | None) -> None:
         super().__init__(token, **texts)
         self.settings = arguments
-        scale = 1.0 / arguments.rescale_factor
-        self._mean = (torch.tensor(arguments.image_mean) * scale)[:, None, None]
-        self._std = (torch.tensor(arguments.image_std) * scale)[:, None, None]
 
     @property
     def arguments(self) -> str:
@@ -149,10 +217,8 @@ class Slices(VideoModality):
         """What `prepare` makes of these frames, which it keeps no longer than it needs each of them."""
         small: list[Tensor] = []
         for pixels in frames:
-            height, width = pixels.shape[:2]
-            rows, columns = self._grid(num_frames, width, height)
-            size = (rows * self.settings.side, columns * self.settings.side)
-            small.append(self._resize(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1), size))
+            rows, columns = self._grid(num_frames, pixels.shape[1], pixels.shape[0])
+            small.append(self.settings.resized(pixels, rows * self.settings.side, columns * self.settings.side))
         assert len(small) == num_frames, f"{len(small)} frames where {num_frames} were announced"
         small += small[-1:] * (-num_frames % self.settings.temporal_patch_size)
         return torch.stack(small)
@@ -163,15 +229,9 @@ class Slices(VideoModality):
         grid = [1, prepared.shape[-2] // self.settings.patch_size, prepared.shape[-1] // self.settings.patch_size]
         return {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}
 
-    def _resize(self, frame: Tensor, size: tuple[int, int]) -> Tensor:
-        if frame.shape[1:] == size:
-            return frame
-        mode = _RESAMPLE[self.settings.resample]
-        return functional.interpolate(frame[None], size, mode=mode, antialias=True)[0]
-
     def _patches(self, frames: Tensor) -> Tensor:
         """[patches, channels * frames * patch_size ** 2] of one slice: the patches of one token one after the other."""
-        pixels = frames.to(torch.float32).sub_(self._mean).div_(self._std)
+        pixels = self.settings.normalised(frames)
         num_frames, channels, height, width = pixels.shape
         patch, merge, side = self.settings.patch_size, self.settings.merge_size, self.settings.side
         pixels = pixels.view(num_frames, channels, height // side, merge, patch, width // side, merge, patch)
@@ -186,7 +246,8 @@ def slice_times(header: VideoHeader, length: int) -> list[tuple[float, float]]:
     return list(zip(times[::length], times[length - 1 :: length], strict=True))
 
 
-def _given(parts: Parts) -> Mapping[str, Any]:
+def given_arguments(parts: Parts) -> Mapping[str, Any]:
+    """Those of the checkpoint's video processor; empty if it brings none."""
     nested: Mapping[str, Any] | None = parts.arguments.get("video_processor")
     if nested is not None:
         return nested
