@@ -22,7 +22,7 @@ SMALL = Decoder(hidden=256, layers=2, heads=4, kv_heads=2, ffn=512)
 # name: checkpoint, pictures of a request, their size
 CASES = {
     "8 pictures": (Checkpoint("whole", Tower(512, 12, 8, 1408), SMALL), 8, "448x448"),
-    "1 tiled picture": (Checkpoint("tiled", Tower(512, 8, 8, 2048), SMALL, tile=224, max_tiles=24), 1, "1344x896"),
+    "1 tiled picture": (Checkpoint("tiled", Tower(512, 16, 8, 2048), SMALL, tile=224, max_tiles=24), 1, "1344x896"),
 }
 # name: arguments of triptych serve
 CONFIGURATIONS = {

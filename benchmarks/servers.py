@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+TICK_S = 0.2
 
 
 @contextmanager
@@ -110,15 +113,35 @@ class ForeignLoad:
         return sum(cpu_seconds(pid) for pid in self._pids) + sum(os.times()[:4])
 
 
+def wait_until_idle(pids: list[int], limit_s: float = 30.0) -> None:
+    """Until the servers have stopped spinning: vLLM's keep a core busy for a second after their last request."""
+    deadline = time.perf_counter() + limit_s
+    while time.perf_counter() < deadline:
+        before = _total(pids)
+        time.sleep(0.5)
+        if _total(pids) - before < 0.1:
+            return
+    raise RuntimeError(f"servers that should idle are busy for {limit_s:g} s")
+
+
 class CoreWatch:
-    """Cores busy between start and `stop`: of the server that is measured, of others that should idle, of strangers."""
+    """Cores busy between start and `stop`: of the server that is measured, of others that should idle, of strangers.
+
+    `paused_s` is the longest time for which nothing ran at all, as on a virtual machine that its host has stopped.
+    """
 
     def __init__(self, pids: list[int], idle_pids: list[int]) -> None:
         self._pids, self._idle_pids = pids, idle_pids
         self._foreign = ForeignLoad([*pids, *idle_pids])
         self._began = (time.perf_counter(), _total(pids), _total(idle_pids))
+        self._longest_tick_s = 0.0
+        self._stopping = threading.Event()
+        self._ticking = threading.Thread(target=self._tick, daemon=True)
+        self._ticking.start()
 
     def stop(self) -> dict[str, float]:
+        self._stopping.set()
+        self._ticking.join()
         foreign = self._foreign.stop()
         at, server, idle = self._began
         elapsed = time.perf_counter() - at
@@ -126,7 +149,15 @@ class CoreWatch:
             "server_cores": (_total(self._pids) - server) / elapsed,
             "idle_servers_cores": (_total(self._idle_pids) - idle) / elapsed,
             "foreign_cores": foreign,
+            "paused_s": max(0.0, self._longest_tick_s - TICK_S),
         }
+
+    def _tick(self) -> None:
+        last = time.perf_counter()
+        while not self._stopping.wait(TICK_S):
+            now = time.perf_counter()
+            self._longest_tick_s = max(self._longest_tick_s, now - last)
+            last = now
 
 
 def _total(pids: list[int]) -> float:

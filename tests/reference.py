@@ -5,6 +5,7 @@ need torchvision.
 """
 
 import base64
+import copy
 import importlib
 import inspect
 import io
@@ -15,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
@@ -23,6 +25,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.utils.logging import disable_progress_bar
+from transformers.video_utils import VideoMetadata
 
 disable_progress_bar()
 processing_smolvlm.num2words = processing_smolvlm.num2words or str  # SmolVLM insists on a package that only videos use
@@ -33,6 +36,16 @@ transformers.PixtralProcessor = importlib.import_module(
 ).PixtralProcessor
 
 Messages = list[dict[str, Any]]
+
+_OTHERS = ("text", "audio", "video")  # types of parts that are no pictures
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a family's own video processor would make of the frames of one video: that needs torchvision."""
+
+    tensors: dict[str, torch.Tensor]  # pixel_values_videos, and video_grid_thw where the family has one
+    metadata: VideoMetadata
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ def reference_tokens(folder: Path, messages: Messages, max_new_tokens: int) -> l
 
 def reference(folder: Path, messages: Messages, max_new_tokens: int) -> Reference:
     """`messages` as a client sends them, pictures as data: URLs; or {"type": "image", "image": PIL image or bytes}, or
-    {"type": "audio", "audio": samples at the model's rate}."""
+    {"type": "audio", "audio": samples at the model's rate}, or {"type": "video", "video": Video}."""
     inputs = reference_inputs(folder, messages)
     model = reference_model(folder)
     prompt_len = inputs["input_ids"].shape[1]
@@ -73,15 +86,21 @@ def reference(folder: Path, messages: Messages, max_new_tokens: int) -> Referenc
 
 def reference_inputs(folder: Path, messages: Messages) -> Any:
     """What the family's own processor makes of the conversation: input_ids, pixel_values and the like."""
-    processor = reference_processor(folder)
+    processor: Any = reference_processor(folder)
     template = ProcessorMixin.apply_chat_template(
         processor, _hugging_face(messages), tokenize=False, add_generation_prompt=True
     )
     bos = processor.tokenizer.bos_token
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    pictures = [upright(_picture(part)) for part in parts if part["type"] not in ("text", "audio")]
+    pictures = [upright(_picture(part)) for part in parts if part["type"] not in _OTHERS]
     clips = [part["audio"] for part in parts if part["type"] == "audio"]
+    videos = [part["video"] for part in parts if part["type"] == "video"]
     media: dict[str, Any] = {"images": [pictures]} if pictures else {}  # nested, as one prompt's: some count them
+    if videos:
+        processor = copy.copy(processor)
+        processor.video_processor = _Processed(videos)
+        media["videos"] = [np.zeros((2, 8, 8, 3), np.uint8)] * len(videos)  # only their number counts
+        media["videos_kwargs"] = {"fps": _frames_per_second(videos[0])}  # Qwen2.5-Omni takes it from there
     return processor(
         text=[template],
         return_tensors="pt",
@@ -160,6 +179,27 @@ def _without_video(full_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     return ImagesAndAudio if "feature_extractor" in takes else ImagesOnly
 
 
+class _Processed:
+    """In the place of a video processor."""
+
+    merge_size = temporal_patch_size = 2
+
+    def __init__(self, videos: list[Video]) -> None:
+        self.outputs: dict[str, Any] = {
+            name: torch.cat([video.tensors[name] for video in videos]) for name in videos[0].tensors
+        }
+        self.outputs["video_metadata"] = [video.metadata for video in videos]
+
+    def __call__(self, videos: object, **arguments: object) -> dict[str, Any]:
+        return dict(self.outputs)
+
+
+def _frames_per_second(video: Video) -> float:
+    """Of the frames that are looked at."""
+    metadata = video.metadata
+    return len(metadata.frames_indices) / metadata.total_num_frames * metadata.fps
+
+
 class _ManyClips(transformers.AudioFlamingo3Processor):
     """The family's own refuses more than one clip in a prompt; its expansion does not mind."""
 
@@ -208,5 +248,5 @@ def _hugging_face(messages: Messages) -> Messages:
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    names = {"text": "text", "audio": "audio"}
+    names = {name: name for name in _OTHERS}
     return [part if part["type"] == "text" else {"type": names.get(part["type"], "image")} for part in content]

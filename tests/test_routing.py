@@ -116,7 +116,9 @@ def test_a_unit_goes_to_the_encode_instance_that_holds_it_however_busy_that_is()
 def test_of_several_holders_the_least_busy_one_is_taken_and_one_that_is_gone_or_cannot_encode_is_none():
     unit = make_unit("held")
     table = make_table(e0="e", e1="e", e2="e", p0="p")
-    assert assign_units(table, [unit], {"e0": 2.0, "e1": 1.0}, 1.0, holders={unit.hash: {"e0", "e1"}}) == {unit.hash: "e1"}
+    assert assign_units(table, [unit], {"e0": 2.0, "e1": 1.0}, 1.0, holders={unit.hash: {"e0", "e1"}}) == {
+        unit.hash: "e1"
+    }
     assert assign_units(table, [unit], {"e0": 2.0}, 1.0, holders={unit.hash: {"e9", "p0"}}) == {unit.hash: "e1"}
 
 

@@ -1,18 +1,23 @@
-"""Mixed requests for whole-server tests, and what plain transformers answers to them."""
+"""Mixed requests for whole-server tests, what the instances count of them, and what plain transformers answers to them."""
 
 import asyncio
 import base64
 import io
 import random
+import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 from openai import AsyncOpenAI
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
-from tests.flows.servers import MODEL
+from tests.flows.servers import MODEL, cluster
 from tests.reference import Messages, Reference, reference, reference_processor
 
 TIE = 1e-4  # float32: two best logits that are nearer than this are a tie, which either answer may take
@@ -21,7 +26,11 @@ WORDS = "what colour is the circle in this picture and how many of them do you s
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation with encoded pictures in it, and how many tokens of answer are asked for."""
+    """A conversation with media in it, and how many tokens of answer are asked for.
+
+    Parts are those of `reference`: pictures are encoded ones, videos and sounds have their encoded form as `file`. A
+    sound is sent as `input_audio` if it has a `format`, else by URL.
+    """
 
     messages: Messages
     max_tokens: int
@@ -79,6 +88,40 @@ def differences(folder: Path, answers: list[Any], expected: list[Reference]) -> 
     return found
 
 
+def lone_picture(width: int, height: int, seed: int) -> Question:
+    parts = [{"type": "image", "image": picture(random.Random(seed), width, height)}]
+    return Question([{"role": "user", "content": [*parts, {"type": "text", "text": "what is it"}]}], max_tokens=6)
+
+
+def encoded_units(url: str) -> dict[str, float]:
+    """Encode instance -> how many units it has encoded, as of its last report."""
+    return {
+        instance["id"]: instance["counters"].get("encode_units_computed", 0.0)
+        for instance in cluster(url)["instances"]
+        if "e" in instance["role"]
+    }
+
+
+def unit_sources(url: str) -> Counter[str]:
+    """How many units prefill got from where (`computed`, `cached`, ...), by `triptych:encode_units_total`."""
+    found: Counter[str] = Counter()
+    for metric in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+        for sample in metric.samples:
+            if sample.name == "triptych:encode_units_total" and "p" in sample.labels["role"]:
+                found[sample.labels["source"]] += int(sample.value)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 2.0) -> bool:
+    """Whether it came true in time; instances report every quarter of a second."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def _question(rng: random.Random, num_pictures: int) -> Question:
     pictures = [picture(rng, rng.randint(20, 160), rng.randint(20, 160)) for _ in range(num_pictures)]
     parts: list[dict[str, Any]] = [{"type": "image", "image": data} for data in pictures]
@@ -99,7 +142,14 @@ def _openai_content(content: str | list[dict[str, Any]]) -> str | list[dict[str,
 
 
 def _openai_part(part: dict[str, Any]) -> dict[str, Any]:
-    if part["type"] != "image":
+    if part["type"] == "text":
         return part
-    url = "data:image/png;base64," + base64.b64encode(part["image"]).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
+    data = base64.b64encode(part.get("file") or part["image"]).decode()
+    match part:
+        case {"type": "audio", "format": str(format)}:
+            return {"type": "input_audio", "input_audio": {"data": data, "format": format}}
+        case {"type": "audio"}:
+            return {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{data}"}}
+        case {"type": "video"}:
+            return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}

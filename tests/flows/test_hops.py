@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.builders import make_order, make_request, make_unit
 from tests.flows.engines import UNDECODABLE, expected_answer, hops
 from triptych.core import FinishReason, InstanceId
-from triptych.messages import Abort, Located, Tokens
+from triptych.messages import Abort, Located, Tokens, Wanted
 
 APART = {"e0": "e", "p0": "p", "d0": "d"}
 
@@ -140,5 +141,72 @@ def test_an_embedding_may_overtake_the_request_that_it_is_for(tmp_path: Path) ->
         cluster.send("e0", make_order("r", order.units[0]))
         cluster.settle()
         cluster.send("p0", order)
+        cluster.settle()
+        assert cluster.tokens_of(order) == expected_answer(order)
+
+
+def test_a_prefix_that_is_here_is_neither_computed_nor_encoded_nor_moved_again(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        unit = make_unit("cat")
+        first, second = (make_request(name, (unit,), text=4, max_tokens=6, hashed=True) for name in "ab")
+        cluster.ask(first, prefill="p0", encode="e0")
+        cluster.settle()
+        moved = cluster.counter("d0", "transfer_pulled_bytes")
+        cluster.send("p0", replace(second, ordered=()))
+        cluster.settle()
+        assert [cluster.tokens_of(order) for order in (first, second)] == [expected_answer(first)] * 2
+        assert cluster.counter("e0", "encode_units_computed") == 1
+        assert cluster.counter("p0", "encode_units_prefix") == 1
+        assert cluster.counter("p0", "prefix_hits") == 12  # of 16 tokens: the last one is always computed
+        assert cluster.counter("d0", "transfer_pulled_bytes") == moved, "decode had all four blocks"
+
+
+def test_other_pictures_among_the_same_tokens_are_never_mixed_up(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        orders = [
+            make_request(f"r{turn}-{n}", (make_unit(f"u{n}"), make_unit(f"v{n % 2}")), text=4, hashed=True)
+            for turn in range(2)
+            for n in range(5)
+        ]
+        for order in orders:
+            cluster.ask(order, prefill="p0", encode="e0")
+            cluster.settle(quiet_turns=2)
+        cluster.settle()
+        assert [cluster.tokens_of(order) for order in orders] == [expected_answer(order) for order in orders]
+        assert len({tuple(cluster.tokens_of(order)) for order in orders}) == 5
+
+
+def test_a_unit_that_nobody_ordered_is_wanted_and_then_encoded(tmp_path: Path) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        order = make_request("r", num_images=1, ordered=False)
+        cluster.send("p0", order)
+        cluster.settle()
+        assert Wanted(order.request_id, order.units[0].hash) in cluster.received
+        cluster.send("e0", make_order("r", order.units[0]))
+        cluster.settle()
+        assert cluster.tokens_of(order) == expected_answer(order)
+
+
+def test_an_embedding_that_another_prefill_instance_holds_is_pulled_from_there(tmp_path: Path) -> None:
+    with hops(tmp_path, e0="e", p0="p", p1="p", d0="d") as cluster:
+        unit = make_unit("cat")
+        first, second = make_request("a", (unit,)), make_request("b", (unit,), text=5, ordered=False)
+        cluster.ask(first, prefill="p0", encode="e0")
+        cluster.settle()
+        cluster.send("p1", replace(second, held={unit.hash: InstanceId("p0")}))
+        cluster.settle()
+        assert cluster.tokens_of(second) == expected_answer(second)
+        assert cluster.counter("e0", "encode_units_computed") == 1
+        assert cluster.counter("p1", "encode_units_transferred") == 1
+
+
+def test_an_instance_that_does_not_hold_what_it_is_asked_for_has_it_encoded(tmp_path: Path) -> None:
+    with hops(tmp_path, e0="e", p0="p", p1="p", d0="d") as cluster:
+        order = make_request("r", num_images=1, ordered=False)
+        unit = order.units[0]
+        cluster.send("p1", replace(order, held={unit.hash: InstanceId("p0")}))
+        cluster.settle()
+        assert Wanted(order.request_id, unit.hash) in cluster.received
+        cluster.send("e0", make_order("r", unit, "p1"))
         cluster.settle()
         assert cluster.tokens_of(order) == expected_answer(order)

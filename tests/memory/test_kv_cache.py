@@ -1,4 +1,4 @@
-"""KVCache: block tables grow with tokens; full blocks are found again by what they hold, until their space is needed."""
+"""KVCache: tables grow with tokens; full blocks are found again by what they hold, until their space is needed."""
 
 from collections import Counter
 
@@ -73,14 +73,6 @@ def test_newcomers_leave_the_growth_reserve_alone():
     assert kv.can_admit(newcomer, 16)
     assert not kv.can_admit(newcomer, 17)
     assert kv.can_hold(running, 48)
-
-
-def test_sequences_that_wait_for_others_leave_room_for_one_decode():
-    kv = KVCache(10, 16)
-    assert kv.can_wait_with(10)
-    kv.decode_room = 7
-    assert kv.can_wait_with(3)
-    assert not kv.can_wait_with(4)
 
 
 def test_computed_blocks_leave_out_a_last_block_that_is_still_empty():
@@ -214,24 +206,28 @@ def test_giving_back_more_often_than_sharing_asserts():
         kv.give_back([0])
 
 
-def test_space_that_is_held_in_advance_is_asked_back_one_by_one():
-    kv = KVCache(4, BLOCK)
-    ahead = [make_sequence(), make_sequence()]
-    for sequence in ahead:
+def test_space_that_is_held_for_later_is_asked_back_one_by_one_and_from_prompts_only_for_running_sequences():
+    kv = KVCache(6, BLOCK)
+    ahead, waiting = [make_sequence(), make_sequence()], [make_sequence()]
+    for sequence in [*ahead, *waiting]:
         kv.hold(sequence, 8)
 
-    def reclaim() -> bool:
-        if ahead:
-            kv.free(ahead.pop())
+    def give_up(places: list[Sequence]) -> bool:
+        if places:
+            kv.free(places.pop())
             return True
         return False
 
-    kv.reclaim = reclaim
+    kv.reclaim_ahead = lambda: give_up(ahead)
+    kv.reclaim_waiting = lambda: give_up(waiting)
     assert not kv.has_room(make_sequence(), 4)
     assert kv.can_admit(make_sequence(), 8)
     assert len(ahead) == 1, "no more than needed"
-    assert not kv.can_hold(make_sequence(), 17)
-    assert ahead == []
+    assert not kv.can_admit(make_sequence(), 17)
+    assert (len(ahead), len(waiting)) == (0, 1)
+    assert kv.can_hold(make_sequence(), 17)
+    assert waiting == []
+    assert not kv.can_hold(make_sequence(), 25)
 
 
 @pytest.mark.parametrize("options", [{"prefix_caching": False}, {"state_blocks": 1}])
@@ -316,7 +312,7 @@ class Cache(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.kv = KVCache(10, BLOCK)
-        self.kv.reclaim = self._reclaim
+        self.kv.reclaim_ahead = self._reclaim
         self.live: list[Kept] = []
         self.ahead: list[Kept] = []
         self.leases: list[list[int]] = []

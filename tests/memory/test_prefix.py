@@ -1,4 +1,4 @@
-"""Block hashes: equal for equal beginnings, different for any other difference in tokens, media, rows, places or root."""
+"""Block hashes: equal for equal beginnings; any difference in tokens, media, rows, places or root makes others."""
 
 from hashlib import blake2b
 
@@ -131,7 +131,9 @@ def test_hashes_are_equal_for_equal_beginnings_and_for_nothing_else(common, one,
 def test_what_decode_seals_behind_a_prompt_is_what_a_longer_prompt_asks_for(prompt, answer, step):
     """Also where the prompt ends amid a block that pictures fall into (`BlockHashes.tail`)."""
     token_ids, units, spans, _ = laid_out(prompt)
-    sequence = Sequence(RequestId("r"), token_ids + answer, len(token_ids), make_sampling(), prompt_hashes=hashes_of(prompt))
+    sequence = Sequence(
+        RequestId("r"), token_ids + answer, len(token_ids), make_sampling(), prompt_hashes=hashes_of(prompt)
+    )
     kv = KVCache(64, BLOCK)
     kv.hold(sequence, len(sequence.token_ids))
     while sequence.num_computed < len(sequence.token_ids):

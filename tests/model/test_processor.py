@@ -346,6 +346,17 @@ def test_checkpoint_with_an_image_only_processor_class_and_no_processor_config_i
     assert processor.expand(processor.render(as_sent(messages)), items_of(pictures)).token_ids == expected
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe", "qwen3_5", "qwen2_5_omni", "glm4v", "llava_onevision"])
+def test_checkpoint_whose_tokenizer_lacks_the_token_of_videos_is_served_without_them(
+    family: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(family, tmp_path / family)
+    served = set(Processor.load(folder).modalities)
+    change_json(folder / "config.json", video_token_id=151656)
+    assert "video" in served
+    assert set(Processor.load(folder).modalities) == served - {"video"}
+
+
 def test_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

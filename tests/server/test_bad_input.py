@@ -146,14 +146,6 @@ def test_json_nested_without_end_is_refused(stack: Stack) -> None:
     refused(stack, '{"messages": ' + "[" * 100_000, 400)
 
 
-def test_choices_that_would_flood_the_instances_with_media_are_refused(stack: Stack) -> None:
-    noise = messages(image_part(data_url(picture(99, 99) + b"x" * 400_000)))
-    response = stack.chat(**noise, n=20)
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "n"
-    assert stack.chat(**noise, n=2).status_code == 200
-
-
 def test_prompts_without_end_are_refused(stack: Stack) -> None:
     for fields in ({"prompt": [[1]] * 3000}, {"prompt": [[1]] * 100, "n": 100}):
         response = stack.http.post("/v1/completions", json=fields)

@@ -41,7 +41,6 @@ from triptych.messages import (
 from triptych.server.frontend import Frontend, Generation, PreparedPrompt
 from triptych.telemetry import Telemetry
 
-
 M = TypeVar("M")
 TEXT = 2 * KV_BLOCK_TOKENS
 
@@ -450,7 +449,9 @@ def test_the_units_of_one_item_go_to_one_instance_in_one_order() -> None:
     frontend.generate([prompt], [SamplingParams(max_tokens=5, seed=1)])
     orders = wire.take(Encode)
     assert sorted(to for to, _ in orders) == ["e0", "e1"]
-    assert all([unit.index for unit in order.units] == sorted(unit.index for unit in order.units) for _, order in orders)
+    assert all(
+        [unit.index for unit in order.units] == sorted(unit.index for unit in order.units) for _, order in orders
+    )
     assert sum(len(order.units) for _, order in orders) == 6
 
 

@@ -440,16 +440,20 @@ def test_a_ticket_is_used_when_the_local_encode_step_that_was_to_fill_the_unit_f
     assert pulls(pools) == [unit.hash]
 
 
-def test_requests_that_miss_embeddings_leave_room_for_the_decodes_of_their_instance():
-    stage, pools = make_prefill(kv_blocks=12, role="pd")
-    pools.near.max_model_len = 24
-    DecodeStage(pools.near, pools.kv, pools.leases, max_num_seqs=4)
-    for i in range(2):
-        stage.admit(make_request(f"r{i}", num_images=1))  # 14 tokens, 4 blocks each
-    assert [name for name, *_ in lengths(run(stage))] == ["r0"]
-    assert pools.kv.usage().used == 4, "a second one would leave less than 24 tokens for decode"
-    stage.admit(make_request("text", text=20))
-    assert [name for name, *_ in lengths(run(stage))] == ["text"], "it waits for nobody"
+def test_requests_that_miss_embeddings_give_their_kv_up_to_an_older_one_and_begin_again():
+    stage, pools = make_prefill(kv_blocks=9)
+    stage.admit(make_request("done", text=16))
+    run(stage)
+    older, younger = make_request("older", num_images=1, text=7), make_request("younger", num_images=1)
+    for request in (older, younger):  # 6 and 4 blocks, of 5 that are free
+        stage.admit(request)
+    assert lengths(run(stage)) == [("younger", 0, 3)]
+    pools.leases.release_reader(InstanceId("d0"))
+    bring(stage, older)
+    assert lengths(run(stage)) == [("older", 0, 22)]
+    bring(stage, younger)
+    pools.leases.release_reader(InstanceId("d0"))
+    assert lengths(run(stage)) == [("younger", 0, 14)]
 
 
 def test_without_a_decode_instance_the_request_fails_with_503():
@@ -575,17 +579,22 @@ def test_a_prefix_that_becomes_known_while_a_request_waits_for_embeddings_is_use
     assert pools.near.out.tokens[1].num_cached == 16
 
 
-def test_a_cached_prefix_is_left_alone_where_too_many_would_wait_for_embeddings_with_their_blocks():
-    stage, pools = make_prefill(kv_blocks=10, role="pd")
-    leave_behind(stage, pools, make_request("a", text=4, hashed=True, max_tokens=1))
-    pools.near.max_model_len = 24
-    DecodeStage(pools.near, pools.kv, pools.leases, max_num_seqs=4)
-    request = make_request("b", num_images=2, text=4, hashed=True)  # 28 tokens: 7 blocks, 6 are decode's
+def test_a_request_that_gave_its_prefix_up_takes_a_second_ticket_for_what_was_evicted_meanwhile():
+    stage, pools = make_prefill(embedding_blocks=4)
+    cat, dog = make_unit("cat"), make_unit("dog")
+    leave_behind(stage, pools, make_request("a", (cat,), text=4, hashed=True))
+    request = make_request("b", (cat, dog), text=4, hashed=True)
     stage.admit(request)
-    assert run(stage) == []
-    assert pools.kv.usage().used == 0
-    bring(stage, request)
-    assert lengths(run(stage)) == [("b", 4, 24)], "once it is complete, it waits for nobody"
+    run(stage, 0)
+    stage.embedded(make_embedded("b", dog, lease=1))
+    pulls(pools)
+    assert pools.kv.reclaim_waiting()
+    stage.pulled(dog.hash, RuntimeError("link down"))
+    sent(pools)
+    run(stage)
+    assert Wanted(RequestId("b"), dog.hash) in [m for _, m in sent(pools)]
+    stage.embedded(make_embedded("b", dog, lease=2))
+    assert pulls(pools) == [dog.hash], "it had one before, and lost what came of it"
 
 
 def test_a_request_with_a_cached_prefix_waits_for_the_blocks_of_the_rest():

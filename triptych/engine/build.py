@@ -3,6 +3,7 @@
 import io
 import math
 import secrets
+import wave
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,8 @@ from triptych.transfer.slab import Slab, slab_bytes
 
 CPU_KV_BYTES = GIB
 WARM_UP_SIDE = 224  # pixels
+WARM_UP_SECONDS = 0.5
+WARM_UP_RATE = 16_000  # samples per second
 ENCODE_SHARE = 0.5  # of an embedding cache that encode and prefill use together
 
 
@@ -159,8 +162,7 @@ def _make_runners(
     if role.encodes:
         assert embedding_region is not None
         encoder = EncodeRunner(model, processor, embedding_region)
-        if "image" in processor.modalities:
-            encoder.warm_up(_grey_picture())
+        encoder.warm_up(next(_WARM_UP[name]() for name in processor.modalities if name in _WARM_UP))
         runners.encode = encoder
     if role.has_language_model:
         kv_region = KVRegion(slab.region_tensor("kv"), plan.kv, plan.num_kv_blocks)
@@ -204,6 +206,20 @@ def _grey_picture() -> Media:
     file = io.BytesIO()
     Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE), (128, 128, 128)).save(file, "PNG")
     return Media(b"warm-up", "image", file.getvalue())
+
+
+def _silence() -> Media:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(WARM_UP_RATE)
+        sound.writeframes(bytes(2 * int(WARM_UP_SECONDS * WARM_UP_RATE)))
+    return Media(b"warm-up", "audio", file.getvalue())
+
+
+# What to encode first. Every family takes the one or the other.
+_WARM_UP = {"image": _grey_picture, "audio": _silence}
 
 
 def _kv_bytes(config: InstanceConfig) -> int:

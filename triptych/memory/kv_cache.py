@@ -33,8 +33,10 @@ class KVCache:
         self.block_tokens = block_tokens
         self.state_blocks = state_blocks
         self.growth_reserve = 0  # free blocks that running decodes will need soon; new sequences leave them alone
-        self.decode_room = 0  # blocks for one longest sequence where there is a decode stage, see `can_wait_with`
-        self.reclaim: Callable[[], bool] = lambda: False  # asks for blocks that are held in advance; False: none are
+        # Each gives back some blocks that are held for later, of what was sent ahead to decode or of prompts that wait
+        # for embeddings. False: there are none.
+        self.reclaim_ahead: Callable[[], bool] = lambda: False
+        self.reclaim_waiting: Callable[[], bool] = lambda: False
         self.evicted: list[BlockHash] = []  # since somebody emptied it
         self._prefix_caching = prefix_caching and not state_blocks
         self._num_references = [0] * num_blocks
@@ -58,17 +60,17 @@ class KVCache:
         return max(0, self.num_blocks_for(num_tokens) - len(sequence.block_table))
 
     def can_hold(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Takes back what is held in advance, if need be."""
+        """Takes what is held for later, if need be."""
         while self.num_missing(sequence, num_tokens) > self._num_available:
-            if not self.reclaim():
+            if not (self.reclaim_ahead() or self.reclaim_waiting()):
                 return False
         return True
 
     def can_admit(self, sequence: Sequence, num_tokens: int, found: Seq[int] = ()) -> bool:
         """As `can_hold`, for a sequence that is new here and would begin with the `found` blocks: it must not take what
-        running ones need to grow."""
+        running ones need to grow, nor what prompts hold that wait for embeddings."""
         while not self.has_room(sequence, num_tokens, found):
-            if not self.reclaim():
+            if not self.reclaim_ahead():
                 return False
         return True
 
@@ -77,11 +79,6 @@ class KVCache:
         unused = sum(block in self._reusable for block in found)
         missing = self.num_missing(sequence, num_tokens) - len(found) + unused
         return missing + self.growth_reserve <= self._num_available
-
-    def can_wait_with(self, num_blocks: int) -> bool:
-        """Whether sequences that wait for another instance may hold `num_blocks` together. There is always room to
-        decode one sequence: decodes never wait for the embeddings of a request that is prefilled here."""
-        return num_blocks + self.decode_room <= self._pool.num_blocks
 
     def hold(self, sequence: Sequence, num_tokens: int, found: Seq[int] = ()) -> None:
         """Grows the block table to `num_tokens`; the caller asked `can_hold` or `can_admit` first. A new sequence

@@ -156,11 +156,11 @@ class Api:
         return stop_strings(request)
 
     def _check_order_size(self, prompts: Sequence[PreparedPrompt], num_choices: int) -> None:
-        """Every choice is an order of its own, with the media: a small request must not become a flood of bytes."""
+        """Every choice is an order of its own, with all tokens: a small request must not become a flood of bytes."""
         if len(prompts) * num_choices > MAX_PROMPTS:
             text = f"n: {len(prompts)} prompts with {num_choices} choices are more than {MAX_PROMPTS} sequences"
             raise RequestError(text, param="n", code="invalid_value")
-        order_bytes = sum(_TOKEN_BYTES * len(prompt.token_ids) + _media_bytes(prompt) for prompt in prompts)
+        order_bytes = sum(_TOKEN_BYTES * len(prompt.token_ids) for prompt in prompts)
         limit = _ORDERS_PER_BODY * self._config.max_body_bytes
         if num_choices > 1 and num_choices * order_bytes > limit:
             most = max(limit // order_bytes, 1)
@@ -184,11 +184,6 @@ class Api:
 
     def _card(self, name: str) -> ModelCard:
         return ModelCard(id=name, created=self._created, root=self._model_root, max_model_len=self._max_model_len)
-
-
-def _media_bytes(prompt: PreparedPrompt) -> int:
-    """Of all media items, each of which may have many units."""
-    return sum({media.hash: len(media.data) for media in prompt.media.values()}.values())
 
 
 async def _stream(exchange: Exchange, generation: Generation, answer: Answer) -> None:

@@ -488,8 +488,9 @@ class Frontend:
         return {id: reported.get(id, 0.0) + self._unreported_s.get(id, 0.0) for id in self.table.peers}
 
     def _pace_s(self, instance: InstanceId, stage: Stage) -> float:
+        """Never 0, which is what an instance reports before its first step: work that costs nothing is not spread."""
         load = self.loads.get(instance)
-        return UNKNOWN_PACE_S if load is None else load.pace_s.get(stage, UNKNOWN_PACE_S)
+        return (load.pace_s.get(stage) if load is not None else None) or UNKNOWN_PACE_S
 
     def _add_work(self, instance: InstanceId, stage: Stage, num_tokens: int) -> None:
         seconds = num_tokens * self._pace_s(instance, stage)

@@ -44,8 +44,7 @@ class DecodeStage:
     def __init__(self, near: Surroundings, kv: KVCache, leases: Leases, *, max_num_seqs: int) -> None:
         self._near = near
         self._kv = kv
-        kv.decode_room = kv.num_blocks_for(near.max_model_len)
-        kv.reclaim = self._drop_ahead
+        kv.reclaim_ahead = self._drop_ahead
         self._leases = leases
         self._max_num_seqs = max_num_seqs
         self._waiting: deque[tuple[Sequence, Ticket]] = deque()  # hold no block here
@@ -260,6 +259,8 @@ class DecodeStage:
             num_tokens = len(sequence.token_ids)
             found = self._kv.find(sequence.prompt_hashes, ticket.num_tokens)
             if not self._kv.can_admit(sequence, num_tokens, found):
+                if self._kv.reclaim_waiting():
+                    continue
                 break
             self._waiting.popleft()
             arrival = self._begin(sequence, num_tokens, found)

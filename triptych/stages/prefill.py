@@ -35,7 +35,8 @@ class PrefillJob:
 class PrefillStage:
     """FCFS. A request starts when it holds space for all embeddings that it needs; then it takes KV blocks for its
     whole prompt. Both in arrival order, the order of the encode instances too: what the oldest request waits for is
-    never held by one that waits for it. Requests that miss embeddings leave room for the decodes of this instance.
+    never held by one that waits for it. Requests that miss embeddings give their KV up to decodes of this instance and
+    to older requests that miss none.
 
     What a prefix that is here covers is neither computed nor encoded nor transferred: a request that begins with one
     takes all its blocks when it starts.
@@ -61,6 +62,7 @@ class PrefillStage:
         self._embeddings = embeddings
         self._leases = leases
         self._max_num_seqs = max_num_seqs
+        kv.reclaim_waiting = self._preempt
         self._streamed = streamed
         self._chunked_transfer = chunked_transfer and not kv.state_blocks
         self._whole_spans = whole_spans
@@ -70,7 +72,7 @@ class PrefillStage:
         self._pulling: dict[UnitHash, Embedded] = {}
         self._gone = Gone()
         self.num_units: Counter[str] = Counter()  # of prefilled requests: cached, transferred, prefix
-        self.num_prompt_tokens = 0  # of requests that got their KV blocks
+        self.num_prompt_tokens = 0  # of prefilled requests
         self.num_cached_tokens = 0  # of those: found in the KV cache
 
     @property
@@ -246,50 +248,63 @@ class PrefillStage:
             self._embeddings.cache.num_hits += self._embeddings.cache.is_ready(hash_)
             self._bring(job, hash_)
 
-    def _found_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks that a request may begin with: the last token is always computed, because it is sampled from. None for
-        a request that would have to wait with them for embeddings, where too many do that already."""
-        found = self._kv.find(sequence.prompt_hashes, len(sequence.token_ids) - 1)
-        needed = _units_behind(sequence, len(found) * self._kv.block_tokens)
-        if not found or all(map(self._embeddings.cache.is_ready, needed)):
-            return found
-        waiting = self._num_waiting_blocks() + self._kv.num_blocks_for(len(sequence.token_ids))
-        return found if self._kv.can_wait_with(waiting) else []
-
-    def _num_waiting_blocks(self) -> int:
-        return sum(len(job.sequence.block_table) for job in self._started.values() if not self._is_complete(job))
-
     def _hold_kv(self) -> None:
         """Gives started requests blocks for their whole prompt, oldest first. One whose embeddings are not all here
-        may be passed by younger ones: if it took the blocks, it would wait with them for another instance."""
-        num_waiting = self._num_waiting_blocks()
-        for job in self._started.values():
-            sequence = job.sequence
-            if sequence.block_table:
+        may be passed by younger ones."""
+        for job in list(self._started.values()):
+            if job.sequence.block_table or job.sequence.status is Status.WAITING:  # reset for an older one just now
                 continue
-            found: list[int] = []
-            if self._is_complete(job):
-                found = self._kv.find(sequence.prompt_hashes, len(sequence.token_ids) - 1)
-            else:
-                needed = self._kv.num_missing(sequence, len(sequence.token_ids))
-                if not self._streamed or not self._kv.can_wait_with(num_waiting + needed):
-                    continue
-                num_waiting += needed
-            if not self._kv.can_admit(sequence, len(sequence.token_ids), found):
+            complete = self._is_complete(job)
+            if (complete or self._streamed) and not self._try_to_take_kv(job, complete) and complete:
                 break
-            self._take_kv(job, found)
+
+    def _try_to_take_kv(self, job: PrefillJob, complete: bool) -> bool:
+        """A request that misses embeddings takes only what is free; a complete one also what younger ones wait with."""
+        sequence = job.sequence
+        found = self._found_prefix(sequence)
+        while not self._kv.can_admit(sequence, len(sequence.token_ids), found):
+            if not complete or not self._preempt(older=job):
+                return False
+            found = self._found_prefix(sequence)
+        self._take_kv(job, found)
+        return True
 
     @property
     def _is_short_of_kv(self) -> bool:
-        """Whether a started request waits for nothing but KV blocks: none that came later may take them."""
+        """Whether a started request waits for blocks and nothing else: younger ones must not take them."""
         return any(not job.sequence.block_table and self._is_complete(job) for job in self._started.values())
 
+    def _found_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks that a request may begin with. The last token is always computed, because it is sampled from."""
+        return self._kv.find(sequence.prompt_hashes, len(sequence.token_ids) - 1)
+
     def _take_kv(self, job: PrefillJob, found: list[int]) -> None:
+        self._kv.hold(job.sequence, len(job.sequence.token_ids), found)
+        job.num_cached = job.sequence.num_computed
+
+    def _preempt(self, older: PrefillJob | None = None) -> bool:
+        """Takes the KV of the youngest request that waits for embeddings; with `older`, of one younger than that. It is
+        computed again, or found. False where there is none."""
+        for job in reversed(self._started.values()):
+            if job is older:
+                return False
+            if job.sequence.block_table and not self._is_complete(job):
+                self._reset(job)
+                return True
+        return False
+
+    def _reset(self, job: PrefillJob) -> None:
+        """As if the request had not begun. If it counted on a prefix for some units, it starts again, as the next."""
         sequence = job.sequence
-        self._kv.hold(sequence, len(sequence.token_ids), found)
-        job.num_cached = sequence.num_computed
-        self.num_prompt_tokens += len(sequence.token_ids)
-        self.num_cached_tokens += job.num_cached
+        self._kv.free(sequence)
+        sequence.num_computed, sequence.sealed = 0, []
+        job.num_ready_spans = job.num_cached = 0
+        if "prefix" in job.sources.values():
+            del self._started[sequence.request_id]
+            self._let_go(job)
+            job.sources = {}
+            sequence.status = Status.WAITING
+            self._waiting.appendleft(job)
 
     # ---- embeddings
 
@@ -421,6 +436,8 @@ class PrefillStage:
         self._give_back(job, list(job.tickets))
         for unit in _distinct(sequence.units):
             self.num_units[job.sources.get(unit.hash, "cached")] += 1
+        self.num_prompt_tokens += len(sequence.token_ids)
+        self.num_cached_tokens += job.num_cached
         sequence.token_ids.append(token.token_id)
         finish = self._near.finish_of(sequence)
         self._near.out.tokens.append(token_update(sequence, finish, token.logprobs, job.num_cached))
@@ -436,7 +453,9 @@ class PrefillStage:
         """Tells decode of the blocks that are full by now: only the tail is left to move after the last chunk."""
         sequence, near = job.sequence, self._near
         num_full = sequence.num_computed // self._kv.block_tokens
-        if foreseen_tokens(sequence) <= 1 or num_full == job.num_sent_ahead or self._decode_of(job) in (None, near.instance):
+        if foreseen_tokens(sequence) <= 1 or num_full == job.num_sent_ahead:
+            return
+        if self._decode_of(job) in (None, near.instance):
             return
         assert job.decode is not None
         if not job.num_sent_ahead:

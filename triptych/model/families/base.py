@@ -1,8 +1,8 @@
 """What a model family has to say about itself, so that nothing outside this package needs to know its name.
 
-A `Family` comes from the model's config alone. Joined with what a checkpoint brings beside its weights (`Parts`) it gives
-one `Modality` for each kind of media: what an item becomes in the prompt, from its header alone, and what the encoder
-gets for each of its units.
+A `Family` comes from the model's config alone. Joined with what a checkpoint brings beside its weights (`Parts`) it
+gives one `Modality` for each kind of media: what an item becomes in the prompt, from its header alone, and what the
+encoder gets for each of its units.
 """
 
 import json
@@ -24,12 +24,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from triptych.core import Media
 from triptych.errors import ConfigError, RequestError
-from triptych.model.headers import AudioHeader, Header, ImageHeader, VideoHeader
+from triptych.model.headers import Header, ImageHeader
 from triptych.model.images import decode_image
 from triptych.model.pixel_table import tabulate
 
 MAX_ASPECT_RATIO = 200  # beyond it some processors refuse, others resize to something far larger than the picture
-LAYOUT_CACHE_SIZE = 8192  # headers
+LAYOUT_CACHE_SIZE = 8192  # sizes of pictures
 
 Tensors = dict[str, Tensor]
 
@@ -81,11 +81,10 @@ class Modality(ABC):
         self.token = token  # stands for one embedding row
         self.placeholder = placeholder or token  # what the chat template writes for one item
         self.markup = markup or self.placeholder  # what to write for one where the template takes text only
-        self._lay_out_cached = lru_cache(LAYOUT_CACHE_SIZE)(self._lay_out)
 
     def lay_out(self, header: Header, num_items: int) -> ItemLayout:
-        """For one of `num_items` items of this kind in a prompt. Raises RequestError for one that no processor takes."""
-        return self._lay_out_cached(header, num_items if self.depends_on_num_items else 1)
+        """For one of `num_items` items of this kind in a prompt. Raises RequestError where no processor takes it."""
+        return self._lay_out(header, num_items if self.depends_on_num_items else 1)
 
     @abstractmethod
     def _lay_out(self, header: Any, num_items: int) -> ItemLayout: ...
@@ -105,7 +104,7 @@ class Modality(ABC):
         joined along it, so that several units run as one batch."""
 
     def features(self, model: PreTrainedModel, inputs: Tensors) -> Tensor:
-        """[rows of all units of the batch, hidden * (1 + deepstack layers)]: projected features, then deepstack ones."""
+        """[rows of all units of the batch, hidden * (1 + deepstack layers)]: projected features, deepstack ones."""
         output = getattr(model.base_model, f"get_{self.name}_features")(**inputs, return_dict=True)
         pooled = output.pooler_output if output.pooler_output is not None else output.last_hidden_state
         deepstack = getattr(output, "deepstack_features", None) or ()
@@ -126,7 +125,8 @@ class Modality(ABC):
         wanted = sum(run.length for run in runs if isinstance(run, Run))
         given = sum(row.length for row in rows)
         assert wanted == given, f"runs of {wanted} tokens for {given} rows"
-        assert all(0 <= row.offset and row.offset + row.length <= units[row.unit] for row in rows), f"{rows} of {units}"
+        ends = [(row.offset + row.length, units[row.unit]) for row in rows]
+        assert all(end <= there for end, there in ends), f"rows up to {ends} of units"
         return ItemLayout(
             compact="".join(run.token if isinstance(run, Run) else run for run in runs),
             runs=tuple(run for run in runs if isinstance(run, Run)),
@@ -146,6 +146,7 @@ class ImageModality(Modality):
     def __init__(self, processor: BaseImageProcessor, token: str, **texts: str | None) -> None:
         super().__init__(token, **texts)
         self.processor = processor
+        self._lay_out = lru_cache(LAYOUT_CACHE_SIZE)(self._lay_out)  # type: ignore[method-assign]
 
     @property
     def arguments(self) -> str:

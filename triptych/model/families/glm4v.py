@@ -15,7 +15,7 @@ from triptych.model.families.base import (
     require_equal,
 )
 from triptych.model.families.patch_grids import fit_volume
-from triptych.model.families.video import SliceArguments, Slices, slice_times
+from triptych.model.families.video import SliceArguments, Slices, slice_times, video_token
 from triptych.model.headers import ImageHeader, VideoHeader
 
 # Those of transformers' class, for checkpoints that bring none.
@@ -39,11 +39,14 @@ class Glm4v(Family):
         require_equal("patch_size", processor.patch_size, vision.patch_size)
         require_equal("merge_size", processor.merge_size, vision.spatial_merge_size)
         require_equal("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size)
-        token, placeholder = parts.token(config.image_token_id), parts.token(config.video_token_id)
+        token, placeholder = parts.token(config.image_token_id), video_token(config, parts.tokenizer)
         start, end = parts.token(config.image_start_token_id), parts.token(config.image_end_token_id)
+        picture = _Picture(processor, token, start=start, end=end)
+        if placeholder is None:
+            return [picture]
         markup = f"{parts.token(config.video_start_token_id)}{placeholder}{parts.token(config.video_end_token_id)}"
         video = Glm4vVideo.read(parts, vision, token, placeholder=placeholder, markup=markup, start=start, end=end)
-        return [_Picture(processor, token, start=start, end=end), video]
+        return [picture, video]
 
 
 class _Picture(ImageModality):

@@ -33,6 +33,7 @@ from triptych.model.families.base import (
 )
 from triptych.model.families.llava import refuse_other_towers, rows_of_square
 from triptych.model.families.llava_onevision_video import OnevisionVideo
+from triptych.model.families.video import video_token
 from triptych.model.headers import ImageHeader
 from triptych.model.images import decode_image
 
@@ -64,8 +65,10 @@ class LlavaOnevision(LlavaNext):
             raise ConfigError(f"a vision_aspect_ratio of anyres_max_N is needed, not {aspect}")
         token = parts.token(self.config.image_token_id)
         picture = LoneLines(parts.image_processor, token, sizes, max_tiles=int(max_tiles))
-        video_token = parts.token(self.config.video_token_id)
-        return [picture, OnevisionVideo.read(parts, video_token, side=sizes.side, patches=sizes.patches)]
+        placeholder = video_token(self.config, parts.tokenizer)
+        if placeholder is None:
+            return [picture]
+        return [picture, OnevisionVideo.read(parts, placeholder, side=sizes.side, patches=sizes.patches)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from triptych.errors import ConfigError
 from triptych.model.families.base import Family, ImageModality, ItemLayout, Modality, Parts, edge, require_equal
 from triptych.model.families.patch_grids import fit_area
 from triptych.model.families.qwen_video import Qwen2Video, Qwen3Video, Qwen25Video
+from triptych.model.families.video import video_token
 from triptych.model.headers import ImageHeader
 
 _VIDEOS: dict[str, type[Qwen2Video]] = {"qwen2_vl": Qwen2Video, "qwen2_5_vl": Qwen25Video}
@@ -38,10 +39,10 @@ class QwenVL(Family):
             min_pixels=min_pixels,
             max_pixels=max_pixels,
         )
-        return [
-            picture,
-            self.video_class.read(parts, vision, parts.token(self.config.video_token_id), start=start, end=end),
-        ]
+        token = video_token(self.config, parts.tokenizer)
+        if token is None:
+            return [picture]
+        return [picture, self.video_class.read(parts, vision, token, start=start, end=end)]
 
     @property
     def video_class(self) -> type[Qwen2Video | Qwen3Video]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from triptych.core import Media
 from triptych.errors import ConfigError, RequestError
@@ -237,6 +238,14 @@ class Slices(VideoModality):
         pixels = pixels.view(num_frames, channels, height // side, merge, patch, width // side, merge, patch)
         pixels = pixels.permute(2, 5, 3, 6, 1, 0, 4, 7)  # rows, columns, both within a token, channel, frame, pixels
         return pixels.reshape(-1, channels * num_frames * patch * patch)
+
+
+def video_token(config: PreTrainedConfig, tokenizer: Tokenizer) -> str | None:
+    """What the family's config calls the token of videos. None where the tokenizer does not have it: checkpoints for
+    pictures only, and older ones, have configs that name it nevertheless."""
+    token_id: int = config.video_token_id
+    token: str | None = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+    return token
 
 
 def slice_times(header: VideoHeader, length: int) -> list[tuple[float, float]]:
