@@ -28,7 +28,6 @@ from triptych.messages import (
     Submit,
     Wanted,
 )
-from triptych.stages.decode import DecodeStage
 from triptych.stages.prefill import PrefillStage
 
 BUDGET = 64

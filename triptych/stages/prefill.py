@@ -302,7 +302,7 @@ class PrefillStage:
         if "prefix" in job.sources.values():
             del self._started[sequence.request_id]
             self._let_go(job)
-            job.sources = {}
+            job.sources, job.announced = {}, set(job.tickets)  # what it had may be evicted by then
             sequence.status = Status.WAITING
             self._waiting.appendleft(job)
 
