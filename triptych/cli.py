@@ -91,6 +91,13 @@ def serve(
     chunked_kv_transfer: Annotated[
         bool, typer.Option(help="Send KV to decode while the rest of the prompt is computed.")
     ] = True,
+    decode_interval_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="Time per token to which answers slow down while a request waits for encoders; 30 if left out where "
+            "instances share CPU cores, else 0: not at all."
+        ),
+    ] = None,
     enable_prefix_caching: Annotated[bool, typer.Option(help="Compute the KV of equal beginnings once.")] = True,
     max_image_pixels: Annotated[int, typer.Option(help="Largest picture, decided from its header.")] = 64_000_000,
     max_body_mib: Annotated[int, typer.Option(help="Largest request body.")] = 64,
@@ -148,6 +155,7 @@ def serve(
             parallel_encode=irp,
             streamed_prefill=streamed_prefill,
             chunked_kv_transfer=chunked_kv_transfer,
+            decode_interval_ms=decode_interval_ms,
         ),
         server=checked(
             ServerConfig,

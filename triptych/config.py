@@ -49,6 +49,7 @@ class SchedulingConfig(msgspec.Struct, frozen=True, kw_only=True):
     parallel_encode: bool = True  # units of one request on all encode instances (IRP)
     streamed_prefill: bool = True  # prefill starts on the prefix whose embeddings are here
     chunked_kv_transfer: bool = True  # KV goes to decode after every chunk of prefill
+    decode_interval_ms: Annotated[float, Meta(ge=0)] | None = None  # see Engine; None: where CPU cores are shared
 
     def __post_init__(self) -> None:
         require(

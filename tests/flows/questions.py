@@ -1,4 +1,4 @@
-"""Mixed requests for whole-server tests, what the instances count of them, and what plain transformers answers to them."""
+"""Mixed requests for whole-server tests, what plain transformers answers to them, and what instances count of them."""
 
 import asyncio
 import base64
@@ -21,6 +21,7 @@ from tests.flows.servers import MODEL, cluster
 from tests.reference import Messages, Reference, reference, reference_processor
 
 TIE = 1e-4  # float32: two best logits that are nearer than this are a tie, which either answer may take
+REPORTED_S = 0.3  # after that much time every instance has reported
 WORDS = "what colour is the circle in this picture and how many of them do you see there please tell me".split()
 
 
@@ -103,17 +104,19 @@ def encoded_units(url: str) -> dict[str, float]:
 
 
 def unit_sources(url: str) -> Counter[str]:
-    """How many units prefill got from where (`computed`, `cached`, ...), by `triptych:encode_units_total`."""
+    """How many units came from where (`computed`, `cached`, ...), by `triptych:encode_units_total`: of all that the
+    instances have done by now."""
+    time.sleep(REPORTED_S)
     found: Counter[str] = Counter()
     for metric in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
         for sample in metric.samples:
-            if sample.name == "triptych:encode_units_total" and "p" in sample.labels["role"]:
+            if sample.name == "triptych:encode_units_total":
                 found[sample.labels["source"]] += int(sample.value)
     return found
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 2.0) -> bool:
-    """Whether it came true in time; instances report every quarter of a second."""
+    """Whether it came true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -40,10 +40,11 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "qwen2_5_vl": ("video", "image"),
     "qwen3_vl": ("video", "image"),
     "qwen3_5": ("video", "image"),
-    "glm4v": ("video", "image"),
+    "glm4v": ("video",),  # whose `generate` takes no pictures beside a video: both have the same token
     "internvl": ("video", "image"),
     "llava_onevision": ("video", "image"),
 }
+ONE_UNIT = ("qwen2_audio",)  # families whose items are one unit each
 RATE = 16_000
 NUM_FRAMES = 5  # of each video that are looked at: three slices, the last of them half empty
 FRAMES = {"media_io_kwargs": {"video": {"num_frames": NUM_FRAMES}}}
@@ -68,8 +69,9 @@ def assert_repeated_items_are_not_encoded_again(url: str, question: Question) ->
     (message,) = question.messages
     greeting = {"type": "text", "text": "hello again"}
     ask(url, [Question([message | {"content": [greeting, *message["content"]]}], max_tokens=2)])
-    assert wait_until(lambda: unit_sources(url).total() > before.total())
-    assert unit_sources(url)["computed"] == before["computed"] > 0
+    after = unit_sources(url)
+    assert after.total() > before.total()
+    assert after["computed"] == before["computed"] > 0
 
 
 def ask(url: str, asked: list[Question]) -> list[Any]:
@@ -83,11 +85,11 @@ def expected(family: str) -> list[Reference]:
 
 @cache
 def questions(family: str) -> list[Question]:
-    """The first is about one item of several units, the second about one of each kind; the others differ."""
+    """The first is about several units of one kind, the second about an item of each kind; the others differ."""
     rng, kinds = random.Random(family), TAKEN[family]
     # The processor of Qwen2.5-Omni takes one rate for all videos of a prompt.
     most = {kind: 1 if kind == "video" and "audio" in kinds else 2 for kind in kinds}
-    counts = [{kinds[0]: 1}, dict.fromkeys(kinds, 1)]
+    counts = [{kinds[0]: 2 if family in ONE_UNIT else 1}, dict.fromkeys(kinds, 1)]
     counts += [{kind: rng.randint(0, most[kind]) for kind in kinds} for _ in range(NUM_QUESTIONS - len(counts))]
     return [question(rng, checkpoint(family), each, lone=index == 0) for index, each in enumerate(counts)]
 

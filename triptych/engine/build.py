@@ -98,6 +98,7 @@ def build(config: InstanceConfig, context: zmq.Context[zmq.Socket[bytes]]) -> tu
         max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
         max_encode_tokens=config.scheduling.max_encode_tokens,
         heartbeat_s=config.heartbeat_s,
+        decode_interval_s=(config.scheduling.decode_interval_ms or 0.0) / 1e3,
     )
     return engine, Peer(config.id, config.role, config.epoch, inbox.address, transfers.describe())
 

@@ -1,6 +1,7 @@
 """The loop inside a worker: take messages, schedule, run, commit, send. One `step` serves every role."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 import zmq
 
-from triptych.core import Chunk, EncodeWork, InstanceId, SampledToken, Stage
+from triptych.core import Chunk, EncodeWork, InstanceId, RequestId, SampledToken, Stage
 from triptych.engine.pace import Pace
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import InstanceError, RequestError
@@ -45,6 +46,7 @@ from triptych.transfer.select import Transfers
 logger = logging.getLogger(__name__)
 
 SHORT_ENCODE_STEP_S = 0.02
+MAX_PAUSE_S = 0.5
 UNIT_SOURCES = ("cached", "transferred", "prefix")  # of units that were not encoded for the request that needed them
 
 
@@ -105,8 +107,13 @@ class Engine:
         max_num_batched_tokens: int,
         max_encode_tokens: int,
         heartbeat_s: float,
+        decode_interval_s: float = 0.0,
     ) -> None:
-        """`frontend` is the address of the frontend's inbox."""
+        """`frontend` is the address of the frontend's inbox.
+
+        While a request here waits for encoders that share the cores, a sequence gets a token every `decode_interval_s`,
+        or later if it is ahead of that pace, by `MAX_PAUSE_S` at most: each step that is not made is time for them.
+        """
         self._near = near
         self._pools = pools
         self._stages = stages
@@ -118,6 +125,8 @@ class Engine:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_encode_tokens = max_encode_tokens
         self._heartbeat_s = heartbeat_s
+        self._decode_interval_s = decode_interval_s
+        self._due: dict[RequestId, float] = {}  # when each running sequence is to have its next token, monotonic
         self._pace = Pace()
         self._to_self: deque[AnyMessage] = deque()
         self._stopping = False
@@ -147,13 +156,13 @@ class Engine:
         """Until `Shutdown` arrives."""
         busy = False
         while not self._stopping:
-            busy = self.turn(wait_s=0.0 if busy else self._heartbeat_s)
+            busy = self.turn(wait_s=0.0 if busy else min(self._heartbeat_s, self._decode_wait_s()))
 
     def turn(self, wait_s: float) -> bool:
         """Takes what arrived, waiting for it at most that long, makes one step, reports. False: nothing was done."""
         received = self._receive(wait_s)
         busy = self.step()
-        self._report(busy)
+        self._report(busy or 0.0 < self._decode_wait_s() < math.inf)
         return busy or received
 
     def step(self) -> bool:
@@ -307,9 +316,12 @@ class Engine:
         return True
 
     def _schedule_decode(self) -> list[Chunk]:
-        if self._stages.decode is None:
+        if self._stages.decode is None or 0.0 < self._decode_wait_s() < math.inf:
             return []
         plan = self._stages.decode.schedule()
+        now, interval = time.monotonic(), self._decode_interval_s
+        ids = [chunk.sequence.request_id for chunk in plan.chunks]
+        self._due = {id: min(self._due.get(id, now) + interval, now + MAX_PAUSE_S) for id in ids} if interval else {}
         if plan.offloads or plan.restores:
             assert self._runners.language is not None
             for sequence, blocks in plan.offloads:
@@ -318,6 +330,15 @@ class Engine:
                 self._runners.language.restore(sequence.offloaded, blocks)
                 sequence.offloaded = None
         return plan.chunks
+
+    def _decode_wait_s(self) -> float:
+        """How long the next decode step is held back; infinite if there is none to be made."""
+        decode, prefill = self._stages.decode, self._stages.prefill
+        if decode is None or not decode.num_running:
+            return math.inf
+        if prefill is None or not self._due or not prefill.awaits_embeddings:
+            return 0.0
+        return min(self._due.values()) - time.monotonic()
 
     def _observe_language(self, decodes: list[Chunk], chunks: list[Chunk], seconds: float) -> None:
         if chunks:

@@ -80,6 +80,11 @@ class PrefillStage:
         return {"prefill_waiting": len(self._waiting), "prefill_running": len(self._started)}
 
     @property
+    def awaits_embeddings(self) -> bool:
+        """Whether a request here waits for what another instance encodes."""
+        return any(job.coming for job in [*self._waiting, *self._started.values()])
+
+    @property
     def queued_tokens(self) -> int:
         jobs = [*self._waiting, *self._started.values()]
         return sum(len(job.sequence.token_ids) - job.sequence.num_computed for job in jobs)
