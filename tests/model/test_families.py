@@ -240,7 +240,7 @@ def test_rows_of_units_fill_the_runs_in_the_order_that_the_layout_says(item: Cal
     end = Run("</s>", 1)
     rows = [Rows(1, 0, 4), Rows(0, 1, 2), Rows(1, 0, 1), Rows(0, 0, 3)]
     layout = item(["x", 5, "y", 3, end, "z", 1], [3, 7], rows)
-    processor.modalities["image"]._lay_out_cached = lambda header, num_items: layout
+    processor.modalities["image"]._lay_out = lambda header, num_items: layout
     header = ("image", ImageHeader(1, 1))
     prompt = processor.expand("<image><image>", [header, header], add_special_tokens=False)
     first = [(4, 1, 0), (1, 0, 1), (1, 0, 2), (1, 1, 0), (1, 0, 0), (1, 0, 1), (1, 0, 2)]

@@ -125,8 +125,7 @@ class Modality(ABC):
         wanted = sum(run.length for run in runs if isinstance(run, Run))
         given = sum(row.length for row in rows)
         assert wanted == given, f"runs of {wanted} tokens for {given} rows"
-        ends = [(row.offset + row.length, units[row.unit]) for row in rows]
-        assert all(end <= there for end, there in ends), f"rows up to {ends} of units"
+        assert all(row.offset + row.length <= units[row.unit] for row in rows), f"{rows} of units with {units} rows"
         return ItemLayout(
             compact="".join(run.token if isinstance(run, Run) else run for run in runs),
             runs=tuple(run for run in runs if isinstance(run, Run)),
