@@ -72,6 +72,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     inbox: str  # address this instance listens on
     frontend: str  # address of the frontend's inbox
     threads: Count  # CPU threads for tensor work
+    threads_beside_encoders: Count | None = None  # while encoders work for a request here; None: as many
     niceness: Annotated[int, Meta(ge=0, le=19)] = 0  # what its threads are worth where they share cores with others
     transfer: TransferMode
     model: ModelConfig

@@ -1,4 +1,4 @@
-"""Every message between processes, as one tagged union. Small enough to log: bytes of tensors never ride here.
+"""Every message between processes, as one tagged union. Bytes of tensors never ride here, only the files of clients.
 
 Delivery is at most once and ordered per pair of processes; every handler is idempotent, and a message about an
 unknown request is answered by giving back what it holds, never by an error. docs/protocol.md has the table.
@@ -74,7 +74,8 @@ class Submit(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
-    """Frontend -> every instance that may hold a part of the request. Legal at any time, any number of times."""
+    """Frontend -> every instance that may hold a part of the request; P -> D, for what it sent ahead of a request that
+    ended. Legal at any time, any number of times."""
 
     request_id: RequestId
 
@@ -92,7 +93,8 @@ class Share(Message, frozen=True):
 
 
 class Embedded(Message, frozen=True):
-    """E -> P: a unit's embeddings can be pulled. `computed`: they were encoded for this very order."""
+    """E, or who was asked to share -> P: a unit's embeddings can be pulled. `computed`: they were encoded for this very
+    order."""
 
     request_id: RequestId
     unit: UnitHash
@@ -165,10 +167,10 @@ class Located(Message, frozen=True):
 
 
 class Wanted(Message, frozen=True):
-    """P, or who was asked by `Share` -> frontend: this unit of a request has to be encoded; nobody is about to."""
+    """P, or who was asked by `Share` -> frontend: these units of a request have to be encoded; nobody is about to."""
 
     request_id: RequestId
-    unit: UnitHash
+    units: tuple[UnitHash, ...]
 
 
 class Failed(Message, frozen=True):

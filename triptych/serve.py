@@ -28,7 +28,7 @@ from triptych.config import (
     TransferMode,
 )
 from triptych.control.controller import Controller
-from triptych.core import InstanceId, Placement, Role
+from triptych.core import InstanceId, Placement, Role, Stage
 from triptych.engine.build import fitting_model_len
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import ConfigError, InstanceError
@@ -68,10 +68,12 @@ def instance_configs(options: ServeOptions, run_dir: Path) -> list[InstanceConfi
     cores, those make decode steps at intervals while it has work for them.
     """
     roles, cores = options.placement.roles, len(os.sched_getaffinity(0))
-    threads = options.threads or max(1, cores // len(roles))
     on_cpu = options.model.device == "cpu"
+    fair = options.threads or max(1, cores // len(roles))
+    # Who prefills knows when encoders work for it: at other times it may use the cores that they leave idle.
+    alone = options.threads or max(fair, cores // sum(role is not Role.E for role in roles))
     scheduling = options.scheduling
-    if scheduling.decode_interval_ms is None and on_cpu and threads * len(roles) > cores:
+    if scheduling.decode_interval_ms is None and on_cpu and fair * len(roles) > cores:
         scheduling = msgspec.structs.replace(scheduling, decode_interval_ms=SHARED_DECODE_INTERVAL_MS)
     return [
         InstanceConfig(
@@ -81,7 +83,8 @@ def instance_configs(options: ServeOptions, run_dir: Path) -> list[InstanceConfi
             server_pid=os.getpid(),
             inbox=f"ipc://{run_dir}/i{index}",
             frontend=f"ipc://{run_dir}/frontend",
-            threads=threads,
+            threads=alone if Stage.PREFILL in role.stages else fair,
+            threads_beside_encoders=fair,
             niceness=ENCODE_NICENESS if on_cpu and role is Role.E else 0,
             transfer=options.transfer,
             model=msgspec.structs.replace(options.model, device=_device(options.model.device, index)),

@@ -176,7 +176,7 @@ class Instance:
             case Embedded():
                 self.prefill.embedded(message)
             case Share() if self.prefill is None:
-                self.near.out.send(FRONTEND, Wanted(message.request_id, message.unit.hash))
+                self.near.out.send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
             case Share():
                 self.prefill.share(message)
             case Prefilling():
@@ -562,11 +562,11 @@ class Cluster:
             case Wanted():
                 answer = self.answers[message.request_id]
                 self.num_wanted += 1
-                if answer.live:
-                    unit = next(unit for unit in answer.submit.units if unit.hash == message.unit)
-                    encoders = self._assign([unit])
+                if answer.live and not answer.tokens:
+                    units = {unit.hash: unit for unit in answer.submit.units if unit.hash in message.units}
+                    encoders = self._assign(list(units.values()))
                     answer.holders.update(encoders.values())
-                    self._order(message.request_id, {unit.hash: unit}, answer.prefill, encoders)
+                    self._order(message.request_id, units, answer.prefill, encoders)
             case Evicted():
                 self.directory.evicted(message)
             case Failed():

@@ -181,7 +181,7 @@ def test_a_unit_that_nobody_ordered_is_wanted_and_then_encoded(tmp_path: Path) -
         order = make_request("r", num_images=1, ordered=False)
         cluster.send("p0", order)
         cluster.settle()
-        assert Wanted(order.request_id, order.units[0].hash) in cluster.received
+        assert Wanted(order.request_id, (order.units[0].hash,)) in cluster.received
         cluster.send("e0", make_order("r", order.units[0]))
         cluster.settle()
         assert cluster.tokens_of(order) == expected_answer(order)
@@ -206,7 +206,7 @@ def test_an_instance_that_does_not_hold_what_it_is_asked_for_has_it_encoded(tmp_
         unit = order.units[0]
         cluster.send("p1", replace(order, held={unit.hash: InstanceId("p0")}))
         cluster.settle()
-        assert Wanted(order.request_id, unit.hash) in cluster.received
+        assert Wanted(order.request_id, (unit.hash,)) in cluster.received
         cluster.send("e0", make_order("r", unit, "p1"))
         cluster.settle()
         assert cluster.tokens_of(order) == expected_answer(order)

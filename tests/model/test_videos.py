@@ -269,6 +269,7 @@ def test_huge_picture_in_the_header_is_refused_before_memory_is_taken() -> None:
 def test_frames_that_have_to_be_decoded_on_the_way_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     still = [np.zeros((48, 64, 3), np.uint8)] * 16
     in_one_piece, in_pieces = write(still, gop=100), write(still, gop=5)
+    monkeypatch.setattr(videos, "_MIN_COST", 1)
     monkeypatch.setattr(videos, "MAX_DECODED_PIXELS", 8 * 64 * 48)
     assert "16 frames of 64 x 48 pixels have to be decoded" in refusal(in_one_piece)
     assert "have to be decoded" in refusal(in_pieces)
@@ -278,6 +279,7 @@ def test_frames_that_have_to_be_decoded_on_the_way_are_bounded(monkeypatch: pyte
 
 
 def test_all_frames_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(videos, "_MIN_COST", 1)
     monkeypatch.setattr(videos, "MAX_PIXELS", 10 * 64 * 48)
     assert "12 frames of 64 x 48" in refusal(clip())
     with pytest.raises(RequestError, match="limit"):

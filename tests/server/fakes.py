@@ -177,8 +177,9 @@ class FakeCluster:
     def _ask_for_missing(self) -> None:
         """What nobody is about to encode has been lost, or has failed for the request that ordered it."""
         for id, job in list(self.prefilling.items()):
-            for unit in sorted(job.missing - self._encoding.keys()):
-                self._tell(Wanted(id, unit))
+            missing = sorted(job.missing - self._encoding.keys())
+            if missing:
+                self._tell(Wanted(id, tuple(missing)))
 
     def _schedule(self) -> None:
         if self._stepping is None:

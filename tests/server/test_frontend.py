@@ -337,7 +337,7 @@ def test_a_unit_that_is_wanted_is_ordered_from_an_encode_instance_which_then_hea
             frontend.handle(Evicted(InstanceId("e0"), [unit(1, 16).hash], []))
             report(frontend, e0=1.0, e1=0.5)
             request_id = generation.outputs[0].request_id
-            frontend.handle(Wanted(request_id, unit(1, 16).hash))
+            frontend.handle(Wanted(request_id, (unit(1, 16).hash,)))
             [(to, order)] = wire.take(Encode)
             assert (to, order.request_id, order.prefill) == ("e1", request_id, "p0")
         assert sorted(wire.receivers(Abort)) == ["e1", "p0"]
@@ -351,7 +351,7 @@ def test_a_unit_that_is_wanted_by_a_request_that_is_gone_is_not_encoded() -> Non
         async with ask(frontend, unit(1, 16)) as generation:
             request_id = generation.outputs[0].request_id
         wire.sent.clear()
-        frontend.handle(Wanted(request_id, unit(1, 16).hash))
+        frontend.handle(Wanted(request_id, (unit(1, 16).hash,)))
         assert wire.sent == []
 
     on_loop(scenario)
@@ -362,7 +362,7 @@ def test_a_unit_that_is_wanted_when_nobody_encodes_ends_the_request_with_503() -
         frontend, _ = make_frontend()
         generation = ask(frontend, unit(1, 16))
         without(frontend, E)
-        frontend.handle(Wanted(generation.outputs[0].request_id, unit(1, 16).hash))
+        frontend.handle(Wanted(generation.outputs[0].request_id, (unit(1, 16).hash,)))
         with pytest.raises(RequestError, match="no instance serves encode") as caught:
             await generation.wait()
         assert caught.value.status == 503

@@ -591,7 +591,7 @@ def test_a_request_that_gave_its_prefix_up_takes_a_second_ticket_for_what_was_ev
     stage.pulled(dog.hash, RuntimeError("link down"))
     sent(pools)
     run(stage)
-    assert Wanted(RequestId("b"), dog.hash) in [m for _, m in sent(pools)]
+    assert Wanted(RequestId("b"), (dog.hash,)) in [m for _, m in sent(pools)]
     stage.embedded(make_embedded("b", dog, lease=2))
     assert pulls(pools) == [dog.hash], "it had one before, and lost what came of it"
 
@@ -644,7 +644,7 @@ def test_a_unit_that_nobody_ordered_is_asked_for_once_when_its_request_starts():
     stage.abort(RequestId("first"))
     for _ in range(3):
         run(stage)
-    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), request.units[0].hash))]
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), (request.units[0].hash,)))]
     bring(stage, request)
     assert lengths(run(stage)) == [("r", 3, 11)]
 
@@ -669,7 +669,7 @@ def test_a_holder_that_is_this_instance_or_gone_is_not_asked(holder):
     request = make_request("r", num_images=1, ordered=False)
     stage.admit(replace(request, held={request.units[0].hash: InstanceId(holder)}))
     run(stage)
-    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), request.units[0].hash))]
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), (request.units[0].hash,)))]
 
 
 def test_what_an_instance_was_asked_for_that_is_gone_now_has_to_be_encoded():
@@ -681,7 +681,7 @@ def test_what_an_instance_was_asked_for_that_is_gone_now_has_to_be_encoded():
     assert [type(message) for _, message in asked(pools)] == [Share, Wanted]
     stage.lost(InstanceId("p1"))
     stage.lost(InstanceId("p1"))
-    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), one.hash))]
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), (one.hash,)))]
 
 
 def test_a_unit_that_is_coming_for_an_older_request_is_not_asked_for_until_that_one_is_gone():
@@ -693,7 +693,7 @@ def test_a_unit_that_is_coming_for_an_older_request_is_not_asked_for_until_that_
     assert asked(pools) == []
     stage.abort(RequestId("older"))
     run(stage)
-    assert asked(pools) == [(FRONTEND, Wanted(RequestId("younger"), unit.hash))]
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("younger"), (unit.hash,)))]
 
 
 def test_a_stale_ticket_is_given_back_and_the_unit_asked_for():
@@ -705,7 +705,7 @@ def test_a_stale_ticket_is_given_back_and_the_unit_asked_for():
     stage.embedded(replace(message, ticket=replace(message.ticket, epoch="0")))
     assert released(pools) == [3]
     run(stage)
-    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), request.units[0].hash))]
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("r"), (request.units[0].hash,)))]
 
 
 def test_while_somebody_asks_the_tickets_of_waiting_requests_go_back_and_are_asked_for_in_their_turn():
@@ -719,7 +719,7 @@ def test_while_somebody_asks_the_tickets_of_waiting_requests_go_back_and_are_ask
     assert released(pools) == []
     run(stage)
     messages = sent(pools)
-    assert [m for _, m in messages if isinstance(m, Wanted)] == [Wanted(RequestId("asking"), asking.units[0].hash)]
+    assert [m for _, m in messages if isinstance(m, Wanted)] == [Wanted(RequestId("asking"), (asking.units[0].hash,))]
     assert [m.lease for _, m in messages if isinstance(m, Release)] == [1]
     stage.embedded(make_embedded("late", late.units[0], lease=2))
     assert released(pools) == [2], "this one comes while the question is open"
@@ -727,11 +727,11 @@ def test_while_somebody_asks_the_tickets_of_waiting_requests_go_back_and_are_ask
     run(stage)
     assert released(pools) == [3]
     run(stage)
-    assert asked(pools) == [(FRONTEND, Wanted(RequestId("waiting"), waiting.units[0].hash))]
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("waiting"), (waiting.units[0].hash,)))]
     bring(stage, waiting)
     run(stage)
     run(stage)
-    assert asked(pools) == [(FRONTEND, Wanted(RequestId("late"), late.units[0].hash))]
+    assert asked(pools) == [(FRONTEND, Wanted(RequestId("late"), (late.units[0].hash,)))]
 
 
 def test_a_ticket_that_was_given_back_and_comes_again_is_used():
@@ -769,7 +769,7 @@ def test_a_unit_that_is_here_is_shared_by_a_ticket_that_keeps_it():
 def test_a_unit_that_is_not_here_or_not_complete_is_not_shared_but_wanted():
     stage, pools = make_prefill()
     unit = make_unit("cat")
-    wanted = [(FRONTEND, Wanted(RequestId("b"), unit.hash))]
+    wanted = [(FRONTEND, Wanted(RequestId("b"), (unit.hash,)))]
     stage.share(Share(RequestId("b"), unit, InstanceId("p1")))
     assert sent(pools) == wanted
     stage.admit(make_request("a", (unit,)))
@@ -789,7 +789,7 @@ def test_a_unit_for_whose_lease_there_is_no_space_in_the_share_is_wanted():
     leave_behind(stage, pools, make_request("a", (cat,)))
     pools.share.max_blocks = 1
     stage.share(Share(RequestId("b"), cat, InstanceId("p1")))
-    assert sent(pools) == [(FRONTEND, Wanted(RequestId("b"), cat.hash))]
+    assert sent(pools) == [(FRONTEND, Wanted(RequestId("b"), (cat.hash,)))]
 
 
 def test_units_are_counted_by_where_they_came_from():

@@ -4,6 +4,7 @@ import io
 import math
 import secrets
 import wave
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,7 @@ def build(config: InstanceConfig, context: zmq.Context[zmq.Socket[bytes]]) -> tu
         max_encode_tokens=config.scheduling.max_encode_tokens,
         heartbeat_s=config.heartbeat_s,
         decode_interval_s=(config.scheduling.decode_interval_ms or 0.0) / 1e3,
+        set_threads=_thread_setter(config),
     )
     return engine, Peer(config.id, config.role, config.epoch, inbox.address, transfers.describe())
 
@@ -201,6 +203,18 @@ def _make_stages(config: InstanceConfig, near: Surroundings, pools: Pools, *, wh
         assert pools.kv is not None
         stages.decode = DecodeStage(near, pools.kv, pools.leases, max_num_seqs=scheduling.max_num_seqs)
     return stages
+
+
+def _thread_setter(config: InstanceConfig) -> Callable[[bool], None]:
+    """Sets the threads of the next step, where their number changes at all."""
+
+    def set_threads(beside_encoders: bool) -> None:
+        wanted = fewer if beside_encoders else config.threads
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
+
+    fewer = config.threads_beside_encoders or config.threads
+    return set_threads
 
 
 def _grey_picture() -> Media:

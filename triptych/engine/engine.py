@@ -108,11 +108,13 @@ class Engine:
         max_encode_tokens: int,
         heartbeat_s: float,
         decode_interval_s: float = 0.0,
+        set_threads: Callable[[bool], None] = lambda beside_encoders: None,
     ) -> None:
         """`frontend` is the address of the frontend's inbox.
 
         While a request here waits for encoders that share the cores, a sequence gets a token every `decode_interval_s`,
         or later if it is ahead of that pace, by `MAX_PAUSE_S` at most: each step that is not made is time for them.
+        `set_threads` is told before every language step whether one waits.
         """
         self._near = near
         self._pools = pools
@@ -126,6 +128,7 @@ class Engine:
         self._max_encode_tokens = max_encode_tokens
         self._heartbeat_s = heartbeat_s
         self._decode_interval_s = decode_interval_s
+        self._set_threads = set_threads
         self._due: dict[RequestId, float] = {}  # when each running sequence is to have its next token, monotonic
         self._pace = Pace()
         self._to_self: deque[AnyMessage] = deque()
@@ -195,7 +198,7 @@ class Engine:
         elif isinstance(message, (Embedded, Prefilling, Prefilled)):  # for a stage that is not served here (any more)
             self._near.out.release(message.ticket)
         elif isinstance(message, Share):
-            self._near.out.send(FRONTEND, Wanted(message.request_id, message.unit.hash))
+            self._near.out.send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
         else:
             logger.warning("%s: nothing here takes a %s", self._near.instance, type(message).__name__)
 
@@ -266,7 +269,7 @@ class Engine:
             if isinstance(message, (Embedded, Prefilling, Prefilled)):
                 self._pools.leases.release(message.ticket.lease)
             if isinstance(message, Share):
-                self._send(FRONTEND, Wanted(message.request_id, message.unit.hash))
+                self._send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
             if isinstance(message, Prefilled):
                 failed = Failed(message.request_id, f"instance {to} was lost", status=503, code="instance_lost")
                 self._send(FRONTEND, failed)
@@ -277,6 +280,7 @@ class Engine:
         if self._stages.encode is None or not (works := self._stages.encode.schedule(self._encode_budget())):
             return False
         assert self._runners.encode is not None
+        self._flush()  # what is known already need not wait for the forward
         began = time.perf_counter()
         errors = self._runners.encode.run(works)
         num_tokens = sum(work.unit.num_tokens for work in works)
@@ -305,6 +309,8 @@ class Engine:
         if not decodes and not chunks:
             return False
         assert self._runners.language is not None
+        self._flush()  # pulls among it: their blocks are free, also those that were offloaded just now
+        self._set_threads(self._stages.prefill is not None and self._stages.prefill.awaits_embeddings)
         began = time.perf_counter()
         sampled = self._runners.language.run(decodes + chunks)
         self._observe_language(decodes, chunks, time.perf_counter() - began)

@@ -25,6 +25,7 @@ from triptych.model.containers import TruncatedError, check_whole, container_of
 from triptych.model.headers import AudioHeader
 
 MAX_SECONDS = 2400  # of one file, whatever the model: its samples are decoded at once
+MAX_SAMPLES = MAX_SECONDS * 48_000  # of one channel
 MIN_RATE, MAX_RATE = 1_000, 192_000  # samples per second
 MAX_CHANNELS = 8
 
@@ -180,8 +181,9 @@ def _resampled_len(num_samples: int, rate: int, wanted: int) -> int:
 
 
 def _refuse_too_long(num_samples: int, rate: int) -> None:
-    if num_samples > MAX_SECONDS * rate:
-        raise _invalid(f"it is longer than {MAX_SECONDS} s")
+    longest_s = min(MAX_SECONDS, MAX_SAMPLES / rate)
+    if num_samples > longest_s * rate:
+        raise _invalid(f"it is longer than {longest_s:g} s")
 
 
 def _is_whole(formats: Sequence[str], data: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -60,9 +61,9 @@ class EncodeRunner:
             else:
                 batches.setdefault((work.unit.modality, _batch_key(tensors)), []).append((index, work, tensors))
         for batch in batches.values():
-            error = self._try_to_encode(batch)
-            for index, _, _ in batch:
-                errors[index] = error
+            if self._try_to_encode(batch) is not None:  # one of them may be to blame, and the others are of strangers
+                for one in batch:
+                    errors[one[0]] = self._try_to_encode([one])
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # from now on another instance may read the blocks
         return errors
@@ -74,22 +75,32 @@ class EncodeRunner:
         self._features(media.modality, {name: self._to_device(tensor) for name, tensor in inputs.items()})
 
     def _inputs(self, work: EncodeWork) -> Tensors | RequestError:
+        media = work.media
+        if media.hash not in self._prepared:  # once for all units of an item that this instance encodes about now
+            prepared = self._attempt(media, lambda: self._processor.prepare(media))
+            if isinstance(prepared, RequestError) and prepared.status >= 500:  # perhaps only this time
+                return prepared
+            self._prepared[media.hash] = prepared
+            if len(self._prepared) > MAX_PREPARED:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(media.hash)
+        prepared = self._prepared[media.hash]
+        if isinstance(prepared, RequestError):
+            return prepared
+        found: Tensors | RequestError = self._attempt(
+            media, lambda: self._processor.inputs(media, prepared, work.unit.index)
+        )
+        return found
+
+    def _attempt(self, media: Media, decode: Callable[[], Any]) -> Any:
+        """What it gives, or why it fails."""
         try:
-            return self._processor.inputs(work.media, self._prepare(work.media), work.unit.index)
+            return decode()
         except RequestError as error:
             return error
         except Exception:  # a request boundary: what a client sent goes through media code of others here
-            logger.exception("the media code failed on %d bytes of %s", len(work.media.data), work.media.modality)
+            logger.exception("the media code failed on %d bytes of %s", len(media.data), media.modality)
             return _encode_failed()
-
-    def _prepare(self, media: Media) -> Any:
-        """Decoded and resized once for all units of an item that this instance encodes about now."""
-        if media.hash not in self._prepared:
-            self._prepared[media.hash] = self._processor.prepare(media)
-            while len(self._prepared) > MAX_PREPARED:
-                self._prepared.popitem(last=False)
-        self._prepared.move_to_end(media.hash)
-        return self._prepared[media.hash]
 
     def _try_to_encode(self, batch: _Batch) -> RequestError | None:
         """What ends all items of the batch. Raises only where the device can compute no more."""

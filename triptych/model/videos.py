@@ -10,6 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import av
@@ -35,12 +36,15 @@ MAX_PIXELS = 32 * 3840 * 2160
 # key frame every 250 frames, 32 frames of a 4K video of any length are just within it.
 MAX_DECODED_PIXELS = 32 * 130 * 3840 * 2160
 
+MAX_PACKETS = 1 << 18  # two hours at 30 frames per second; each is remembered while the file is looked at
+
 # FFmpeg decodes hundreds more, many of which nobody looks after.
 CODECS = ("h264", "hevc", "av1", "vp9", "vp8", "mpeg4", "mpeg2video", "mpeg1video", "h263", "mjpeg", "prores", "gif")
 _CONTAINER_OPTIONS = {"protocol_whitelist": "none"}  # no file may make FFmpeg open another one
 
 _USUAL_FPS = 24.0  # for a file that names no rate, as transformers assumes it
 _MATRIX = "DISPLAYMATRIX"
+_MIN_COST = 1 << 16  # pixels that a frame counts for, however small: each takes its time
 _MIN_BUFFER = 1 << 20  # pixels that a decoder may take for one frame, however small: some add wide edges
 
 
@@ -134,7 +138,9 @@ class _Index:
 
 
 def _read_index(container: InputContainer, stream: VideoStream) -> _Index:
-    packets = [packet for packet in container.demux(stream) if packet.size > 0]
+    packets = [packet for packet in islice(container.demux(stream), MAX_PACKETS + 1) if packet.size > 0]
+    if len(packets) > MAX_PACKETS:
+        raise _invalid(f"it has more than {MAX_PACKETS} frames")
     broken = [place for place, packet in enumerate(packets) if packet.is_corrupt]
     if broken:
         raise _invalid(f"the file is broken: packet {broken[0]} is not whole")
@@ -249,7 +255,7 @@ def _check_cost(index: _Index, places: Sequence[int], width: int, height: int) -
         ("are looked at", len(places), MAX_PIXELS),
         ("have to be decoded", _num_decoded(index, places), MAX_DECODED_PIXELS),
     ):
-        if num_frames * width * height > limit:
+        if num_frames * max(width * height, _MIN_COST) > limit:
             text = f"{num_frames} frames of {width} x {height} pixels {verb}: more than the limit of {limit} pixels"
             raise RequestError(text, code="invalid_video")
 

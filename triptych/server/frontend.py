@@ -236,6 +236,15 @@ class Frontend:
     # ---- what instances report
 
     def handle(self, message: AnyMessage) -> None:
+        try:
+            self._handle(message)
+        except Exception:  # the boundary of a message: those that came with it are handled
+            logger.exception("cannot take %s", type(message).__name__)
+            live = self._live.get(getattr(message, "request_id", RequestId("")))
+            if live is not None:
+                self._fail(live[1], RequestError("internal server error", status=500, code="internal_error"))
+
+    def _handle(self, message: AnyMessage) -> None:
         match message:
             case Tokens():
                 self._tokens(message)
@@ -331,20 +340,20 @@ class Frontend:
         if message.unit is not None:
             for instance in list(self._directory.holders(message.unit)):
                 self._directory.drop_unit(message.unit, instance)
+        if message.unit is not None and output.num_tokens:  # it went on without that unit
+            return
         param = None if message.unit is None else prompt.fields.get(message.unit)
         self._fail(generation, RequestError(message.message, status=message.status, param=param, code=message.code))
 
     def _wanted(self, message: Wanted) -> None:
-        """A unit that was thought to be somewhere has to be encoded after all."""
+        """Units that were thought to be somewhere have to be encoded after all."""
         live = self._live.get(message.request_id)
-        if live is None:
+        if live is None or live[0].num_tokens:  # an answer that began needs no unit any more
             return
         output, generation = live
         prompt = generation.prompt_of(output)
-        unit = next((unit for unit in prompt.units if unit.hash == message.unit), None)
-        assert unit is not None, f"{message.request_id} has no unit {message.unit.hex()}"
         try:
-            encoders = self._assign_units([unit])
+            encoders = self._assign_units([unit for unit in prompt.distinct_units if unit.hash in message.units])
         except RequestError as error:
             self._fail(generation, error)
             return

@@ -14,7 +14,7 @@ from triptych.model.images import read_header
 from triptych.model.videos import read_video_header
 from triptych.server.schema import MediaIoKwargs, VideoIo
 
-MAX_FRAMES = 8192  # of a video: what is known of each is kept, and the layouts of videos are remembered
+MAX_FRAMES = 8192  # of a video that the model looks at
 _NO_BOUND = -1  # how clients write that there is none
 
 

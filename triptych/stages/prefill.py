@@ -81,7 +81,7 @@ class PrefillStage:
 
     @property
     def awaits_embeddings(self) -> bool:
-        """Whether a request here waits for what another instance encodes."""
+        """Whether a request here waits for what is being encoded."""
         return any(job.coming for job in [*self._waiting, *self._started.values()])
 
     @property
@@ -135,7 +135,7 @@ class PrefillStage:
             )
             near.out.send(order.prefill, pinned)
         else:
-            near.out.send(FRONTEND, Wanted(order.request_id, unit.hash))
+            near.out.send(FRONTEND, Wanted(order.request_id, (unit.hash,)))
 
     def pulled(self, unit: UnitHash, error: Exception | None) -> None:
         """A pull settled. After an error another request's ticket for the same unit is tried; if there is none, the
@@ -150,8 +150,8 @@ class PrefillStage:
             self._fetch(unit)
         if error is not None and unit not in self._pulling:
             for job in [job for job in self._started.values() if unit in job.announced]:
-                message = f"an embedding of the request could not be fetched: {error}"
-                self._near.out.fail(job.sequence.request_id, message, status=500, code="transfer_failed")
+                text = f"an embedding of the request could not be fetched: {error}"
+                self._near.out.fail(job.sequence.request_id, text, status=500, code="transfer_failed")
                 self.abort(job.sequence.request_id)
 
     def abort(self, request_id: RequestId) -> None:
@@ -173,9 +173,10 @@ class PrefillStage:
     def lost(self, instance: InstanceId) -> None:
         """An instance that was asked to share something is gone."""
         for job in [*self._waiting, *self._started.values()]:
-            for unit in [unit for unit, whom in job.asked.items() if whom == instance]:
-                job.asked[unit] = FRONTEND
-                self._near.out.send(FRONTEND, Wanted(job.sequence.request_id, unit))
+            units = [unit for unit, whom in job.asked.items() if whom == instance]
+            if units:
+                job.asked |= dict.fromkeys(units, FRONTEND)
+                self._near.out.send(FRONTEND, Wanted(job.sequence.request_id, tuple(units)))
 
     # ---- schedule, commit
 
@@ -249,9 +250,8 @@ class PrefillStage:
         sequence.status = Status.RUNNING
         self._started[sequence.request_id] = job
         self._give_back(job, [unit for unit in job.tickets if unit not in needed])
-        for hash_ in needed:
-            self._embeddings.cache.num_hits += self._embeddings.cache.is_ready(hash_)
-            self._bring(job, hash_)
+        self._embeddings.cache.num_hits += sum(map(self._embeddings.cache.is_ready, needed))
+        self._bring_all(job)
 
     def _hold_kv(self) -> None:
         """Gives started requests blocks for their whole prompt, oldest first. One whose embeddings are not all here
@@ -280,8 +280,9 @@ class PrefillStage:
         return any(not job.sequence.block_table and self._is_complete(job) for job in self._started.values())
 
     def _found_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks that a request may begin with. The last token is always computed, because it is sampled from."""
-        return self._kv.find(sequence.prompt_hashes, len(sequence.token_ids) - 1)
+        """Blocks that a request may begin with. The prompt's last token is always computed: samples and the positions
+        of what is decoded follow from it."""
+        return self._kv.find(sequence.prompt_hashes, sequence.num_prompt_tokens - 1)
 
     def _take_kv(self, job: PrefillJob, found: list[int]) -> None:
         self._kv.hold(job.sequence, len(job.sequence.token_ids), found)
@@ -327,16 +328,17 @@ class PrefillStage:
         if started:
             self._fetch(unit)
 
-    def _bring(self, job: PrefillJob, unit: UnitHash) -> None:
-        """Makes sure that a unit which a started request needs is here or on its way."""
+    def _bring_all(self, job: PrefillJob) -> None:
+        """Makes sure that every unit which a started request needs is here or on its way."""
+        for unit in [unit for unit in job.needed if unit in job.tickets]:
+            self._fetch(unit)
+        coming = set().union(*(other.coming for other in self._started.values()))
+        self._ask(job, [unit for unit in job.needed if unit not in coming and self._is_nowhere(unit)])
+
+    def _is_nowhere(self, unit: UnitHash) -> bool:
         entry = self._embeddings.cache.find(unit)
         assert entry is not None, f"unit {unit.hex()} is needed by a started request that holds no space for it"
-        if unit in job.tickets:
-            self._fetch(unit)
-        elif (
-            not entry.ready and not entry.writing and not any(unit in other.coming for other in self._started.values())
-        ):
-            self._ask(job, unit)
+        return not entry.ready and not entry.writing
 
     def _fetch(self, unit: UnitHash) -> None:
         """Begins a pull of a unit that is announced to started requests, unless it is here or already coming."""
@@ -357,19 +359,23 @@ class PrefillStage:
             self._pulling[unit] = message
             self._near.out.pulls.append(Pull(unit, message.ticket, entry.blocks))
 
-    def _ask(self, job: PrefillJob, unit: UnitHash) -> None:
-        """Nobody is about to announce a unit that a started request holds space for: it was thought to be here, or its
-        ticket had to be given back. What it asks for comes behind the orders of younger requests, so these must not
-        fill the encode instances meanwhile: their tickets go back, and are asked for when their turn comes."""
+    def _ask(self, job: PrefillJob, units: list[UnitHash]) -> None:
+        """Nobody is about to announce units that a started request holds space for: they were thought to be here, or
+        their tickets had to be given back. What it asks for comes behind the orders of younger requests, so these must
+        not fill the encode instances meanwhile: their tickets go back, and are asked for when their turn comes."""
+        if not units:
+            return
         request_id, near = job.sequence.request_id, self._near
-        holder = job.held.pop(unit, near.instance)
-        job.coming.add(unit)
-        if holder != near.instance and holder in near.table.peers:
-            job.asked[unit] = holder
-            near.out.send(holder, Share(request_id, job.needed[unit], near.instance))
-        else:
-            job.asked[unit] = FRONTEND
-            near.out.send(FRONTEND, Wanted(request_id, unit))
+        for unit in units:
+            holder = job.held.pop(unit, near.instance)
+            can_share = holder != near.instance and holder in near.table.peers
+            job.asked[unit] = holder if can_share else FRONTEND
+            if can_share:
+                near.out.send(holder, Share(request_id, job.needed[unit], near.instance))
+        job.coming.update(units)
+        wanted = tuple(unit for unit in units if job.asked[unit] == FRONTEND)
+        if wanted:
+            near.out.send(FRONTEND, Wanted(request_id, wanted))
         for waiting in self._waiting:
             waiting.announced.difference_update(waiting.tickets)
             self._give_back(waiting, list(waiting.tickets))
@@ -409,7 +415,8 @@ class PrefillStage:
         while job.num_ready_spans < len(spans):
             unit = sequence.units[spans[job.num_ready_spans].unit].hash
             if unit in job.needed and not self._embeddings.cache.is_ready(unit):
-                self._bring(job, unit)  # what was writing it, a step or a pull of another request, may have failed
+                if unit not in job.coming:  # what was writing it, a step or a pull of another request, may have failed
+                    self._bring_all(job)
                 return False
             job.num_ready_spans += 1
         return True
