@@ -3,7 +3,8 @@
     python benchmarks/encode_parallel.py
 
 Every encode instance has one thread and a core of its own; the instance that prefills and decodes runs where it likes.
-Two requests: 8 pictures of equal size, each one unit, and 1 picture of 24 tiles and a thumbnail, each tile one unit.
+Requests: 8 pictures of equal size, each one unit; 1 picture of 24 tiles and a thumbnail, each tile one unit; and that
+one with a tower of 16 layers instead of 8, because both encoders decode and resize the whole picture.
 The checkpoints (random weights) are chosen so that encoding is nearly all the work.
 """
 
@@ -22,7 +23,8 @@ SMALL = Decoder(hidden=256, layers=2, heads=4, kv_heads=2, ffn=512)
 # name: checkpoint, pictures of a request, their size
 CASES = {
     "8 pictures": (Checkpoint("whole", Tower(512, 12, 8, 1408), SMALL), 8, "448x448"),
-    "1 tiled picture": (Checkpoint("tiled", Tower(512, 16, 8, 2048), SMALL, tile=224, max_tiles=24), 1, "1344x896"),
+    "1 tiled picture": (Checkpoint("tiled", Tower(512, 8, 8, 2048), SMALL, tile=224, max_tiles=24), 1, "1344x896"),
+    "1 tiled, deeper": (Checkpoint("tiled", Tower(512, 16, 8, 2048), SMALL, tile=224, max_tiles=24), 1, "1344x896"),
 }
 # name: arguments of triptych serve
 CONFIGURATIONS = {

@@ -3,6 +3,7 @@
 import enum
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NewType, Self
 
@@ -15,6 +16,8 @@ RequestId = NewType("RequestId", str)
 UnitHash = NewType("UnitHash", bytes)  # 16 bytes, see EncodeUnit
 LeaseId = NewType("LeaseId", int)
 BlockHash = NewType("BlockHash", bytes)  # 16 bytes, see BlockHashes
+
+HASH_BYTES = 16  # of every hash of content: 128 bits of BLAKE2b
 
 
 class Stage(enum.StrEnum):
@@ -148,6 +151,17 @@ class BlockHashes(msgspec.Struct, frozen=True, array_like=True):
 # What the position rule of a model wants to know about the media of a prompt, by the name that it gives it: one value
 # per item, in the order of the prompt (image_grid_thw: [[1, 16, 16], ...]). Empty for models that count tokens only.
 PositionArguments = dict[str, list[Any]]
+
+
+def distinct(units: Iterable[EncodeUnit]) -> list[EncodeUnit]:
+    """Without repetitions, in order."""
+    return list({unit.hash: unit for unit in units}.values())
+
+
+def units_behind(units: tuple[EncodeUnit, ...], spans: Iterable[Span], num_tokens: int) -> dict[UnitHash, EncodeUnit]:
+    """Distinct units of which rows stand behind the first `num_tokens` tokens of a prompt, in order."""
+    indices = {span.unit for span in spans if span.start + span.length > num_tokens}
+    return {units[index].hash: units[index] for index in sorted(indices)}
 
 
 class FinishReason(enum.StrEnum):

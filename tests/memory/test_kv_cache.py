@@ -61,7 +61,7 @@ def test_growing_keeps_the_blocks_that_are_there():
 def test_asking_for_less_than_is_held_takes_and_gives_nothing():
     kv, sequence = KVCache(2, 16), make_sequence()
     kv.hold(sequence, 32)
-    assert kv.can_hold(sequence, 1)
+    assert kv.make_room(sequence, 1)
     kv.hold(sequence, 1)
     assert sequence.block_table == [0, 1]
 
@@ -70,9 +70,9 @@ def test_newcomers_leave_the_growth_reserve_alone():
     kv, running, newcomer = KVCache(3, 16), make_sequence(), make_sequence()
     kv.hold(running, 16)
     kv.growth_reserve = 1
-    assert kv.can_admit(newcomer, 16)
-    assert not kv.can_admit(newcomer, 17)
-    assert kv.can_hold(running, 48)
+    assert kv.make_room_for_new(newcomer, 16)
+    assert not kv.make_room_for_new(newcomer, 17)
+    assert kv.make_room(running, 48)
 
 
 def test_computed_blocks_leave_out_a_last_block_that_is_still_empty():
@@ -173,8 +173,8 @@ def test_found_blocks_that_nobody_references_are_not_counted_as_space_for_the_re
     kv = KVCache(4, BLOCK)
     leave(kv, [1] * 8)
     sequence = make_hashed([1] * 8 + [2] * 12)
-    assert kv.can_admit(sequence, 16, find(kv, sequence.token_ids))
-    assert not kv.can_admit(sequence, 17, find(kv, sequence.token_ids))
+    assert kv.make_room_for_new(sequence, 16, find(kv, sequence.token_ids))
+    assert not kv.make_room_for_new(sequence, 17, find(kv, sequence.token_ids))
     kv.hold(sequence, 16, find(kv, sequence.token_ids))
     assert kv.evicted == []
 
@@ -191,12 +191,12 @@ def test_what_a_reader_reads_stays_when_its_sequence_is_freed():
     kv = KVCache(4, BLOCK)
     sequence = compute(kv, [1] * 8)
     blocks = sequence.block_table[:1]
-    kv.share(blocks)
+    kv.refer(blocks)
     kv.free(sequence)
     assert (kv.usage().used, kv.usage().cached) == (1, 1)
-    assert not kv.can_admit(make_sequence(), 16)
+    assert not kv.make_room_for_new(make_sequence(), 16)
     kv.give_back(blocks)
-    assert kv.can_admit(make_sequence(), 16)
+    assert kv.make_room_for_new(make_sequence(), 16)
 
 
 def test_giving_back_more_often_than_sharing_asserts():
@@ -221,13 +221,13 @@ def test_space_that_is_held_for_later_is_asked_back_one_by_one_and_from_prompts_
     kv.reclaim_ahead = lambda: give_up(ahead)
     kv.reclaim_waiting = lambda: give_up(waiting)
     assert not kv.has_room(make_sequence(), 4)
-    assert kv.can_admit(make_sequence(), 8)
+    assert kv.make_room_for_new(make_sequence(), 8)
     assert len(ahead) == 1, "no more than needed"
-    assert not kv.can_admit(make_sequence(), 17)
+    assert not kv.make_room_for_new(make_sequence(), 17)
     assert (len(ahead), len(waiting)) == (0, 1)
-    assert kv.can_hold(make_sequence(), 17)
+    assert kv.make_room(make_sequence(), 17)
     assert waiting == []
-    assert not kv.can_hold(make_sequence(), 25)
+    assert not kv.make_room(make_sequence(), 25)
 
 
 @pytest.mark.parametrize("options", [{"prefix_caching": False}, {"state_blocks": 1}])
@@ -363,7 +363,7 @@ class Cache(RuleBasedStateMachine):
     def admit(self, prompt):
         kept = Kept(prompt)
         found = self._find(kept)
-        if self.kv.can_admit(kept.sequence, len(kept.sequence.token_ids), found):
+        if self.kv.make_room_for_new(kept.sequence, len(kept.sequence.token_ids), found):
             self._begin(kept, found)
             self.live.append(kept)
             assert self.kv.usage().free + self.kv.usage().cached >= self.kv.growth_reserve
@@ -402,7 +402,7 @@ class Cache(RuleBasedStateMachine):
         sequence = kept.sequence
         if sequence.num_computed == len(sequence.token_ids):
             before = list(sequence.block_table)
-            if self.kv.can_hold(sequence, len(sequence.token_ids) + 1):
+            if self.kv.make_room(sequence, len(sequence.token_ids) + 1):
                 self.kv.hold(sequence, len(sequence.token_ids) + 1)
                 sequence.token_ids.append(token)
                 kept.content.append(token)
@@ -414,7 +414,7 @@ class Cache(RuleBasedStateMachine):
     def lease(self, data):
         sequence = data.draw(st.sampled_from(self.live)).sequence
         blocks = sequence.block_table[: data.draw(st.integers(0, sequence.num_computed // BLOCK))]
-        self.kv.share(blocks)
+        self.kv.refer(blocks)
         self.leases.append(blocks)
         self._note()
 

@@ -2,6 +2,7 @@
 
 import io
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +11,8 @@ from typing import Any
 import av
 import numpy as np
 from numpy.typing import NDArray
+
+from triptych.model.videos import iter_frames
 
 # container, encoder, pixel format, options of the container
 KINDS: dict[str, tuple[str, str, str, dict[str, str]]] = {
@@ -117,3 +120,8 @@ def trimmed(data: bytes, num_hidden: int) -> bytes:
                     packet.pts, packet.dts, packet.stream = packet.pts - ticks, packet.dts - ticks, stream
                     output.mux(packet)
         return path.read_bytes()
+
+
+def decode_frames(data: bytes, frames: Iterable[int]) -> NDArray[np.uint8]:
+    """[frames, height, width, 3]."""
+    return np.stack(list(iter_frames(data, list(frames))))

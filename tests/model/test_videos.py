@@ -12,11 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.model.clips import KINDS, STREAMED, clip, indices, sound, trimmed, write
+from tests.model.clips import KINDS, STREAMED, clip, decode_frames, indices, sound, trimmed, write
 from triptych.errors import RequestError
 from triptych.model import videos
 from triptych.model.headers import VideoHeader
-from triptych.model.videos import decode_frames, read_video_header, sample
+from triptych.model.videos import read_video_header, sample
 
 
 def refusal(data: bytes) -> str:

@@ -19,6 +19,7 @@ from openai import OpenAI
 from PIL import Image
 
 from tests.checkpoints import make_checkpoint
+from tests.model.clips import decode_frames
 from tests.server.clips import SAMPLING_RATE
 from tests.server.senses import senses
 from triptych.config import ServerConfig
@@ -43,7 +44,6 @@ from triptych.messages import (
 from triptych.model.audios import decode_audio
 from triptych.model.images import decode_image
 from triptych.model.processor import Processor
-from triptych.model.videos import decode_frames
 from triptych.server.app import create_app
 from triptych.server.frontend import Frontend
 from triptych.server.running import bind, make_http_server

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import zmq
 
-from triptych.core import Chunk, EncodeWork, InstanceId, RequestId, SampledToken, Stage
-from triptych.engine.pace import Pace
+from triptych.core import Chunk, EncodeWork, InstanceId, SampledToken, Stage
+from triptych.engine.pace import Metronome, Pace
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import InstanceError, RequestError
 from triptych.memory.embedding_cache import EmbeddingCache
@@ -46,7 +46,6 @@ from triptych.transfer.select import Transfers
 logger = logging.getLogger(__name__)
 
 SHORT_ENCODE_STEP_S = 0.02
-MAX_PAUSE_S = 0.5
 UNIT_SOURCES = ("cached", "transferred", "prefix")  # of units that were not encoded for the request that needed them
 
 
@@ -112,9 +111,9 @@ class Engine:
     ) -> None:
         """`frontend` is the address of the frontend's inbox.
 
-        While a request here waits for encoders that share the cores, a sequence gets a token every `decode_interval_s`,
-        or later if it is ahead of that pace, by `MAX_PAUSE_S` at most: each step that is not made is time for them.
-        `set_threads` is told before every language step whether one waits.
+        While a request here waits for encoders that share the cores, answers keep to a pace of `decode_interval_s` per
+        token (see `Metronome`): each step that is not made is time for them. `set_threads` is told before every
+        language step whether one waits.
         """
         self._near = near
         self._pools = pools
@@ -127,9 +126,8 @@ class Engine:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_encode_tokens = max_encode_tokens
         self._heartbeat_s = heartbeat_s
-        self._decode_interval_s = decode_interval_s
+        self._metronome = Metronome(decode_interval_s)
         self._set_threads = set_threads
-        self._due: dict[RequestId, float] = {}  # when each running sequence is to have its next token, monotonic
         self._pace = Pace()
         self._to_self: deque[AnyMessage] = deque()
         self._stopping = False
@@ -165,7 +163,7 @@ class Engine:
         """Takes what arrived, waiting for it at most that long, makes one step, reports. False: nothing was done."""
         received = self._receive(wait_s)
         busy = self.step()
-        self._report(busy or 0.0 < self._decode_wait_s() < math.inf)
+        self._report(busy or self._holds_decode_back)
         return busy or received
 
     def step(self) -> bool:
@@ -310,7 +308,7 @@ class Engine:
             return False
         assert self._runners.language is not None
         self._flush()  # pulls among it: their blocks are free, also those that were offloaded just now
-        self._set_threads(self._stages.prefill is not None and self._stages.prefill.awaits_embeddings)
+        self._set_threads(self._awaits_embeddings)
         began = time.perf_counter()
         sampled = self._runners.language.run(decodes + chunks)
         self._observe_language(decodes, chunks, time.perf_counter() - began)
@@ -322,12 +320,10 @@ class Engine:
         return True
 
     def _schedule_decode(self) -> list[Chunk]:
-        if self._stages.decode is None or 0.0 < self._decode_wait_s() < math.inf:
+        if self._stages.decode is None or self._holds_decode_back:
             return []
         plan = self._stages.decode.schedule()
-        now, interval = time.monotonic(), self._decode_interval_s
-        ids = [chunk.sequence.request_id for chunk in plan.chunks]
-        self._due = {id: min(self._due.get(id, now) + interval, now + MAX_PAUSE_S) for id in ids} if interval else {}
+        self._metronome.stepped((chunk.sequence.request_id for chunk in plan.chunks), time.monotonic())
         if plan.offloads or plan.restores:
             assert self._runners.language is not None
             for sequence, blocks in plan.offloads:
@@ -338,13 +334,19 @@ class Engine:
         return plan.chunks
 
     def _decode_wait_s(self) -> float:
-        """How long the next decode step is held back; infinite if there is none to be made."""
-        decode, prefill = self._stages.decode, self._stages.prefill
+        """How long the next decode step is held back, 0 if it is not; infinite if there is none to be made."""
+        decode = self._stages.decode
         if decode is None or not decode.num_running:
             return math.inf
-        if prefill is None or not self._due or not prefill.awaits_embeddings:
-            return 0.0
-        return min(self._due.values()) - time.monotonic()
+        return max(0.0, self._metronome.wait_s(time.monotonic())) if self._awaits_embeddings else 0.0
+
+    @property
+    def _holds_decode_back(self) -> bool:
+        return 0.0 < self._decode_wait_s() < math.inf
+
+    @property
+    def _awaits_embeddings(self) -> bool:
+        return self._stages.prefill is not None and self._stages.prefill.awaits_embeddings
 
     def _observe_language(self, decodes: list[Chunk], chunks: list[Chunk], seconds: float) -> None:
         if chunks:

@@ -1,8 +1,11 @@
-"""How fast this instance is, learned while it works: seconds per token, per stage."""
+"""How fast this instance is, learned while it works, and how fast its answers are to be beside encoders."""
 
-from triptych.core import Stage
+from collections.abc import Iterable
+
+from triptych.core import RequestId, Stage
 
 WEIGHT = 0.1  # of the newest step in the moving average
+MAX_PAUSE_S = 0.5
 
 
 class Pace:
@@ -18,3 +21,23 @@ class Pace:
 
     def of(self, stage: Stage) -> float:
         return self._seconds.get(stage, 0.0)
+
+
+class Metronome:
+    """When running sequences are to have their next tokens: every `interval_s`, or later for one that is ahead of that,
+    by `MAX_PAUSE_S` at most. Times are those of any clock that only goes forward, in seconds."""
+
+    def __init__(self, interval_s: float) -> None:
+        """0: at once, always."""
+        self._interval_s = interval_s
+        self._due: dict[RequestId, float] = {}
+
+    def stepped(self, running: Iterable[RequestId], now: float) -> None:
+        """These get a token by the step that begins now; others are forgotten."""
+        if self._interval_s:
+            latest = now + MAX_PAUSE_S
+            self._due = {id: min(self._due.get(id, now) + self._interval_s, latest) for id in running}
+
+    def wait_s(self, now: float) -> float:
+        """Until the first of them is due; 0 or less if one is."""
+        return min(self._due.values()) - now if self._due else 0.0

@@ -4,7 +4,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from triptych.core import EncodeUnit, UnitHash
+from triptych.core import EncodeUnit, UnitHash, distinct
 from triptych.memory.block_pool import BlockPool
 from triptych.messages import PoolUsage
 
@@ -58,7 +58,7 @@ class EmbeddingCache:
         """Whether all of `units` can be referenced at once beside what is referenced now. Changes nothing."""
         missing = sum(
             self.num_blocks_of(unit)
-            for unit in _distinct(units)
+            for unit in distinct(units)
             if unit.hash not in self._entries or unit.hash in self._unreferenced
         )
         return missing <= self._pool.num_free + self._num_reusable
@@ -139,7 +139,7 @@ class EmbeddingShare:
         self._num_blocks = 0
 
     def can_hold(self, units: Sequence[EncodeUnit]) -> bool:
-        new = sum(self.cache.num_blocks_of(unit) for unit in _distinct(units) if unit.hash not in self._references)
+        new = sum(self.cache.num_blocks_of(unit) for unit in distinct(units) if unit.hash not in self._references)
         return self._num_blocks + new <= self.max_blocks and self.cache.can_hold(units)
 
     def hold(self, unit: EncodeUnit) -> Entry:
@@ -158,7 +158,3 @@ class EmbeddingShare:
             assert entry is not None
             self._num_blocks -= len(entry.blocks)
         self.cache.release(unit)
-
-
-def _distinct(units: Iterable[EncodeUnit]) -> Iterable[EncodeUnit]:
-    return {unit.hash: unit for unit in units}.values()

@@ -59,40 +59,40 @@ class KVCache:
         """Blocks that the sequence still needs to hold the KV of its first `num_tokens` tokens."""
         return max(0, self.num_blocks_for(num_tokens) - len(sequence.block_table))
 
-    def can_hold(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Takes what is held for later, if need be."""
+    def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether the sequence can hold so much. Takes what is held for later, if need be."""
         while self.num_missing(sequence, num_tokens) > self._num_available:
             if not (self.reclaim_ahead() or self.reclaim_waiting()):
                 return False
         return True
 
-    def can_admit(self, sequence: Sequence, num_tokens: int, found: Seq[int] = ()) -> bool:
-        """As `can_hold`, for a sequence that is new here and would begin with the `found` blocks: it must not take what
-        running ones need to grow, nor what prompts hold that wait for embeddings."""
+    def make_room_for_new(self, sequence: Sequence, num_tokens: int, found: Seq[int] = ()) -> bool:
+        """As `make_room`, for a sequence that is new here and would begin with the `found` blocks: it must not take
+        what running ones need to grow, nor what prompts hold that wait for embeddings."""
         while not self.has_room(sequence, num_tokens, found):
             if not self.reclaim_ahead():
                 return False
         return True
 
     def has_room(self, sequence: Sequence, num_tokens: int, found: Seq[int] = ()) -> bool:
-        """As `can_admit`, beside everything that is held now."""
+        """As `make_room_for_new`, beside everything that is held now."""
         unused = sum(block in self._reusable for block in found)
         missing = self.num_missing(sequence, num_tokens) - len(found) + unused
         return missing + self.growth_reserve <= self._num_available
 
     def hold(self, sequence: Sequence, num_tokens: int, found: Seq[int] = ()) -> None:
-        """Grows the block table to `num_tokens`; the caller asked `can_hold` or `can_admit` first. A new sequence
-        begins with the `found` blocks: their KV counts as computed."""
+        """Grows the block table to `num_tokens`; the caller asked for room first. A new sequence begins with the
+        `found` blocks: their KV counts as computed."""
         if found:
             assert not sequence.block_table, f"{len(sequence.block_table)} blocks before those that were found"
-            self.share(found)
+            self.refer(found)
             sequence.block_table.extend(found)
             sequence.sealed = [self._hash_of[block] for block in found]
             sequence.num_computed = len(found) * self.block_tokens
         missing = self.num_missing(sequence, num_tokens)
         if missing:
             blocks = self._allocate(missing)
-            self.share(blocks)
+            self.refer(blocks)
             sequence.block_table.extend(blocks)
 
     def free(self, sequence: Sequence) -> None:
@@ -100,7 +100,7 @@ class KVCache:
         self.give_back(sequence.block_table)
         sequence.block_table.clear()
 
-    def share(self, blocks: Seq[int]) -> None:
+    def refer(self, blocks: Seq[int]) -> None:
         """One more reference to each block."""
         for block in blocks:
             self._num_references[block] += 1

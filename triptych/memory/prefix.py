@@ -8,9 +8,7 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from triptych.core import BlockHash, BlockHashes, EncodeUnit, Span
-
-HASH_BYTES = 16
+from triptych.core import HASH_BYTES, BlockHash, BlockHashes, EncodeUnit, Span
 
 
 def prompt_hashes(

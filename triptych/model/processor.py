@@ -17,14 +17,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from triptych.core import EncodeUnit, Media, PositionArguments, Span, UnitHash
+from triptych.core import HASH_BYTES, EncodeUnit, Media, PositionArguments, Span, UnitHash
 from triptych.errors import ConfigError, RequestError
 from triptych.model.chat import ChatTemplate
 from triptych.model.families import Family, ItemLayout, Modality, Parts, Run, answering_part, family_for
 from triptych.model.headers import Header, VideoHeader
 from triptych.model.token_stream import TokenStream
-
-HASH_BYTES = 16
 
 Item = tuple[str, Header]  # a media item as the prompt needs it: its modality, and what its header says
 

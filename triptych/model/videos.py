@@ -73,11 +73,6 @@ def sample(count: int, rate: float, *, num_frames: int | None, fps: float | None
     return tuple(np.linspace(0, count - 1, max(1, chosen), dtype=int).tolist())
 
 
-def decode_frames(data: bytes, frames: Sequence[int]) -> Frame:
-    """[len(frames), height, width, 3]: these frames, ascending by index. Raises RequestError as `iter_frames` does."""
-    return np.stack(list(iter_frames(data, frames)))
-
-
 def iter_frames(data: bytes, frames: Sequence[int]) -> Iterator[Frame]:
     """These frames, ascending by index, one at a time, so that a caller can make them smaller before it keeps them.
 

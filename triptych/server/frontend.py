@@ -27,6 +27,8 @@ from triptych.core import (
     Span,
     Stage,
     UnitHash,
+    distinct,
+    units_behind,
 )
 from triptych.errors import RequestError
 from triptych.memory.prefix import prompt_hashes
@@ -75,10 +77,6 @@ class PreparedPrompt:
     media: dict[UnitHash, Media] = field(default_factory=dict)
     fields: dict[UnitHash, str] = field(default_factory=dict)
     position_arguments: PositionArguments = field(default_factory=dict)
-
-    @property
-    def distinct_units(self) -> list[EncodeUnit]:
-        return list({unit.hash: unit for unit in self.units}.values())
 
 
 class Generation:
@@ -353,7 +351,7 @@ class Frontend:
         output, generation = live
         prompt = generation.prompt_of(output)
         try:
-            encoders = self._assign_units([unit for unit in prompt.distinct_units if unit.hash in message.units])
+            encoders = self._assign_units([unit for unit in distinct(prompt.units) if unit.hash in message.units])
         except RequestError as error:
             self._fail(generation, error)
             return
@@ -384,8 +382,7 @@ class Frontend:
         num_cached = self._directory.num_cached_blocks(prefill, hashes) * KV_BLOCK_TOKENS
         self._add_work(prefill, Stage.PREFILL, len(prompt.token_ids) - num_cached)
         self._directory.add_blocks(prefill, hashes.blocks)
-        behind = {span.unit for span in prompt.spans if span.start + span.length > num_cached}
-        needed = {prompt.units[index].hash: prompt.units[index] for index in sorted(behind)}
+        needed = units_behind(prompt.units, prompt.spans, num_cached)
         missing: list[EncodeUnit] = []
         held: dict[UnitHash, InstanceId] = {}
         for hash_, unit in needed.items():
@@ -446,7 +443,7 @@ class Frontend:
     ) -> None:
         """One order for the units of one item that one instance encodes, in the order of the prompt."""
         orders: dict[tuple[InstanceId, bytes], list[EncodeUnit]] = {}
-        for unit in prompt.distinct_units:
+        for unit in distinct(prompt.units):
             if unit.hash in encoders:
                 orders.setdefault((encoders[unit.hash], prompt.media[unit.hash].hash), []).append(unit)
         for (encoder, _), units in orders.items():

@@ -9,7 +9,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Self
 
-MEDIA_STORE_BYTES = 256 << 20
+from triptych.core import HASH_BYTES
+
 _ENTRY_BYTES = 1024  # about what an entry costs beside its bytes, and its name with it
 
 MediaName = tuple[str, str]  # modality, and the uuid that the client chose
@@ -24,13 +25,13 @@ class Content:
 
     @classmethod
     def of(cls, data: bytes) -> Self:
-        return cls(data, hashlib.blake2b(data, digest_size=16).digest())
+        return cls(data, hashlib.blake2b(data, digest_size=HASH_BYTES).digest())
 
 
 class MediaStore:
     """Contents by name. Bounded in bytes: what was used longest ago goes first."""
 
-    def __init__(self, max_bytes: int = MEDIA_STORE_BYTES) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._entries: OrderedDict[MediaName, tuple[int, Content]] = OrderedDict()
         self._num_bytes = 0

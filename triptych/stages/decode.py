@@ -258,7 +258,7 @@ class DecodeStage:
             sequence, ticket = self._waiting[0]
             num_tokens = len(sequence.token_ids)
             found = self._kv.find(sequence.prompt_hashes, ticket.num_tokens)
-            if not self._kv.can_admit(sequence, num_tokens, found):
+            if not self._kv.make_room_for_new(sequence, num_tokens, found):
                 if self._kv.reclaim_waiting():
                     continue
                 break
@@ -271,9 +271,9 @@ class DecodeStage:
         """Sequences whose KV is here join the batch. With nothing running, the oldest may push the youngest out."""
         while self._here and len(self._running) < self._max_num_seqs:
             oldest = self._here[0]
-            while not self._running and len(self._here) > 1 and not self._kv.can_hold(oldest, len(oldest.token_ids)):
+            while not self._running and len(self._here) > 1 and not self._kv.make_room(oldest, len(oldest.token_ids)):
                 self._offload(self._here.pop(), plan)
-            if not self._kv.can_hold(oldest, len(oldest.token_ids)):
+            if not self._kv.make_room(oldest, len(oldest.token_ids)):
                 break
             self._run(self._here.popleft())
 
@@ -285,7 +285,7 @@ class DecodeStage:
     def _offload_until_all_can_grow(self, plan: DecodePlan) -> None:
         """Oldest first, every running sequence gets the block for its next token; the youngest pays for it."""
         for sequence in list(self._running.values()):
-            while sequence.status is Status.RUNNING and not self._kv.can_hold(sequence, len(sequence.token_ids)):
+            while sequence.status is Status.RUNNING and not self._kv.make_room(sequence, len(sequence.token_ids)):
                 self._offload(self._youngest(), plan)
             if sequence.status is Status.RUNNING:
                 self._kv.hold(sequence, len(sequence.token_ids))
@@ -306,7 +306,7 @@ class DecodeStage:
     def _restore(self, plan: DecodePlan) -> None:
         while self._offloaded and not plan.offloads and len(self._running) < self._max_num_seqs:
             sequence = self._offloaded[0]
-            if not self._kv.can_hold(sequence, len(sequence.token_ids) + self._kv.block_tokens * len(self._running)):
+            if not self._kv.make_room(sequence, len(sequence.token_ids) + self._kv.block_tokens * len(self._running)):
                 break
             self._run(self._offloaded.popleft())
             plan.restores.append((sequence, self._kv.computed_blocks(sequence)))

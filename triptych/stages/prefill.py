@@ -1,10 +1,21 @@
 """Prefill: prompts to KV and a first token, in chunks, over whatever part of the embeddings has arrived."""
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from triptych.core import Chunk, EncodeUnit, InstanceId, RequestId, SampledToken, Sequence, Status, UnitHash
+from triptych.core import (
+    Chunk,
+    EncodeUnit,
+    InstanceId,
+    RequestId,
+    SampledToken,
+    Sequence,
+    Status,
+    UnitHash,
+    distinct,
+    units_behind,
+)
 from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.memory.kv_cache import KVCache
@@ -215,7 +226,7 @@ class PrefillStage:
         needed, there = len(sequence.token_ids) + 1, self._kv.max_tokens
         if needed > there:
             return f"the request needs KV space for {needed} tokens, the pool has {there}"
-        blocks = sum(self._embeddings.cache.num_blocks_of(unit) for unit in _distinct(sequence.units))
+        blocks = sum(self._embeddings.cache.num_blocks_of(unit) for unit in distinct(sequence.units))
         if blocks > self._embeddings.max_blocks:
             return f"the request's media need {blocks} embedding blocks, the pool has {self._embeddings.max_blocks}"
         return None
@@ -230,9 +241,11 @@ class PrefillStage:
             self._hold_kv()
             found = self._found_prefix(sequence)
             # Who waits for KV here waits for decodes, for readers, or for requests that started before: they all go on.
-            if found and (self._is_short_of_kv or not self._kv.can_admit(sequence, len(sequence.token_ids), found)):
+            if found and (
+                self._is_short_of_kv or not self._kv.make_room_for_new(sequence, len(sequence.token_ids), found)
+            ):
                 break
-            needed = _units_behind(sequence, len(found) * self._kv.block_tokens)
+            needed = units_behind(sequence.units, sequence.spans, len(found) * self._kv.block_tokens)
             if not self._embeddings.can_hold(list(needed.values())):
                 break
             self._waiting.popleft()
@@ -267,7 +280,7 @@ class PrefillStage:
         """A request that misses embeddings takes only what is free; a complete one also what younger ones wait with."""
         sequence = job.sequence
         found = self._found_prefix(sequence)
-        while not self._kv.can_admit(sequence, len(sequence.token_ids), found):
+        while not self._kv.make_room_for_new(sequence, len(sequence.token_ids), found):
             if not complete or not self._preempt(older=job):
                 return False
             found = self._found_prefix(sequence)
@@ -446,7 +459,7 @@ class PrefillStage:
         self._gone.add(sequence.request_id)
         self._let_go(job)
         self._give_back(job, list(job.tickets))
-        for unit in _distinct(sequence.units):
+        for unit in distinct(sequence.units):
             self.num_units[job.sources.get(unit.hash, "cached")] += 1
         self.num_prompt_tokens += len(sequence.token_ids)
         self.num_cached_tokens += job.num_cached
@@ -474,7 +487,7 @@ class PrefillStage:
             near.out.send(FRONTEND, Located(sequence.request_id, job.decode))
         job.num_sent_ahead = num_full
         blocks = sequence.block_table[:num_full]
-        self._kv.share(blocks)  # the reader's: an abort must not free what is being read
+        self._kv.refer(blocks)  # the reader's: an abort must not free what is being read
         lease = self._leases.grant(job.decode, sequence.request_id, lambda: self._kv.give_back(blocks))
         ticket = near.ticket(lease, "kv", blocks, num_full * self._kv.block_tokens)
         num_tokens = len(sequence.token_ids)
@@ -519,13 +532,3 @@ class PrefillStage:
                 ticket,
             ),
         )
-
-
-def _distinct(units: Iterable[EncodeUnit]) -> Iterator[EncodeUnit]:
-    return iter({unit.hash: unit for unit in units}.values())
-
-
-def _units_behind(sequence: Sequence, num_tokens: int) -> dict[UnitHash, EncodeUnit]:
-    """Distinct units of which rows stand behind the first `num_tokens` tokens."""
-    spans = [span for span in sequence.spans if span.start + span.length > num_tokens]
-    return {sequence.units[span.unit].hash: sequence.units[span.unit] for span in spans}

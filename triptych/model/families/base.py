@@ -153,12 +153,7 @@ class ImageModality(Modality):
 
     def lay_out(self, header: Header, num_items: int) -> ItemLayout:
         assert isinstance(header, ImageHeader)
-        if max(header.width, header.height) > MAX_ASPECT_RATIO * min(header.width, header.height):
-            raise RequestError(
-                f"a picture of {header.width} x {header.height} pixels is too narrow: the longer side may be at most "
-                f"{MAX_ASPECT_RATIO} times the shorter one",
-                code="invalid_image",
-            )
+        refuse_narrow("picture", header.width, header.height, code="invalid_image")
         return super().lay_out(header, num_items)
 
     @abstractmethod
@@ -256,6 +251,16 @@ def flatten(features: Any) -> Tensor:
     if isinstance(features, (list, tuple)):
         return torch.cat([flatten(part) for part in features])
     return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
+
+
+def refuse_narrow(what: str, width: int, height: int, *, code: str) -> None:
+    """Raises RequestError for sides, in pixels, that no processor takes."""
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise RequestError(
+            f"a {what} of {width} x {height} pixels is too narrow: the longer side may be at most "
+            f"{MAX_ASPECT_RATIO} times the shorter one",
+            code=code,
+        )
 
 
 def edge(size: Any, name: str) -> int | None:

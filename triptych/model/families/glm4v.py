@@ -15,7 +15,7 @@ from triptych.model.families.base import (
     require_equal,
 )
 from triptych.model.families.patch_grids import fit_volume
-from triptych.model.families.video import SliceArguments, Slices, slice_times, video_token
+from triptych.model.families.video import CLIP_MEAN, CLIP_STD, SliceArguments, Slices, slice_times, video_token
 from triptych.model.headers import ImageHeader, VideoHeader
 
 # Those of transformers' class, for checkpoints that bring none.
@@ -25,8 +25,8 @@ _DEFAULTS = SliceArguments(
     patch_size=14,
     temporal_patch_size=2,
     merge_size=2,
-    image_mean=(0.48145466, 0.4578275, 0.40821073),
-    image_std=(0.26862954, 0.26130258, 0.27577711),
+    image_mean=CLIP_MEAN,
+    image_std=CLIP_STD,
 )
 
 

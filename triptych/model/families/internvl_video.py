@@ -3,17 +3,9 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from triptych.model.families.base import ItemLayout, Parts, Piece, Tensors, flatten, require_equal
+from triptych.model.families.base import ItemLayout, Parts, Piece, Tensors, flatten
 from triptych.model.families.video import FrameArguments, Frames
 from triptych.model.headers import VideoHeader
-
-# Those of transformers' class, for checkpoints that bring none.
-_DEFAULTS = FrameArguments(
-    height=384,
-    width=384,
-    image_mean=(0.48145466, 0.4578275, 0.40821073),
-    image_std=(0.26862954, 0.26130258, 0.27577711),
-)
 
 
 class InternVLVideo(Frames):
@@ -27,10 +19,7 @@ class InternVLVideo(Frames):
 
     @classmethod
     def read(cls, parts: Parts, token: str, *, side: int, tokens_per_frame: int, **texts: str) -> "InternVLVideo":
-        arguments = FrameArguments.read(parts, _DEFAULTS)
-        require_equal("height of videos", arguments.height, side)
-        require_equal("width of videos", arguments.width, side)
-        return cls(arguments, token, tokens_per_frame, **texts)
+        return cls(FrameArguments.read_squares(parts, side), token, tokens_per_frame, **texts)
 
     def _lay_out(self, header: VideoHeader, num_items: int) -> ItemLayout:
         pieces: list[Piece] = []

@@ -1,20 +1,10 @@
 """Videos of LLaVA-OneVision: each frame is a tile with its features pooled, and one newline row ends the video."""
 
-from typing import Any
-
 from torch import Tensor
 
-from triptych.model.families.base import ItemLayout, Parts, Rows, Tensors, require_equal
+from triptych.model.families.base import ItemLayout, Parts, Rows, Tensors
 from triptych.model.families.video import FrameArguments, Frames
 from triptych.model.headers import VideoHeader
-
-# Those of transformers' class, for checkpoints that bring none.
-_DEFAULTS = FrameArguments(
-    height=384,
-    width=384,
-    image_mean=(0.48145466, 0.4578275, 0.40821073),
-    image_std=(0.26862954, 0.26130258, 0.27577711),
-)
 
 
 class OnevisionVideo(Frames):
@@ -23,10 +13,7 @@ class OnevisionVideo(Frames):
     @classmethod
     def read(cls, parts: Parts, token: str, *, side: int, patches: int) -> "OnevisionVideo":
         """`patches`: features of a tile, up and across; pooling halves that, rounding up."""
-        arguments: Any = FrameArguments.read(parts, _DEFAULTS)
-        require_equal("height of videos", arguments.height, side)
-        require_equal("width of videos", arguments.width, side)
-        return cls(arguments, token, (-(-patches // 2)) ** 2)
+        return cls(FrameArguments.read_squares(parts, side), token, (-(-patches // 2)) ** 2)
 
     def _lay_out(self, header: VideoHeader, num_items: int) -> ItemLayout:
         length, num_frames = self._tokens_per_frame, len(header.frames)

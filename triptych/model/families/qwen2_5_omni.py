@@ -11,9 +11,8 @@ from transformers import WhisperFeatureExtractor
 from triptych.errors import ConfigError
 from triptych.model.families.audio import AudioModality, Samples, pooled, whisper_extractor
 from triptych.model.families.base import Modality, Parts, Tensors
-from triptych.model.families.qwen_video import Qwen2Video, Qwen3Video
+from triptych.model.families.qwen_video import Qwen2Video, Qwen3Video, Qwen25Video
 from triptych.model.families.qwen_vl import QwenVL
-from triptych.model.headers import VideoHeader
 
 _CHUNKS_PER_UNIT = 5  # 10 seconds, 250 rows: about as much as a tile of a picture
 _MIN_PIXELS, _MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28  # of a frame: the family's processor insists on them
@@ -40,17 +39,14 @@ class Qwen25Omni(QwenVL):
         return _Video
 
 
-class _Video(Qwen2Video):
+class _Video(Qwen25Video):
+    seconds = "second_per_grids"
+
     @classmethod
     def read(cls, parts: Parts, vision: Any, token: str, *, start: str, end: str) -> Qwen2Video:
         video = super().read(parts, vision, token, start=start, end=end)
         settings = dataclasses.replace(video.settings, min_pixels=_MIN_PIXELS, max_pixels=_MAX_PIXELS)
         return cls(settings, token, markup=video.markup)
-
-    def _positions(self, header: VideoHeader, grid: tuple[int, int, int]) -> Mapping[str, Any]:
-        frames_per_second = len(header.frames) / header.num_frames * header.fps
-        seconds = self.settings.temporal_patch_size / frames_per_second
-        return {**super()._positions(header, grid), "second_per_grids": seconds}
 
 
 class _Chunks(AudioModality):

@@ -1,15 +1,13 @@
 """Videos of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from triptych.model.families.base import Parts, Piece
 from triptych.model.families.patch_grids import fit_area, fit_volume
-from triptych.model.families.video import SliceArguments, Slices, slice_times
+from triptych.model.families.video import CLIP_MEAN, CLIP_STD, SliceArguments, Slices, slice_times
 from triptych.model.headers import VideoHeader
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MIN_GROWTH = 1.05  # a cap on the pixels of a frame leaves this much room above the smallest size
 
 # Those of transformers' classes, for checkpoints that bring none.
@@ -19,8 +17,8 @@ _QWEN2_DEFAULTS = SliceArguments(
     patch_size=14,
     temporal_patch_size=2,
     merge_size=2,
-    image_mean=_CLIP_MEAN,
-    image_std=_CLIP_STD,
+    image_mean=CLIP_MEAN,
+    image_std=CLIP_STD,
     max_video_tokens=128000,
 )
 _QWEN3_DEFAULTS = SliceArguments(
@@ -60,10 +58,12 @@ class Qwen2Video(Slices):
 class Qwen25Video(Qwen2Video):
     """Positions count the time that passes from slice to slice."""
 
+    seconds: ClassVar[str] = "second_per_grid_ts"  # the argument of the position rule
+
     def _positions(self, header: VideoHeader, grid: tuple[int, int, int]) -> Mapping[str, Any]:
         frames_per_second = len(header.frames) / header.num_frames * header.fps
         seconds = self.settings.temporal_patch_size / frames_per_second
-        return {**super()._positions(header, grid), "second_per_grid_ts": seconds}
+        return {**super()._positions(header, grid), self.seconds: seconds}
 
 
 class Qwen3Video(Slices):

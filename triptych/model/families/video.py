@@ -21,13 +21,17 @@ from transformers import PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from triptych.core import Media
-from triptych.errors import ConfigError, RequestError
-from triptych.model.families.base import MAX_ASPECT_RATIO, ItemLayout, Modality, Parts, Piece, Tensors, require_equal
+from triptych.errors import ConfigError
+from triptych.model.families.base import ItemLayout, Modality, Parts, Piece, Tensors, refuse_narrow, require_equal
 from triptych.model.headers import Header, VideoHeader
 from triptych.model.videos import Frame, iter_frames
 
 # Where transformers looks for the arguments of a video processor: the first that is there counts, as a whole.
 _FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 
 
@@ -38,12 +42,7 @@ class VideoModality(Modality):
 
     def lay_out(self, header: Header, num_items: int) -> ItemLayout:
         assert isinstance(header, VideoHeader)
-        if max(header.width, header.height) > MAX_ASPECT_RATIO * min(header.width, header.height):
-            raise RequestError(
-                f"a video of {header.width} x {header.height} pixels is too narrow: the longer side may be at most "
-                f"{MAX_ASPECT_RATIO} times the shorter one",
-                code="invalid_video",
-            )
+        refuse_narrow("video", header.width, header.height, code="invalid_video")
         return super().lay_out(header, num_items)
 
     @abstractmethod
@@ -110,6 +109,18 @@ class FrameArguments(PixelArguments):
             raise ConfigError(f"model {parts.folder}: videos must be resized to a height and a width, and not cropped")
         found = super(FrameArguments, cls).read(parts, defaults)
         return dataclasses.replace(found, height=size["height"], width=size["width"])
+
+    @classmethod
+    def read_squares(cls, parts: Parts, side: int) -> "FrameArguments":
+        """For a tower that takes squares of that side. Raises ConfigError where the frames become anything else."""
+        found = FrameArguments.read(parts, FRAME_DEFAULTS)
+        require_equal("height of videos", found.height, side)
+        require_equal("width of videos", found.width, side)
+        return found
+
+
+# Those of transformers' classes, for checkpoints that bring none.
+FRAME_DEFAULTS = FrameArguments(height=384, width=384, image_mean=CLIP_MEAN, image_std=CLIP_STD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
