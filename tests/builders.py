@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from triptych.config import InstanceConfig, MemoryConfig, ModelConfig, SchedulingConfig
 from triptych.core import (
     BlockHashes,
     EncodeUnit,
@@ -31,6 +32,23 @@ BLOCK_TOKENS = 4
 
 def make_unit(name: str = "cat", num_tokens: int = 8) -> EncodeUnit:
     return EncodeUnit(UnitHash(name.encode().ljust(16, b"\0")), "image", num_tokens)
+
+
+def make_config(name: str, role: Role | str = Role.EPD) -> InstanceConfig:
+    """Of a process that is never started."""
+    return InstanceConfig(
+        id=InstanceId(name),
+        role=Role(role),
+        epoch=f"epoch-{name}",
+        server_pid=1,
+        inbox="",
+        frontend="",
+        threads=1,
+        transfer="shm",
+        model=ModelConfig(path="", name=""),
+        memory=MemoryConfig(),
+        scheduling=SchedulingConfig(),
+    )
 
 
 def make_peer(name: str, role: Role | str = Role.EPD, epoch: str = "1") -> Peer:

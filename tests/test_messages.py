@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.builders import make_embedded, make_request
+from tests.builders import make_config, make_embedded, make_request
 from triptych import messages
+from triptych.config import InstanceConfig
 from triptych.core import FinishReason, RequestId, Role, SamplingParams
 
 KINDS = typing.get_args(messages.AnyMessage)
@@ -23,13 +24,16 @@ SCALARS = {
     typing.Any: st.lists(integers, max_size=3),  # a position argument
     Role: st.sampled_from(Role),
     FinishReason: st.sampled_from(FinishReason),
+    InstanceConfig: st.sampled_from(Role).map(lambda role: make_config("i0", role)),
 }
 
 
 def values(annotation: object) -> st.SearchStrategy:
-    """What a field of this type can hold. Raises KeyError for a type that no message had so far."""
+    """What a field of this type can hold."""
     if isinstance(annotation, typing.NewType):
         return values(annotation.__supertype__)
+    if annotation in SCALARS:
+        return SCALARS[annotation]
     if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
         return structs(annotation)
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -41,9 +45,8 @@ def values(annotation: object) -> st.SearchStrategy:
         if args[-1] is ...:
             return st.lists(values(args[0]), max_size=3).map(tuple)
         return st.tuples(*map(values, args))
-    if args:  # a union
-        return st.one_of(*map(values, args))
-    return SCALARS[annotation]
+    assert args, f"no message had a {annotation} so far"
+    return st.one_of(*map(values, args))  # a union
 
 
 def structs(kind: type[msgspec.Struct]) -> st.SearchStrategy:

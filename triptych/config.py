@@ -79,6 +79,31 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory: MemoryConfig
     scheduling: SchedulingConfig
     heartbeat_s: float = 0.25
+    alive_interval_s: float = 0.25  # between two `Alive`
+    black_box: str | None = None  # file that names the requests of the step that runs, readable after a crash
+
+
+Schedule = Literal["fcfs", "sjf", "slo"]
+
+
+class AdmissionConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Which requests wait, in which order, and how long. Costs are predicted seconds of work."""
+
+    schedule: Schedule = "fcfs"  # sjf: least work first; slo: least slack to `slo_ttft_ms` or to its deadline first
+    max_queue_s: Seconds = 300.0  # a request that would have to wait longer gets 503 with Retry-After
+    dispatch_s: Seconds = 1.0  # work of one class (text, image, video, audio) that an instance is given in advance
+    slo_ttft_ms: Seconds | None = None
+    slo_tpot_ms: Seconds | None = None
+    recovery_timeout_s: Seconds = 30.0  # how long requests wait for a stage that lost its last instance
+    max_media_held_bytes: Count = 2 * GIB  # of all requests that are waiting or running
+
+
+class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How the cluster is kept up."""
+
+    adaptive: bool = False  # roles follow the load
+    drain_timeout_s: Seconds = 30.0  # what runs may take that long to finish when the server is told to stop
+    switch_timeout_s: Seconds = 60.0  # what runs on an instance may take that long to finish before it changes its role
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

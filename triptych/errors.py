@@ -9,14 +9,24 @@ class RequestError(TriptychError):
     """Ends one request and nothing else.
 
     `status` is the HTTP status the client gets, `param` the field of its request that is to blame
-    (`messages[0].content[1].image_url`), or None where no single field is, `code` a short machine-readable word.
+    (`messages[0].content[1].image_url`), or None where no single field is, `code` a short machine-readable word,
+    `retry_after_s` when it is worth asking again (sent as the Retry-After header).
     """
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class ConfigError(TriptychError):

@@ -6,6 +6,7 @@ unknown request is answered by giving back what it holds, never by an error. doc
 
 import msgspec
 
+from triptych.config import InstanceConfig
 from triptych.core import (
     BlockHash,
     BlockHashes,
@@ -174,13 +175,18 @@ class Wanted(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """Any instance -> frontend: this request cannot go on, and why. `unit` names the media item to blame, if one is."""
+    """Any instance -> frontend: this request cannot go on, and why. `unit` names the media item to blame, if one is.
+
+    `retry`: the request is not to blame (a peer was lost, a pull failed, the instance leaves its role): it is taken up
+    again elsewhere.
+    """
 
     request_id: RequestId
     message: str
     status: int
     code: str | None = None
     unit: UnitHash | None = None
+    retry: bool = False
 
 
 class PoolUsage(msgspec.Struct, frozen=True):
@@ -201,6 +207,7 @@ class Load(Message, frozen=True):
     work_s: dict[str, float]  # predicted seconds of work queued, per stage letter
     counters: dict[str, float]  # monotonic totals for metrics
     pace_s: dict[str, float]  # predicted seconds per token (e: per embedding row), per stage letter
+    epoch: str = ""  # of which incarnation
 
 
 class Evicted(Message, frozen=True):
@@ -234,13 +241,14 @@ class RegionDescription(msgspec.Struct, frozen=True):
 
 
 class Peer(msgspec.Struct, frozen=True):
-    """One row of the routing table."""
+    """One row of the routing table. One that is `leaving` its role gets no new work, but can still be read from."""
 
     id: InstanceId
     role: Role
     epoch: str
     address: str
     slab: SlabDescription
+    leaving: bool = False
 
 
 class Ready(Message, frozen=True):
@@ -255,6 +263,47 @@ class Table(Message, frozen=True):
 
     version: int
     peers: list[Peer]
+
+
+class SwitchRole(Message, frozen=True):
+    """Controller -> instance: leave the role that it serves, then become what `config` says; None: then exit 0.
+
+    To leave a role: what is queued is given back (`Wanted`, `Failed(retry=True)`), decodes are handed over to instances
+    with room, what runs otherwise ends here, and all leases are waited for. A later order replaces one that is not yet
+    carried out: so an order for the role that it has makes it stay.
+    """
+
+    order: int  # ascending; comes back with `Switched`
+    config: InstanceConfig | None
+    room: dict[InstanceId, int] = {}  # KV blocks that other instances which decode could still take
+
+
+class Switched(Message, frozen=True):
+    """Instance -> controller: it serves its role, the new one, or after an `error` the old one again."""
+
+    instance: InstanceId
+    order: int
+    peer: Peer
+    steps_s: dict[str, float]  # duration of each step: drain, weights, pools, warm_up
+    error: str | None = None
+
+
+class Alive(Message, frozen=True):
+    """Instance -> controller, from a thread of its own, several times a second: the process runs. Its silence is how a
+    stopped process is told from one that is busy with a long step."""
+
+    instance: InstanceId
+    epoch: str
+    turning_s: float  # how long the engine has been in its present turn
+
+
+class Unreachable(Message, frozen=True):
+    """Reader -> controller: a pull from `holder` failed, or did not settle in time."""
+
+    reader: InstanceId
+    holder: InstanceId
+    epoch: str  # of the holder
+    error: str
 
 
 class Shutdown(Message, frozen=True):
@@ -278,6 +327,10 @@ AnyMessage = (
     | Evicted
     | Ready
     | Table
+    | SwitchRole
+    | Switched
+    | Alive
+    | Unreachable
     | Shutdown
 )
 

@@ -21,7 +21,8 @@ class RoutingTable:
         return cls(table.version, {peer.id: peer for peer in table.peers})
 
     def serving(self, stage: Stage) -> list[Peer]:
-        return [peer for peer in self.peers.values() if stage in peer.role.stages]
+        """Those that take new work."""
+        return [peer for peer in self.peers.values() if stage in peer.role.stages and not peer.leaving]
 
     @property
     def complete(self) -> bool:

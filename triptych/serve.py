@@ -29,7 +29,7 @@ from triptych.config import (
 )
 from triptych.control.controller import Controller
 from triptych.core import InstanceId, Placement, Role, Stage
-from triptych.engine.build import fitting_model_len
+from triptych.engine.pools import fitting_model_len
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import ConfigError, InstanceError
 from triptych.messages import Ready

@@ -6,14 +6,17 @@ An encoded unit is its hash byte by byte; the KV of a token is its id; the next 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import zmq
 
-from tests.builders import BLOCK_TOKENS, make_media
+from tests.builders import BLOCK_TOKENS, make_config, make_media
+from triptych.config import InstanceConfig
 from triptych.core import Chunk, EncodeUnit, EncodeWork, InstanceId, Role, SampledToken, Sequence, Stage
-from triptych.engine.engine import Engine, Pools, Runners, Stages
+from triptych.engine.engine import Engine, Equipment, Runners, Stages
+from triptych.engine.pools import Pools
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
@@ -169,34 +172,38 @@ class Hops:
     def _build(self, name: InstanceId, role: Role, folder: Path) -> tuple[Engine, Peer]:
         slab = Slab(f"test-{name}", slab_bytes(REGIONS))
         slab.carve(REGIONS)
-        near, leases = Surroundings(name, epoch=f"epoch-{name}"), Leases()
-        kv, embeddings = KVCache(NUM_BLOCKS, BLOCK_TOKENS), EmbeddingCache(NUM_BLOCKS, BLOCK_TOKENS)
-        share = NUM_BLOCKS // 2 if role.encodes and Stage.PREFILL in role.stages else NUM_BLOCKS
+        near = Surroundings(name, epoch=f"epoch-{name}")
         transfers = Transfers(slab, name, near.epoch, "shm")
-        inbox = Inbox(self._context, f"ipc://{folder}/{name}")
-        pools, stages = Pools(leases, kv, embeddings), Stages()
-        if Stage.ENCODE in role.stages:
-            stages.encode = EncodeStage(near, EmbeddingShare(embeddings, share), leases)
-        if Stage.PREFILL in role.stages:
-            stages.prefill = PrefillStage(near, kv, EmbeddingShare(embeddings, share), leases, max_num_seqs=8)
-        if Stage.DECODE in role.stages:
-            stages.decode = DecodeStage(near, kv, leases, max_num_seqs=8)
-        rows = Rows(slab, "embedding")
-        runners = Runners(EncodeRunner(rows), LanguageRunner(Rows(slab, "kv"), rows))
+        refit = partial(equip, near, slab, transfers)
         engine = Engine(
             near,
-            pools,
-            stages,
-            runners,
-            transfers,
-            inbox,
+            refit(make_config(name, role)),
+            Inbox(self._context, f"ipc://{folder}/{name}"),
             Post(self._context),
             frontend=self._inbox.address,
             max_num_batched_tokens=16,
             max_encode_tokens=64,
             heartbeat_s=60.0,
+            refit=refit,
         )
-        return engine, Peer(name, role, near.epoch, inbox.address, transfers.describe())
+        return engine, engine.peer
+
+
+def equip(near: Surroundings, slab: Slab, transfers: Transfers, config: InstanceConfig) -> Equipment:
+    """For a role, over a slab that is carved in the same way for all of them."""
+    role, leases = config.role, Leases()
+    kv, embeddings = KVCache(NUM_BLOCKS, BLOCK_TOKENS), EmbeddingCache(NUM_BLOCKS, BLOCK_TOKENS)
+    share = NUM_BLOCKS // 2 if role.encodes and Stage.PREFILL in role.stages else NUM_BLOCKS
+    pools, stages = Pools(leases, kv, embeddings), Stages()
+    if Stage.ENCODE in role.stages:
+        stages.encode = EncodeStage(near, EmbeddingShare(embeddings, share), leases)
+    if Stage.PREFILL in role.stages:
+        stages.prefill = PrefillStage(near, kv, EmbeddingShare(embeddings, share), leases, max_num_seqs=8)
+    if Stage.DECODE in role.stages:
+        stages.decode = DecodeStage(near, kv, leases, max_num_seqs=8)
+    rows = Rows(slab, "embedding")
+    runners = Runners(EncodeRunner(rows), LanguageRunner(Rows(slab, "kv"), rows))
+    return Equipment(config, pools, stages, runners, transfers)
 
 
 @contextmanager

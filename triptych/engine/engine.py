@@ -4,19 +4,19 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import zmq
 
-from triptych.core import Chunk, EncodeWork, InstanceId, SampledToken, Stage
+from triptych.config import InstanceConfig
+from triptych.core import Chunk, EncodeWork, InstanceId, RequestId, SampledToken, Stage
+from triptych.engine.black_box import BlackBox
 from triptych.engine.pace import Metronome, Pace
+from triptych.engine.pools import Pools
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import InstanceError, RequestError
-from triptych.memory.embedding_cache import EmbeddingCache
-from triptych.memory.kv_cache import KVCache
-from triptych.memory.leases import Leases
 from triptych.messages import (
     FRONTEND,
     Abort,
@@ -26,14 +26,18 @@ from triptych.messages import (
     Evicted,
     Failed,
     Load,
+    Peer,
     Prefilled,
     Prefilling,
     Release,
     Share,
     Shutdown,
     Submit,
+    Switched,
+    SwitchRole,
     Table,
     Tokens,
+    Unreachable,
     Wanted,
 )
 from triptych.routing import RoutingTable
@@ -64,15 +68,6 @@ class LanguageRuns(Protocol):
 
 
 @dataclass(slots=True)
-class Pools:
-    """The books of one instance; a pool that the role has no use for is None."""
-
-    leases: Leases
-    kv: KVCache | None = None
-    embeddings: EmbeddingCache | None = None
-
-
-@dataclass(slots=True)
 class Stages:
     """The state machines of the role, in the order of the data; one that it does not serve is None."""
 
@@ -89,16 +84,39 @@ class Runners:
     language: LanguageRuns | None = None
 
 
+@dataclass(slots=True)
+class Equipment:
+    """What depends on the role of an instance. `set_threads` is told before every language step whether a request
+    waits for encoders. `steps_s`: how long each step of making this took."""
+
+    config: InstanceConfig
+    pools: Pools
+    stages: Stages
+    runners: Runners
+    transfers: Transfers
+    set_threads: Callable[[bool], None] = lambda beside_encoders: None
+    steps_s: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Leave:
+    """A role switch that waits until nothing is left here of the old role."""
+
+    order: SwitchRole
+    began: float
+
+
+def _cannot_refit(config: InstanceConfig) -> Equipment:
+    raise InstanceError(f"{config.id} was not made to change its role")
+
+
 class Engine:
     """One instance at work. Everything happens on the thread that calls `run`."""
 
     def __init__(
         self,
         near: Surroundings,
-        pools: Pools,
-        stages: Stages,
-        runners: Runners,
-        transfers: Transfers,
+        equipment: Equipment,
         inbox: Inbox,
         post: Post,
         *,
@@ -107,19 +125,15 @@ class Engine:
         max_encode_tokens: int,
         heartbeat_s: float,
         decode_interval_s: float = 0.0,
-        set_threads: Callable[[bool], None] = lambda beside_encoders: None,
+        black_box: BlackBox | None = None,
+        refit: Callable[[InstanceConfig], Equipment] = _cannot_refit,
     ) -> None:
-        """`frontend` is the address of the frontend's inbox.
+        """`frontend` is the address of the frontend's inbox. `refit` makes the equipment of another role.
 
         While a request here waits for encoders that share the cores, answers keep to a pace of `decode_interval_s` per
-        token (see `Metronome`): each step that is not made is time for them. `set_threads` is told before every
-        language step whether one waits.
+        token (see `Metronome`): each step that is not made is time for them.
         """
         self._near = near
-        self._pools = pools
-        self._stages = stages
-        self._runners = runners
-        self._transfers = transfers
         self._inbox = inbox
         self._post = post
         self._addresses = {FRONTEND: frontend}
@@ -127,31 +141,19 @@ class Engine:
         self._max_encode_tokens = max_encode_tokens
         self._heartbeat_s = heartbeat_s
         self._metronome = Metronome(decode_interval_s)
-        self._set_threads = set_threads
+        self._black_box = black_box
+        self._refit = refit
+        self._leave: _Leave | None = None
+        self._newest_order = 0
         self._pace = Pace()
+        self.turn_began = time.monotonic()  # of the turn that runs now; other threads read it
         self._to_self: deque[AnyMessage] = deque()
         self._stopping = False
         self._reported_at = 0.0
         self._was_busy = False
         self._unchecked = False  # whether anything happened since the books were checked
         self._num_steps = 0
-        self._poller = zmq.Poller()
-        self._poller.register(inbox.socket, zmq.POLLIN)
-        self._poller.register(transfers.wake_fd, zmq.POLLIN)
-        self._handlers: dict[type, Callable[..., None]] = {
-            Abort: self._abort,
-            Release: lambda message: pools.leases.release(message.lease),
-            Table: self._take_table,
-            Load: self._take_load,
-            Shutdown: self._shut_down,
-        }
-        if stages.encode is not None:
-            self._handlers[Encode] = stages.encode.admit
-        if stages.prefill is not None:
-            prefill = stages.prefill
-            self._handlers |= {Submit: prefill.admit, Embedded: prefill.embedded, Share: prefill.share}
-        if stages.decode is not None:
-            self._handlers |= {Prefilled: stages.decode.admit, Prefilling: stages.decode.prefilling}
+        self._install(equipment)
 
     def run(self) -> None:
         """Until `Shutdown` arrives."""
@@ -164,6 +166,9 @@ class Engine:
         received = self._receive(wait_s)
         busy = self.step()
         self._report(busy or self._holds_decode_back)
+        self._complain()
+        if self._leave is not None and self._is_drained:
+            self._carry_out(self._leave)
         return busy or received
 
     def step(self) -> bool:
@@ -179,6 +184,7 @@ class Engine:
     def _receive(self, wait_s: float) -> bool:
         if wait_s > 0:
             self._poller.poll(max(1, int(wait_s * 1000)))
+        self.turn_began = time.monotonic()
         results, messages = self._transfers.completed(), self._inbox.receive()
         for result in results:
             self._pulled(result.key, result.error)
@@ -195,10 +201,20 @@ class Engine:
             handler(message)
         elif isinstance(message, (Embedded, Prefilling, Prefilled)):  # for a stage that is not served here (any more)
             self._near.out.release(message.ticket)
+            if isinstance(message, Prefilled):
+                self._near.out.send(FRONTEND, self._moved(message.request_id))
         elif isinstance(message, Share):
             self._near.out.send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
+        elif isinstance(message, Encode):
+            self._near.out.send(FRONTEND, Wanted(message.request_id, tuple(unit.hash for unit in message.units)))
+        elif isinstance(message, Submit):
+            self._near.out.send(FRONTEND, self._moved(message.request_id))
         else:
             logger.warning("%s: nothing here takes a %s", self._near.instance, type(message).__name__)
+
+    def _moved(self, request_id: RequestId) -> Failed:
+        text = f"instance {self._near.instance} does not serve this stage any more"
+        return Failed(request_id, text, status=503, code="moved", retry=True)
 
     def _pulled(self, key: object, error: InstanceError | None) -> None:
         if error is not None:
@@ -269,8 +285,110 @@ class Engine:
             if isinstance(message, Share):
                 self._send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
             if isinstance(message, Prefilled):
-                failed = Failed(message.request_id, f"instance {to} was lost", status=503, code="instance_lost")
-                self._send(FRONTEND, failed)
+                text = f"instance {to} was lost"
+                self._send(FRONTEND, Failed(message.request_id, text, status=503, code="instance_lost", retry=True))
+
+    def _complain(self) -> None:
+        for complaint in self._transfers.complaints():
+            holder, epoch = complaint.holder, complaint.epoch
+            self._send(FRONTEND, Unreachable(self._near.instance, holder, epoch, complaint.error))
+
+    # ---- role
+
+    def _install(self, equipment: Equipment) -> None:
+        self._equipment = equipment
+        self._pools, self._stages, self._runners = equipment.pools, equipment.stages, equipment.runners
+        self._transfers, self._set_threads = equipment.transfers, equipment.set_threads
+        self._poller = zmq.Poller()
+        self._poller.register(self._inbox.socket, zmq.POLLIN)
+        self._poller.register(self._transfers.wake_fd, zmq.POLLIN)
+        self._handlers: dict[type, Callable[..., None]] = {
+            Abort: self._abort,
+            Release: lambda message: equipment.pools.leases.release(message.lease),
+            Table: self._take_table,
+            Load: self._take_load,
+            SwitchRole: self._order_switch,
+            Shutdown: self._shut_down,
+        }
+        encode, prefill, decode = self._stages.encode, self._stages.prefill, self._stages.decode
+        if encode is not None:
+            self._handlers[Encode] = encode.admit
+        if prefill is not None:
+            self._handlers |= {Submit: prefill.admit, Embedded: prefill.embedded, Share: prefill.share}
+        if decode is not None:
+            self._handlers |= {Prefilled: decode.admit, Prefilling: decode.prefilling}
+
+    @property
+    def peer(self) -> Peer:
+        """The row of this instance in the routing table."""
+        near, config = self._near, self._equipment.config
+        return Peer(near.instance, config.role, near.epoch, self._inbox.address, self._transfers.describe())
+
+    def _order_switch(self, order: SwitchRole) -> None:
+        if order.order <= self._newest_order:
+            return
+        self._newest_order = order.order
+        encode, prefill, decode = self._stages.encode, self._stages.prefill, self._stages.decode
+        if order.config is not None and order.config.role is self._equipment.config.role:
+            self._leave = None
+            for stage in (encode, prefill, decode):
+                if stage is not None:
+                    stage.stay()
+            self._say_switched(order, {}, None)
+            return
+        self._leave = _Leave(order, time.monotonic())
+        if encode is not None:
+            encode.leave()
+        if prefill is not None:
+            prefill.leave()
+        if decode is not None:
+            decode.leave(order.room)
+
+    @property
+    def _is_drained(self) -> bool:
+        """Whether nobody relies on this instance in its present role: no work, no lease, no pull, nothing unsaid."""
+        stages = (self._stages.encode, self._stages.prefill, self._stages.decode)
+        out = self._near.out
+        return not (
+            any(stage is not None and not stage.is_empty for stage in stages)
+            or len(self._pools.leases)
+            or self._transfers.num_under_way
+            or self._to_self
+            or out.tokens
+            or out.messages
+            or out.pulls
+        )
+
+    def _carry_out(self, leave: _Leave) -> None:
+        """Nothing of the old role is left: becomes the new one, or, if that fails, the old one again."""
+        self._leave, order = None, leave.order
+        drain_s = time.monotonic() - leave.began
+        self._report_evicted()
+        if order.config is None:
+            self._stopping = True
+            return
+        self.check_integrity()
+        old, error = self._equipment.config, None
+        self._let_go()
+        try:
+            equipment = self._refit(order.config)
+        except Exception as raised:  # a library's, or memory that is not there: whatever it is, the old role goes on
+            logger.exception("%s cannot become %s, stays %s", self._near.instance, order.config.role, old.role)
+            error = f"{type(raised).__name__}: {raised}"
+            equipment = self._refit(old)
+        self._install(equipment)
+        for peer in self._near.table.peers.values():
+            if peer.id != self._near.instance:
+                self._transfers.connect(peer)
+        self._say_switched(order, {"drain": drain_s} | equipment.steps_s, error)
+
+    def _let_go(self) -> None:
+        """Of everything that refers to weights and memory, so that they can be given back."""
+        self._stages, self._runners = Stages(), Runners()
+        self._equipment.stages, self._equipment.runners = self._stages, self._runners
+
+    def _say_switched(self, order: SwitchRole, steps_s: dict[str, float], error: str | None) -> None:
+        self._send(FRONTEND, Switched(self._near.instance, order.order, self.peer, steps_s, error))
 
     # ---- work
 
@@ -279,12 +397,19 @@ class Engine:
             return False
         assert self._runners.encode is not None
         self._flush()  # what is known already need not wait for the forward
+        self._record(self._stages.encode.running_requests)
         began = time.perf_counter()
         errors = self._runners.encode.run(works)
+        self._record(())
         num_tokens = sum(work.unit.num_tokens for work in works)
         self._pace.observe(Stage.ENCODE, num_tokens, time.perf_counter() - began)
         self._stages.encode.commit(works, errors)
         return True
+
+    def _record(self, requests: Iterable[RequestId]) -> None:
+        """Should the step that begins now kill this process, whoever comes after knows what it was working on."""
+        if self._black_box is not None:
+            self._black_box.record(requests)
 
     def _encode_budget(self) -> int:
         """Embedding rows of the next encode step: as many as take a quarter of the time that all that is waiting takes.
@@ -309,8 +434,10 @@ class Engine:
         assert self._runners.language is not None
         self._flush()  # pulls among it: their blocks are free, also those that were offloaded just now
         self._set_threads(self._awaits_embeddings)
+        self._record(chunk.sequence.request_id for chunk in [*decodes, *chunks])
         began = time.perf_counter()
         sampled = self._runners.language.run(decodes + chunks)
+        self._record(())
         self._observe_language(decodes, chunks, time.perf_counter() - began)
         if self._stages.decode is not None:
             self._stages.decode.commit(decodes, sampled[: len(decodes)])
@@ -404,6 +531,7 @@ class Engine:
             work_s={stage.value: machine.queued_tokens * self._pace.of(stage) for stage, machine in served.items()},
             counters=self._counters(),
             pace_s={stage.value: self._pace.of(stage) for stage in served},
+            epoch=self._near.epoch,
         )
 
     def close(self) -> None:

@@ -1,13 +1,25 @@
 """Typed mailboxes between processes over ZeroMQ: one PULL socket to listen on, one PUSH socket per correspondent."""
 
+import logging
+
+import msgspec
 import zmq
 
 from triptych import messages
+from triptych.errors import TriptychError
 from triptych.messages import AnyMessage
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_BYTES = 32  # of a frame that is no message, in the log
 
 
 class Inbox:
-    """Messages of everybody, in order per sender. The address is bound as long as this object lives."""
+    """Messages of everybody, in order per sender. The address is bound as long as this object lives.
+
+    Only processes of the same user can reach it (the socket lies in a folder of mode 0700), so that whoever sends is
+    trusted to mean well, not to be whole: a frame that is no message is logged and dropped, and ends nothing.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
         self.socket = context.socket(zmq.PULL)
@@ -27,10 +39,24 @@ class Inbox:
         received: list[AnyMessage] = []
         while True:
             try:
-                frame = self.socket.recv(zmq.NOBLOCK)
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return received
-            received.append(messages.decode(frame))
+            message = self._decoded(frames)
+            if message is not None:
+                received.append(message)
+
+    def _decoded(self, frames: list[bytes]) -> AnyMessage | None:
+        """None for what is no message: a process of another version, or one that died while it wrote."""
+        try:
+            (frame,) = frames
+            return messages.decode(frame)
+        # Beside msgspec's own: text that is no UTF-8, more than one frame, arrays without end, a refused configuration.
+        except (msgspec.MsgspecError, ValueError, RecursionError, TriptychError) as error:
+            shown = frames[0][:_SHOWN_BYTES].hex()
+            total = sum(map(len, frames))
+            logger.error("%s: dropped %d bytes that are no message (%s): %s", self.address, total, error, shown)
+            return None
 
     def close(self) -> None:
         self.socket.close(linger=0)

@@ -15,9 +15,10 @@ import zmq
 
 from triptych.config import InstanceConfig
 from triptych.engine.build import build
+from triptych.engine.engine import Engine
 from triptych.engine.sockets import Post
 from triptych.errors import EXIT_FAILED, EXIT_REFUSED, ConfigError
-from triptych.messages import Ready
+from triptych.messages import Alive, Ready
 from triptych.telemetry import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ def work(config: InstanceConfig, failures: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the controller decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     set_up_logging(process=config.id)
-    os.nice(config.niceness)  # threads that start from now on inherit it
     torch.set_num_threads(config.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
@@ -51,15 +51,24 @@ def work(config: InstanceConfig, failures: Connection) -> None:
 
 def _run(config: InstanceConfig, began: float) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    engine, peer = build(config, context)
+    engine = build(config, context)
     post = Post(context)
-    post.send(config.frontend, Ready(peer, time.monotonic() - began))
+    post.send(config.frontend, Ready(engine.peer, time.monotonic() - began))
+    threading.Thread(target=_say_alive, args=(config, engine), name="alive", daemon=True).start()
     logger.info("instance %s serves %s on %d thread(s)", config.id, config.role, config.threads)
     with torch.inference_mode():
         engine.run()
     engine.close()
     post.close()
     context.term()
+
+
+def _say_alive(config: InstanceConfig, engine: Engine) -> None:
+    """For as long as the process lives, whatever its engine is doing. A daemon: the process does not wait for it."""
+    post = Post(zmq.Context())
+    while True:
+        post.send(config.frontend, Alive(config.id, config.epoch, time.monotonic() - engine.turn_began))
+        time.sleep(config.alive_interval_s)
 
 
 def _die_with(server_pid: int) -> None:

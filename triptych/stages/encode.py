@@ -42,6 +42,11 @@ class EncodeStage:
         return {"encode_waiting": len(self._waiting), "encode_running": len(self._running)}
 
     @property
+    def running_requests(self) -> list[RequestId]:
+        """Those with a unit in the batch that is not committed yet."""
+        return [job.request_id for job in self._running]
+
+    @property
     def queued_tokens(self) -> int:
         return sum(job.unit.num_tokens for job in self._waiting) + sum(job.unit.num_tokens for job in self._running)
 

@@ -4,6 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -16,6 +17,28 @@ from triptych.transfer.shm import ShmTransport
 from triptych.transfer.slab import Slab
 
 Mode: TypeAlias = Literal["auto", "shm", "nixl"]
+
+PULL_DEADLINE_S = 1.5  # within which an empty pull has to settle; a hung holder shows no other sign
+SLOW_LINK_BYTES_PER_S = 50e6  # what else a pull is allowed to take
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A pull that is not delivered yet."""
+
+    ticket: Ticket
+    at: float
+    nbytes: int = 0
+    was_late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """A pull from this incarnation of `holder` failed, or did not settle in time."""
+
+    holder: InstanceId
+    epoch: str
+    error: str
 
 
 class Transfers:
@@ -45,7 +68,8 @@ class Transfers:
                 else NixlTransport(slab, self._mailbox, f"{instance}-{epoch}")
             )
         self._routes: dict[InstanceId, tuple[Peer, Transport]] = {}
-        self._under_way: dict[Hashable, float] = {}  # key -> when it was asked for
+        self._under_way: dict[Hashable, _Asked] = {}
+        self._failures: list[Complaint] = []
         self.counters: Counter[str] = Counter()  # pulls, pull_failures, pulled_bytes (asked for)
 
     @property
@@ -99,13 +123,14 @@ class Transfers:
         """
         assert key not in self._under_way, f"{key!r} is under way already"
         assert len(blocks) == len(ticket.blocks), f"{len(ticket.blocks)} blocks to read into {len(blocks)}"
-        self._under_way[key] = time.monotonic()
+        asked = self._under_way[key] = _Asked(ticket, time.monotonic())
         self.counters["pulls"] += 1
         try:
             read, transport = self._checked(key, ticket, blocks)
         except InstanceError as error:
             self._mailbox.put(PullResult(key, error))
         else:
+            asked.nbytes = read.nbytes
             self.counters["pulled_bytes"] += read.nbytes
             transport.read(read)
 
@@ -113,14 +138,38 @@ class Transfers:
         """The pulls that settled since the last call."""
         results = self._mailbox.take()
         for result in results:
-            del self._under_way[result.key]
+            asked = self._under_way.pop(result.key)
             self.counters["pull_failures"] += result.error is not None
+            if result.error is not None and not asked.was_late:
+                self._complain(asked.ticket, str(result.error))
         return results
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self._under_way)
 
     def overdue(self, seconds: float) -> list[Hashable]:
         """Keys of the pulls that were asked for longer ago than that and are not delivered."""
         limit = time.monotonic() - seconds
-        return [key for key, started in self._under_way.items() if started < limit]
+        return [key for key, asked in self._under_way.items() if asked.at < limit]
+
+    def complaints(self) -> list[Complaint]:
+        """About connected peers, since the last call: each pull that failed or is late, once."""
+        now = time.monotonic()
+        for asked in self._under_way.values():
+            if not asked.was_late and now - asked.at > PULL_DEADLINE_S + asked.nbytes / SLOW_LINK_BYTES_PER_S:
+                asked.was_late = True
+                self._complain(
+                    asked.ticket, f"a pull of {asked.nbytes} bytes has not settled for {now - asked.at:.1f} s"
+                )
+        failures, self._failures = self._failures, []
+        return failures
+
+    def _complain(self, ticket: Ticket, error: str) -> None:
+        """A holder that is known to be gone, or that came back as another, is no news."""
+        known = self._routes.get(ticket.holder)
+        if known is not None and known[0].epoch == ticket.epoch:
+            self._failures.append(Complaint(ticket.holder, ticket.epoch, error))
 
     def close(self) -> None:
         """Ends the threads. The slab may be closed after this."""

@@ -47,7 +47,8 @@ class Slab:
         if device == "cpu":
             require_memory(self.nbytes)
             self.segment = _create_segment(name, self.nbytes)
-            self.tensor = torch.frombuffer(mmap.mmap(self.segment.fd, self.nbytes), dtype=torch.uint8)
+            self._memory = mmap.mmap(self.segment.fd, self.nbytes)
+            self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
         else:
             self.tensor = _cuda_bytes(self.nbytes, device)
         self.device = str(self.tensor.device)  # "cpu" or "cuda:N"
@@ -73,11 +74,17 @@ class Slab:
         region = self.regions[name]
         return self.tensor.narrow(0, region.offset, region.block_bytes * region.num_blocks)
 
+    def discard(self) -> None:
+        """Forget the bytes, so that their pages cost nothing until they are written again. Nobody may be reading."""
+        if self.segment is not None:
+            self._memory.madvise(mmap.MADV_REMOVE)
+
     def close(self) -> None:
         """Give the memory back once no tensor views it. Transports that use the slab must be closed before."""
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self.regions = {}
         if self.segment is not None:
+            del self._memory
             os.close(self.segment.fd)
             self.segment = None
 
