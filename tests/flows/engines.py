@@ -4,25 +4,26 @@ An encoded unit is its hash byte by byte; the KV of a token is its id; the next 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 import zmq
+from msgspec.structs import replace
 
 from tests.builders import BLOCK_TOKENS, make_config, make_media
 from triptych.config import InstanceConfig
 from triptych.core import Chunk, EncodeUnit, EncodeWork, InstanceId, Role, SampledToken, Sequence, Stage
-from triptych.engine.engine import Engine, Equipment, Runners, Stages
+from triptych.engine.engine import Engine
+from triptych.engine.equipment import Equipment, Runners, Stages
 from triptych.engine.pools import Pools
 from triptych.engine.sockets import Inbox, Post
-from triptych.errors import RequestError
+from triptych.errors import ConfigError, RequestError
 from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import AnyMessage, Encode, Failed, Peer, Submit, Table, Tokens
+from triptych.messages import AnyMessage, Encode, Failed, Submit, Switched, SwitchRole, Table, Tokens
 from triptych.stages.base import Surroundings
 from triptych.stages.decode import DecodeStage
 from triptych.stages.encode import EncodeStage
@@ -117,15 +118,72 @@ class Hops:
 
     def __init__(self, placement: dict[str, str], folder: Path) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._folder = folder
         self._inbox = Inbox(self._context, f"ipc://{folder}/frontend")
         self._post = Post(self._context)
-        built = [self._build(InstanceId(name), Role(role), folder) for name, role in placement.items()]
-        self.engines = [engine for engine, _ in built]
-        self.peers = {peer.id: peer for _, peer in built}
+        self._by_name = {
+            InstanceId(name): self._build(InstanceId(name), Role(role)) for name, role in placement.items()
+        }
+        self.peers = {name: engine.peer for name, engine in self._by_name.items()}
         self.received: list[AnyMessage] = []
-        for peer in self.peers.values():
-            self._post.send(peer.address, Table(1, list(self.peers.values())))
+        self._unfit: set[tuple[str, Role]] = set()
+        self._version = self._order = 0
+        self.publish()
         self.settle()
+
+    @property
+    def engines(self) -> list[Engine]:
+        return list(self._by_name.values())
+
+    def add(self, name: str, role: str) -> None:
+        """One more instance."""
+        engine = self._by_name[InstanceId(name)] = self._build(InstanceId(name), Role(role))
+        self.peers[InstanceId(name)] = engine.peer
+        self.publish()
+
+    def refuse_to_fit(self, name: str, role: Role) -> None:
+        """From now on there is no memory for that role."""
+        self._unfit.add((name, role))
+
+    def has_ended(self, name: str) -> bool:
+        return self._by_name[InstanceId(name)].has_ended
+
+    def publish(self, leaving: str = "") -> None:
+        """A table of all instances, one of which takes no new work."""
+        self._version += 1
+        table = [replace(peer, leaving=peer.id == leaving) for peer in self.peers.values()]
+        for peer in table:
+            self._post.send(peer.address, Table(self._version, table))
+
+    def order_switch(self, name: str, role: str | None, room: dict[str, int] | None = None) -> None:
+        """What a controller does first; `room` in blocks of other instances that decode. None: drain and end."""
+        self._order += 1
+        self.publish(leaving=name)
+        config = None if role is None else make_config(name, role)
+        blocks = {InstanceId(other): count for other, count in (room or {}).items()}
+        self.send(name, SwitchRole(self._order, config, blocks))
+
+    def take_up(self, name: str) -> Switched:
+        """What it does when the instance says that it is done: the table has it again, in its role."""
+        (said,) = [m for m in self.received if isinstance(m, Switched) and m.order == self._order]
+        assert said.instance == name
+        self.peers[said.instance] = said.peer
+        self.publish()
+        self.settle()
+        return said
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            for engine in self.engines:
+                engine.turn(wait_s=0.001)
+            self.received += self._inbox.receive()
+
+    def turn_until(self, done: Callable[[], bool]) -> None:
+        for _ in range(1000):
+            if done():
+                return
+            self.turn()
+        raise AssertionError("1000 turns, and it is still not so")
 
     def send(self, to: str, message: AnyMessage) -> None:
         self._post.send(self.peers[InstanceId(to)].address, message)
@@ -169,16 +227,21 @@ class Hops:
         self._inbox.close()
         self._context.term()
 
-    def _build(self, name: InstanceId, role: Role, folder: Path) -> tuple[Engine, Peer]:
+    def _build(self, name: InstanceId, role: Role) -> Engine:
         slab = Slab(f"test-{name}", slab_bytes(REGIONS))
         slab.carve(REGIONS)
         near = Surroundings(name, epoch=f"epoch-{name}")
         transfers = Transfers(slab, name, near.epoch, "shm")
-        refit = partial(equip, near, slab, transfers)
-        engine = Engine(
+
+        def refit(config: InstanceConfig) -> Equipment:
+            if (name, config.role) in self._unfit:
+                raise ConfigError("no memory")
+            return equip(near, slab, transfers, config)
+
+        return Engine(
             near,
-            refit(make_config(name, role)),
-            Inbox(self._context, f"ipc://{folder}/{name}"),
+            equip(near, slab, transfers, make_config(name, role)),
+            Inbox(self._context, f"ipc://{self._folder}/{name}"),
             Post(self._context),
             frontend=self._inbox.address,
             max_num_batched_tokens=16,
@@ -186,7 +249,6 @@ class Hops:
             heartbeat_s=60.0,
             refit=refit,
         )
-        return engine, engine.peer
 
 
 def equip(near: Surroundings, slab: Slab, transfers: Transfers, config: InstanceConfig) -> Equipment:

@@ -129,6 +129,37 @@ def test_the_next_incarnation_of_a_killed_holder_is_read_and_the_old_one_no_more
         assert reader.has(old.peer, [5], [6])
 
 
+def test_a_pull_that_fails_is_complained_of_once(mode: Mode) -> None:
+    with holding(mode) as holder, reading(mode) as reader:
+        holder.kill()
+        reader.transfers.connect(holder.peer)
+        assert isinstance(pull(reader, holder, [1], [1]), InstanceError)
+        (complaint,) = reader.transfers.complaints()
+        assert (complaint.holder, complaint.epoch) == (holder.peer.id, holder.peer.epoch)
+        assert reader.transfers.complaints() == []
+
+
+def test_nobody_complains_of_a_holder_that_is_known_to_be_gone(mode: Mode) -> None:
+    with holding(mode) as old, holding(mode, epoch="second") as new, reading(mode, old) as reader:
+        reader.transfers.connect(new.peer)
+        assert isinstance(pull(reader, old, [7], [8]), StaleTicketError)
+        reader.transfers.disconnect(new.peer.id)
+        assert isinstance(pull(reader, new, [7], [8]), InstanceError)
+        assert reader.transfers.complaints() == []
+
+
+def test_a_pull_that_does_not_settle_in_time_is_complained_of_once(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    with holding(mode) as holder, reading(mode, holder) as reader:
+        reader.transfers.pull("it", holder.ticket([1]), [1])  # done or not, it is not delivered before it is taken
+        assert reader.transfers.complaints() == []
+        monkeypatch.setattr("triptych.transfer.select.PULL_DEADLINE_S", -1.0)
+        (complaint,) = reader.transfers.complaints()
+        assert "has not settled" in complaint.error
+        assert reader.transfers.complaints() == []
+        assert [result.error for result in reader.wait()] == [None]
+        assert reader.transfers.num_under_way == 0
+
+
 def test_a_region_of_another_layout_is_refused(mode: Mode) -> None:
     other = {"kv": (32 << 10, 16, "kv-float32")}
     smaller = {"kv": (16 << 10, 16, "kv-bfloat16")}

@@ -5,18 +5,18 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import zmq
 
 from triptych.config import InstanceConfig
-from triptych.core import Chunk, EncodeWork, InstanceId, RequestId, SampledToken, Stage
+from triptych.core import Chunk, InstanceId, RequestId, Stage
 from triptych.engine.black_box import BlackBox
+from triptych.engine.equipment import Equipment, Runners, Stages
 from triptych.engine.pace import Metronome, Pace
-from triptych.engine.pools import Pools
+from triptych.engine.reports import load_of
 from triptych.engine.sockets import Inbox, Post
-from triptych.errors import InstanceError, RequestError
+from triptych.errors import InstanceError
 from triptych.messages import (
     FRONTEND,
     Abort,
@@ -42,60 +42,10 @@ from triptych.messages import (
 )
 from triptych.routing import RoutingTable
 from triptych.stages.base import Surroundings
-from triptych.stages.decode import DecodeStage
-from triptych.stages.encode import EncodeStage
-from triptych.stages.prefill import PrefillStage
-from triptych.transfer.select import Transfers
 
 logger = logging.getLogger(__name__)
 
 SHORT_ENCODE_STEP_S = 0.02
-UNIT_SOURCES = ("cached", "transferred", "prefix")  # of units that were not encoded for the request that needed them
-
-
-class EncodeRuns(Protocol):
-    """`model.encoder.EncodeRunner`, or a cost model."""
-
-    def run(self, works: list[EncodeWork]) -> list[RequestError | None]: ...
-
-
-class LanguageRuns(Protocol):
-    """`model.language.LanguageRunner`, or a cost model."""
-
-    def run(self, chunks: list[Chunk]) -> list[SampledToken]: ...
-    def offload(self, blocks: list[int]) -> Any: ...
-    def restore(self, saved: Any, blocks: list[int]) -> None: ...
-
-
-@dataclass(slots=True)
-class Stages:
-    """The state machines of the role, in the order of the data; one that it does not serve is None."""
-
-    encode: EncodeStage | None = None
-    prefill: PrefillStage | None = None
-    decode: DecodeStage | None = None
-
-
-@dataclass(slots=True)
-class Runners:
-    """What computes; None where the role has no such stage."""
-
-    encode: EncodeRuns | None = None
-    language: LanguageRuns | None = None
-
-
-@dataclass(slots=True)
-class Equipment:
-    """What depends on the role of an instance. `set_threads` is told before every language step whether a request
-    waits for encoders. `steps_s`: how long each step of making this took."""
-
-    config: InstanceConfig
-    pools: Pools
-    stages: Stages
-    runners: Runners
-    transfers: Transfers
-    set_threads: Callable[[bool], None] = lambda beside_encoders: None
-    steps_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -155,8 +105,13 @@ class Engine:
         self._num_steps = 0
         self._install(equipment)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was told to stop, and has nothing left to do."""
+        return self._stopping
+
     def run(self) -> None:
-        """Until `Shutdown` arrives."""
+        """Until it has ended."""
         busy = False
         while not self._stopping:
             busy = self.turn(wait_s=0.0 if busy else min(self._heartbeat_s, self._decode_wait_s()))
@@ -516,23 +471,7 @@ class Engine:
             self._send(FRONTEND, Evicted(self._near.instance, units, blocks))
 
     def load(self) -> Load:
-        stages = {
-            Stage.ENCODE: self._stages.encode,
-            Stage.PREFILL: self._stages.prefill,
-            Stage.DECODE: self._stages.decode,
-        }
-        served = {stage: machine for stage, machine in stages.items() if machine is not None}
-        pools = {"kv": self._pools.kv, "embedding": self._pools.embeddings}
-        return Load(
-            instance=self._near.instance,
-            queues={name: n for machine in served.values() for name, n in machine.queues.items()}
-            | {"leases": len(self._pools.leases)},
-            pools={name: pool.usage() for name, pool in pools.items() if pool is not None},
-            work_s={stage.value: machine.queued_tokens * self._pace.of(stage) for stage, machine in served.items()},
-            counters=self._counters(),
-            pace_s={stage.value: self._pace.of(stage) for stage in served},
-            epoch=self._near.epoch,
-        )
+        return load_of(self._equipment, self._near, self._pace, self._num_steps)
 
     def close(self) -> None:
         """After `run`: ends the threads and sockets of this instance."""
@@ -544,20 +483,3 @@ class Engine:
         for pool in (self._pools.kv, self._pools.embeddings):
             if pool is not None:
                 pool.check_integrity()
-
-    def _counters(self) -> dict[str, float]:
-        counters = {f"transfer_{name}": float(n) for name, n in self._transfers.counters.items()}
-        counters["steps"] = float(self._num_steps)
-        if self._stages.encode is not None:
-            counters["encode_units_computed"] = float(self._stages.encode.num_computed)
-        if self._stages.prefill is not None:
-            prefill = self._stages.prefill
-            counters |= {f"encode_units_{source}": float(prefill.num_units[source]) for source in UNIT_SOURCES}
-            counters["prefix_queries"] = float(prefill.num_prompt_tokens)
-            counters["prefix_hits"] = float(prefill.num_cached_tokens)
-        if self._pools.embeddings is not None:
-            counters["embedding_hits"] = float(self._pools.embeddings.num_hits)
-            counters["embeddings_evicted"] = float(self._pools.embeddings.num_evicted)
-        if self._stages.decode is not None:
-            counters["decode_offloads"] = float(self._stages.decode.num_offloads)
-        return counters

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from triptych.config import InstanceConfig
 from triptych.core import Media, Role, Stage
-from triptych.engine.engine import Equipment, Runners, Stages
+from triptych.engine.equipment import Equipment, Runners, Stages
 from triptych.engine.pools import Layouts, PoolPlan, Pools, plan_pools
 from triptych.engine.threads import set_niceness, thread_setter
 from triptych.errors import ConfigError
