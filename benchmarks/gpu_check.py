@@ -36,7 +36,6 @@ from triptych.core import (  # noqa: E402
     EncodeUnit,
     EncodeWork,
     RequestId,
-    Role,
     SamplingParams,
     Sequence,
     UnitHash,
@@ -44,7 +43,7 @@ from triptych.core import (  # noqa: E402
 from triptych.model.caches import EmbeddingRegion, KVRegion  # noqa: E402
 from triptych.model.encoder import EncodeRunner  # noqa: E402
 from triptych.model.language import LanguageRunner  # noqa: E402
-from triptych.model.loading import load_config, load_model, weight_bytes  # noqa: E402
+from triptych.model.loading import Half, load_config, load_half, weight_bytes  # noqa: E402
 from triptych.model.probe import embedding_layout, kv_layout  # noqa: E402
 
 # hidden, layers, heads, kv heads, ffn, vocabulary | tower: width, layers, heads, ffn. The larger ones are Qwen2.5-VL's.
@@ -115,16 +114,17 @@ def measure_stages(options: argparse.Namespace) -> list[dict[str, Any]]:
             path=folder, name=options.size, dtype=options.dtype, device=options.device, load_format="dummy"
         )
         hf_config = load_config(folder)
-        model = load_model(config, Role.EPD)
+        halves = {half: load_half(config, half) for half in Half}
         dtype = getattr(torch, options.dtype)
         kv, rows = kv_layout(hf_config, dtype), embedding_layout(hf_config, dtype)
         tokens = max(options.batches) * (max(options.prompts) + 64) + 1024
         region = KVRegion.allocate(kv, -(-tokens // KV_BLOCK_TOKENS), options.device)
         embeddings = EmbeddingRegion.allocate(rows, 2048, options.device)
         pixels, family = Pixels(), SimpleNamespace(image_groups=False)
-        encoder = EncodeRunner(model, pixels, embeddings)
-        language = LanguageRunner(model, family, region, embeddings, ())
-        print(f"{options.size}: {weight_bytes(model) / 1e9:.2f} GB of weights, KV {kv.block_bytes} bytes a block")
+        encoder = EncodeRunner(halves[Half.ENCODE], pixels, embeddings)
+        language = LanguageRunner(halves[Half.LANGUAGE], family, region, embeddings, ())
+        weights = sum(map(weight_bytes, halves.values()))
+        print(f"{options.size}: {weights / 1e9:.2f} GB of weights, KV {kv.block_bytes} bytes a block")
         bench = Bench(options.device, options.repeats)
         measure_encode(bench, encoder, pixels, options.sides)
         measure_prefill(bench, language, options.prompts)

@@ -22,7 +22,6 @@ from triptych.core import (
     Media,
     PositionArguments,
     RequestId,
-    Role,
     SamplingParams,
     Sequence,
     Span,
@@ -32,7 +31,7 @@ from triptych.model.encoder import EncodeRunner
 from triptych.model.families import Family, family_for
 from triptych.model.headers import ImageHeader
 from triptych.model.language import LanguageRunner
-from triptych.model.loading import load_config, load_model
+from triptych.model.loading import Half, load_config, load_half
 from triptych.model.probe import embedding_layout, kv_layout
 from triptych.model.processor import Item, Processor
 
@@ -145,7 +144,7 @@ def family_of(folder: Path) -> Family:
 def make_encoder(
     folder: Path, num_blocks: int = 256, model: PreTrainedModel | None = None, device: str = "cpu"
 ) -> tuple[EncodeRunner, EmbeddingRegion]:
-    model = model or load_model(model_config(folder, device=device), Role.E)
+    model = model or load_half(model_config(folder, device=device), Half.ENCODE)
     region = EmbeddingRegion.allocate(embedding_layout(model.config, torch.float32), num_blocks, device)
     return EncodeRunner(model, processor_of(folder), region), region
 
@@ -153,7 +152,7 @@ def make_encoder(
 def make_language(
     folder: Path, embeddings: EmbeddingRegion | None, num_blocks: int = 128, device: str = "cpu"
 ) -> LanguageRunner:
-    model = load_model(model_config(folder, device=device), Role.P if embeddings is not None else Role.D)
+    model = load_half(model_config(folder, device=device), Half.LANGUAGE)
     return language_runner(model, folder, embeddings, num_blocks, device)
 
 

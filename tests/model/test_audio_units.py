@@ -17,29 +17,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.model.builders import (
-    Blocks,
     Request,
     checkpoint,
-    encode_request,
     expand,
-    language_runner,
-    make_encoder,
     make_picture,
     model_config,
-    next_chunk,
     processor_of,
-    run_step,
 )
 from tests.model.clips import clip as make_clip
 from tests.model.halves import Halves
 from tests.model.sounds import Samples, encoded, float_wav, noise
 from tests.reference import Messages, reference_inputs, reference_model
-from triptych.core import EncodeUnit, Media, Role
+from triptych.core import EncodeUnit, Media
 from triptych.errors import ConfigError, RequestError
 from triptych.model.audios import read_audio_header
 from triptych.model.families.base import ItemLayout
 from triptych.model.headers import AudioHeader, Header, ImageHeader
-from triptych.model.loading import load_model
+from triptych.model.loading import Half, load_half
 from triptych.model.positions import Positions
 from triptych.model.processor import Item, Processor
 from triptych.model.videos import read_video_header
@@ -54,7 +48,7 @@ LONGEST = {"qwen2_audio": 2, "voxtral": None, "audioflamingo3": 3, "qwen2_5_omni
 
 @cache
 def encoder_of(family: str) -> PreTrainedModel:
-    return load_model(model_config(checkpoint(family)), Role.E)
+    return load_half(model_config(checkpoint(family)), Half.ENCODE)
 
 
 def lay_out(family: str, num_samples: int) -> ItemLayout:
@@ -201,20 +195,6 @@ def test_halves_of_a_model_with_mixed_chunked_batches_give_the_tokens_of_generat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_model_for_all_stages_gives_the_tokens_of_generate(family: str) -> None:
-    folder, request = checkpoint(family), make_audio_request(family, 1)
-    model = load_model(model_config(folder), Role.EPD)
-    encoder, embeddings = make_encoder(folder, model=model)
-    runner = language_runner(model, folder, embeddings)
-    units, blocks, sequence = encode_request(encoder, Blocks(128), request), Blocks(128, seed=3), request.sequence()
-    while sequence.num_output_tokens < len(request.expected):
-        chunk = next_chunk(sequence, 1000, units)
-        blocks.grow(sequence, chunk.start + chunk.length)
-        run_step(runner, [chunk])
-    assert sequence.token_ids[sequence.num_prompt_tokens :] == request.expected
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_answer_hangs_on_what_is_heard(family: str) -> None:
     """Otherwise none of the above would show a clip in the wrong place."""
     folder = checkpoint(family)
@@ -260,7 +240,7 @@ def test_a_token_that_marks_media_and_stands_alone_in_a_text_counts_as_any_other
     """transformers' position rule of this family loses its way at it."""
     folder, clip = checkpoint("qwen2_5_omni"), noise(9_000)
     processor = processor_of(folder)
-    rule = Positions(load_model(model_config(folder), Role.P))
+    rule = Positions(load_half(model_config(folder), Half.LANGUAGE))
     items: list[Item] = [("image", ImageHeader(64, 48)), ("audio", AudioHeader(len(clip), RATE))]
     found = []
     for text in (f"a{mark}b{mark}", "a<|im_start|>b<|im_start|>"):
@@ -328,9 +308,9 @@ def test_a_checkpoint_that_can_speak_as_well_is_served_by_its_thinker(tmp_path: 
     assert prompt == processor_of(checkpoint("qwen2_5_omni")).expand(
         processor.render(_without_samples(messages)), items
     )
-    for role in (Role.E, Role.P, Role.EPD):
-        state = load_model(model_config(folder), role).state_dict()
-        expected = load_model(model_config(checkpoint("qwen2_5_omni")), role).state_dict()
+    for half in Half:
+        state = load_half(model_config(folder), half).state_dict()
+        expected = load_half(model_config(checkpoint("qwen2_5_omni")), half).state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 

@@ -11,18 +11,15 @@ from tests.model.builders import (
     Request,
     checkpoint,
     encode_request,
-    language_runner,
     make_encoder,
     make_language,
     make_request,
-    model_config,
     next_chunk,
     run_step,
 )
 from tests.model.halves import Halves
-from triptych.core import Chunk, Role, Sequence
+from triptych.core import Chunk, Sequence
 from triptych.model.language import LanguageRunner
-from triptych.model.loading import load_model
 
 torch.set_num_threads(1)
 
@@ -37,12 +34,11 @@ def test_halves_of_a_model_with_mixed_chunked_batches_give_the_tokens_of_generat
         assert answer[: len(request.expected)] == request.expected
 
 
-def prepare(family: str, role: Role, index: int = 2) -> tuple[Request, LanguageRunner, dict[int, list[int]]]:
-    """A request whose pictures are encoded, and a runner to prefill it; one model for both if the role has both."""
+def prepare(family: str, index: int = 2) -> tuple[Request, LanguageRunner, dict[int, list[int]]]:
+    """A request whose pictures are encoded, and a runner to prefill it."""
     folder, request = checkpoint(family), make_request(family, index)
-    model = load_model(model_config(folder), role) if role.encodes else None
-    encoder, embeddings = make_encoder(folder, model=model)
-    runner = language_runner(model, folder, embeddings) if model is not None else make_language(folder, embeddings)
+    encoder, embeddings = make_encoder(folder)
+    runner = make_language(folder, embeddings)
     return request, runner, encode_request(encoder, Blocks(64), request)
 
 
@@ -59,21 +55,21 @@ def answer_alone(
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
-def test_one_model_for_all_stages_gives_the_tokens_of_generate(family: str) -> None:
-    request, runner, blocks = prepare(family, Role.EPD)
+def test_a_request_alone_gives_the_tokens_of_generate(family: str) -> None:
+    request, runner, blocks = prepare(family)
     assert answer_alone(runner, request.sequence(), blocks, len(request.expected)) == request.expected
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
 def test_a_request_that_is_taken_up_again_behind_its_output_goes_on_with_the_same_tokens(family: str) -> None:
-    request, runner, blocks = prepare(family, Role.P)
+    request, runner, blocks = prepare(family)
     again = request.sequence()
     again.token_ids += request.expected[:4]
     assert answer_alone(runner, again, blocks, len(request.expected)) == request.expected
 
 
 def test_a_chunk_that_starts_behind_cached_blocks_needs_only_the_pictures_in_it() -> None:
-    request, runner, blocks = prepare("qwen3_vl", Role.P)
+    request, runner, blocks = prepare("qwen3_vl")
     first = request.sequence()
     expected = answer_alone(runner, first, blocks, 3)
     second = request.sequence()
@@ -90,7 +86,7 @@ def test_a_chunk_that_starts_behind_cached_blocks_needs_only_the_pictures_in_it(
 
 
 def test_chunks_that_do_not_sample_give_no_token_and_results_keep_the_order_of_the_chunks() -> None:
-    request, runner, _ = prepare("llava", Role.P, index=1)
+    request, runner, _ = prepare("llava", index=1)
     assert not request.units
     long, short = request.sequence("long"), request.sequence("short", logprobs=0)
     short.token_ids = [*short.token_ids[:5], 3]
@@ -106,7 +102,7 @@ def test_chunks_that_do_not_sample_give_no_token_and_results_keep_the_order_of_t
 
 
 def test_offloaded_blocks_come_back_as_they_were() -> None:
-    request, runner, blocks = prepare("llava", Role.P)
+    request, runner, blocks = prepare("llava")
     sequence = request.sequence()
     answer_alone(runner, sequence, blocks, 2)
     saved = runner.offload(sequence.block_table)
@@ -116,7 +112,7 @@ def test_offloaded_blocks_come_back_as_they_were() -> None:
 
 
 def test_a_picture_cut_in_two_is_a_bug_where_its_tokens_see_each_other() -> None:
-    request, runner, blocks = prepare("gemma3", Role.P)
+    request, runner, blocks = prepare("gemma3")
     sequence = request.sequence()
     Blocks(128).grow(sequence, len(sequence.token_ids))
     with pytest.raises(AssertionError, match="cuts a picture"):
@@ -159,7 +155,7 @@ def test_the_comparison_notices_a_mechanism_that_is_missing(
 ) -> None:
     notices = 0
     for index in (2, 3, 6, 7):
-        request, runner, blocks = prepare(family, Role.P, index)
+        request, runner, blocks = prepare(family, index)
         break_it(runner)
         notices += answer_alone(runner, request.sequence(), blocks, len(request.expected)) != request.expected
     assert notices

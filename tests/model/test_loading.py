@@ -13,17 +13,19 @@ from transformers import AutoConfig
 
 from tests.checkpoints import FAMILIES
 from tests.model.builders import checkpoint, model_config
-from triptych.core import Role
 from triptych.errors import ConfigError
 from triptych.model.loading import (
+    Half,
+    full_class,
     load_config,
-    load_model,
+    load_half,
     resolve_checkpoint,
     resolve_dtype,
     resolve_max_model_len,
     weight_bytes,
 )
 from triptych.model.probe import embedding_layout, kv_layout
+from triptych.model.tuning import tune
 
 torch.set_num_threads(1)
 LANGUAGE_KEYS = ("language_model", "text_model", "lm_head", "model.layers", "model.norm", "model.embed_tokens")
@@ -54,35 +56,37 @@ def is_language(name: str) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_two_halves_of_a_model_weigh_as_much_as_the_whole(family: str) -> None:
     config = model_config(checkpoint(family))
-    weights = {role: weight_bytes(load_model(config, role)) for role in (Role.E, Role.D, Role.EPD)}
-    assert weights[Role.E] > 0
-    assert weights[Role.D] > 0
-    assert weights[Role.E] + weights[Role.D] == pytest.approx(weights[Role.EPD], rel=1e-3)
+    encode, language = (weight_bytes(load_half(config, half)) for half in Half)
+    whole = full_class(load_config(config.path)).from_pretrained(config.path, dtype=torch.float32)
+    tune(whole)
+    assert encode > 0
+    assert language > 0
+    assert encode + language == pytest.approx(weight_bytes(whole), rel=1e-3)
 
 
 def test_an_encode_instance_reads_no_language_tensor_and_the_reverse(tmp_path: Path) -> None:
     source = checkpoint("qwen2_5_vl")
     vision_only = without_tensors(source, tmp_path / "vision", is_language)
     language_only = without_tensors(source, tmp_path / "language", lambda name: not is_language(name))
-    load_model(model_config(vision_only), Role.E)
-    load_model(model_config(language_only), Role.P)
+    load_half(model_config(vision_only), Half.ENCODE)
+    load_half(model_config(language_only), Half.LANGUAGE)
     with pytest.raises(ConfigError, match="missing"):
-        load_model(model_config(vision_only), Role.P)
+        load_half(model_config(vision_only), Half.LANGUAGE)
     with pytest.raises(ConfigError, match="missing"):
-        load_model(model_config(language_only), Role.E)
+        load_half(model_config(language_only), Half.ENCODE)
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     gone = "layers.1.mlp.up_proj.weight"
     folder = without_tensors(checkpoint("llava"), tmp_path / "m", lambda name: name.endswith(gone))
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        load_model(model_config(folder), Role.EPD)
+        load_half(model_config(folder), Half.LANGUAGE)
 
 
 def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     folder = changed_config(checkpoint("llava"), tmp_path / "m", intermediate_size=96)
     with pytest.raises(ConfigError, match="mismatch"):
-        load_model(model_config(folder), Role.D)
+        load_half(model_config(folder), Half.LANGUAGE)
 
 
 def test_a_truncated_weight_file_is_refused(tmp_path: Path) -> None:
@@ -90,7 +94,7 @@ def test_a_truncated_weight_file_is_refused(tmp_path: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ConfigError, match=str(folder)):
-        load_model(model_config(folder), Role.D)
+        load_half(model_config(folder), Half.LANGUAGE)
 
 
 def test_an_unknown_class_is_refused_by_name(tmp_path: Path) -> None:
@@ -98,7 +102,7 @@ def test_an_unknown_class_is_refused_by_name(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text()) | {"architectures": ["NoSuchModel"]}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="NoSuchModel"):
-        load_model(model_config(folder), Role.E)
+        load_half(model_config(folder), Half.ENCODE)
 
 
 def test_a_text_model_is_refused() -> None:
@@ -110,21 +114,22 @@ def test_a_text_model_is_refused() -> None:
         kv_layout(config, torch.float32)
 
 
-@pytest.mark.parametrize("role", [Role.E, Role.D, Role.EPD])
-def test_dummy_weights_need_only_a_config_and_repeat(role: Role, tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", Half)
+def test_dummy_weights_need_only_a_config_and_repeat(half: Half, tmp_path: Path) -> None:
     shutil.copy(checkpoint("qwen3_vl") / "config.json", tmp_path)
     config = model_config(tmp_path, load_format="dummy", seed=3)
-    first, second = (dict(load_model(config, role).named_parameters()) for _ in range(2))
+    first, second = (dict(load_half(config, half).named_parameters()) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(parameter.isfinite().all() for parameter in first.values())
-    other = dict(load_model(model_config(tmp_path, load_format="dummy", seed=4), role).named_parameters())
+    other = dict(load_half(model_config(tmp_path, load_format="dummy", seed=4), half).named_parameters())
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_have_the_type_that_was_asked(dtype: str) -> None:
-    model = load_model(model_config(checkpoint("qwen2_vl"), dtype=dtype), Role.EPD)
-    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    for half in Half:
+        model = load_half(model_config(checkpoint("qwen2_vl"), dtype=dtype), half)
+        assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
 def test_auto_is_the_type_of_the_checkpoint() -> None:

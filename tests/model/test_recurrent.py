@@ -19,11 +19,11 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from tests.checkpoints import make_checkpoint
 from tests.reference import reference, reference_inputs, reference_model
 from triptych.config import ModelConfig
-from triptych.core import Chunk, EncodeUnit, RequestId, Role, SamplingParams, Sequence, Span, UnitHash
+from triptych.core import Chunk, EncodeUnit, RequestId, SamplingParams, Sequence, Span, UnitHash
 from triptych.model import recurrent
 from triptych.model.caches import EmbeddingRegion, KVLayout, KVRegion, LayerState
 from triptych.model.language import LanguageRunner
-from triptych.model.loading import load_config, load_model
+from triptych.model.loading import Half, load_config, load_half
 from triptych.model.probe import embedding_layout, kv_layout
 from triptych.model.recurrent import StateBatch, StateRows
 
@@ -93,12 +93,12 @@ def layout() -> KVLayout:
 class Instance:
     """A runner whose region holds no number where nothing was stored, and the blocks that are free in it."""
 
-    def __init__(self, role: Role = Role.P, seed: int = 0, dtype: str = "float32") -> None:
+    def __init__(self, seed: int = 0, dtype: str = "float32") -> None:
         config, kind = load_config(checkpoint()), getattr(torch, dtype)
         self.region = KVRegion.allocate(kv_layout(config, kind), NUM_BLOCKS)
         self.region.blocks.fill_(torch.nan)
         self.embeddings = EmbeddingRegion.allocate(embedding_layout(config, kind), 64)
-        model = load_model(ModelConfig(path=str(checkpoint()), name="tiny", dtype=dtype), role)
+        model = load_half(ModelConfig(path=str(checkpoint()), name="tiny", dtype=dtype), Half.LANGUAGE)
         family = SimpleNamespace(image_groups=False)
         self.runner = LanguageRunner(model, family, self.region, self.embeddings, eos_token_ids=())
         self.free: list[int] = np.random.default_rng(seed).permutation(NUM_BLOCKS).tolist()
@@ -225,7 +225,7 @@ def test_another_instance_goes_on_from_copied_blocks(instance: Instance) -> None
     request = prompt(3)
     sequence = request.sequence()
     instance.run([instance.chunk(sequence, 1000, instance.load(request))])
-    decode = Instance(Role.D, seed=5)
+    decode = Instance(seed=5)
     decode.runner.warm_up()
     moved = [decode.free.pop() for _ in sequence.block_table]
     decode.region.blocks[moved] = instance.region.blocks[sequence.block_table]

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from tests.checkpoints import IMAGE_FAMILIES, make_checkpoint
 from tests.model.builders import checkpoint, model_config
 from tests.reference import reference_inputs, reference_model
-from triptych.core import EncodeUnit, Media, Role
+from triptych.core import EncodeUnit, Media
 from triptych.model.headers import ImageHeader
-from triptych.model.loading import load_model
+from triptych.model.loading import Half, load_half
 from triptych.model.processor import Processor, Prompt
 
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def processor_of(folder: Path) -> Processor:
 
 @cache
 def encoder_of(folder: Path) -> PreTrainedModel:
-    return load_model(model_config(folder), Role.E)
+    return load_half(model_config(folder), Half.ENCODE)
 
 
 def make_picture(size: Size, seed: int = 0) -> Image.Image:

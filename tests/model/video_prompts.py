@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from tests.model.builders import BLOCK, Blocks, checkpoint, language_runner, model_config, next_chunk, run_step
 from tests.model.clips import write
 from tests.reference import reference_processor
-from triptych.core import EncodeUnit, EncodeWork, Media, RequestId, Role, SamplingParams, Sequence
+from triptych.core import EncodeUnit, EncodeWork, Media, RequestId, SamplingParams, Sequence
 from triptych.model.caches import EmbeddingRegion
 from triptych.model.encoder import EncodeRunner
-from triptych.model.loading import load_config, load_model
+from triptych.model.loading import Half, load_config, load_half
 from triptych.model.probe import embedding_layout, kv_layout
 from triptych.model.processor import Processor, Prompt
 from triptych.model.videos import read_video_header
@@ -40,12 +40,12 @@ def processor_of(family: str) -> Processor:
 
 @cache
 def encoder_of(family: str) -> PreTrainedModel:
-    return load_model(model_config(checkpoint(family)), Role.E)
+    return load_half(model_config(checkpoint(family)), Half.ENCODE)
 
 
 @cache
 def language_of(family: str) -> PreTrainedModel:
-    return load_model(model_config(checkpoint(family)), Role.P)
+    return load_half(model_config(checkpoint(family)), Half.LANGUAGE)
 
 
 def conversation(num_videos: int) -> list[dict[str, Any]]:

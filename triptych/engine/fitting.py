@@ -23,7 +23,7 @@ from triptych.model.caches import EmbeddingRegion, KVRegion
 from triptych.model.encoder import EncodeRunner
 from triptych.model.families import family_for
 from triptych.model.language import LanguageRunner
-from triptych.model.loading import load_config, load_model, resolve_max_model_len
+from triptych.model.loading import Half, load_config, load_half, resolve_max_model_len
 from triptych.model.processor import Processor
 from triptych.stages.base import Surroundings
 from triptych.stages.decode import DecodeStage
@@ -111,9 +111,9 @@ class Fitter:
         )
         fresh = Weights()
         if role.encodes and had.encode is None:
-            fresh.encode = self._weights.encode = load_model(config.model, Role.E)
+            fresh.encode = self._weights.encode = load_half(config.model, Half.ENCODE)
         if role.has_language_model and had.language is None:
-            fresh.language = self._weights.language = load_model(config.model, Role.P)
+            fresh.language = self._weights.language = load_half(config.model, Half.LANGUAGE)
         return fresh
 
     def _warm_up(self, runners: Runners, fresh: Weights) -> None:

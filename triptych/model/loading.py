@@ -1,11 +1,12 @@
-"""Loads the part of a Hugging Face checkpoint that a role needs, or refuses with the reason.
+"""Loads one half of a Hugging Face checkpoint, the encoders or the language model, or refuses with the reason.
 
-Renaming and converting of checkpoint keys stays with transformers: a role-pruned model is a subclass whose
-constructor drops the other part, so that `from_pretrained` never reads a tensor of it.
+Renaming and converting of checkpoint keys stays with transformers: a half is a subclass whose constructor drops the
+other one, so that `from_pretrained` never reads a tensor of it.
 """
 
 import contextlib
 import copy
+import enum
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,6 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from triptych.config import ModelConfig
-from triptych.core import Role
 from triptych.errors import ConfigError
 from triptych.model.attention import PAGED_ATTENTION
 from triptych.model.families import answering_part
@@ -29,11 +29,19 @@ from triptych.model.tuning import PackedLinear, tune
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class Half(enum.Enum):
+    """What encode runs, and what prefill and decode run. An instance of several stages holds both, one beside the
+    other, so that a role switch keeps the one that both roles need."""
+
+    ENCODE = enum.auto()  # towers and projectors
+    LANGUAGE = enum.auto()  # decoder and output embeddings
+
+
 class Absent(nn.Module):
-    """Stands where a sub-module of the other role was: no parameters, no buffers, cannot be called."""
+    """Stands where a sub-module of the other half was: no parameters, no buffers, cannot be called."""
 
     def forward(self, *args: object, **kwargs: object) -> None:
-        raise AssertionError("this instance does not hold this part of the model")
+        raise AssertionError("this is the other half of the model")
 
 
 def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
@@ -83,40 +91,37 @@ def resolve_max_model_len(config: ModelConfig, hf_config: PreTrainedConfig) -> i
     return config.max_model_len
 
 
-def load_model(config: ModelConfig, role: Role) -> PreTrainedModel:
-    """The model of `config.path`, holding only what `role` needs, in evaluation mode.
+def load_half(config: ModelConfig, half: Half) -> PreTrainedModel:
+    """One half of the model of `config.path`, in evaluation mode.
 
     Raises ConfigError for an unknown class, a missing or misshapen tensor (named), and files that cannot be read.
     """
     hf_config = load_config(config.path)
-    attention: str | dict[str, str] = PAGED_ATTENTION if not role.encodes else TOWER_ATTENTION
-    if role.encodes and role.has_language_model:
-        attention = dict.fromkeys(hf_config.sub_configs, TOWER_ATTENTION) | {"text_config": PAGED_ATTENTION}
     options: dict[str, Any] = {
         "config": hf_config,
         "dtype": resolve_dtype(config, hf_config),
-        "attn_implementation": attention,
+        "attn_implementation": TOWER_ATTENTION if half is Half.ENCODE else PAGED_ATTENTION,
     }
     if config.device != "cpu" and find_spec("accelerate"):
         options["device_map"] = config.device  # straight to the device, without a copy of the part in host memory
-    cls = _role_class(full_class(hf_config), role)
+    cls = _half_class(full_class(hf_config), half)
     with _quiet_transformers():
         model = (
             _random_model(cls, config, options) if config.load_format == "dummy" else _read_model(cls, config, options)
         )
     model.to(config.device).eval().requires_grad_(False)
-    if role.encodes:
+    if half is Half.ENCODE:
         use_segment_attention(model)
-    if role.has_language_model:
+    else:
         hand_states_to_linear_layers(model)
     tune(model)
     return model
 
 
-def meta_model(hf_config: PreTrainedConfig, role: Role) -> PreTrainedModel:
-    """The modules of a role without weights (on the meta device): enough to find shapes in a second."""
+def meta_half(hf_config: PreTrainedConfig, half: Half) -> PreTrainedModel:
+    """The modules of a half without weights (on the meta device): enough to find shapes in a second."""
     with torch.device("meta"), _quiet_transformers():
-        return _role_class(full_class(hf_config), role)(copy.deepcopy(hf_config)).eval()
+        return _half_class(full_class(hf_config), half)(copy.deepcopy(hf_config)).eval()
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -154,15 +159,15 @@ def _random_model(cls: type[PreTrainedModel], config: ModelConfig, options: dict
     return cls.from_pretrained(None, state_dict={}, **options)
 
 
-def _role_class(full: type[PreTrainedModel], role: Role) -> type[PreTrainedModel]:
+def _half_class(full: type[PreTrainedModel], half: Half) -> type[PreTrainedModel]:
     """A subclass that keeps the name, because transformers looks up the checkpoint conversion by it."""
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         full.__init__(self, config, *args, **kwargs)
         language, encode = _parts(self)
-        if not role.encodes:
+        if half is Half.LANGUAGE:
             _drop(self, encode)
-        if not role.has_language_model:
+        else:
             _drop(self, language)
             self._tied_weights_keys = None  # the tied embedding is gone
             self.all_tied_weights_keys = {}
@@ -170,9 +175,9 @@ def _role_class(full: type[PreTrainedModel], role: Role) -> type[PreTrainedModel
     namespace: dict[str, Any] = {
         "__init__": __init__,
         "__module__": full.__module__,
-        "_keys_to_ignore_on_load_unexpected": [".*"],  # the other role's tensors are expected in the file
+        "_keys_to_ignore_on_load_unexpected": [".*"],  # the other half's tensors are expected in the file
     }
-    if not role.has_language_model:
+    if half is Half.ENCODE:
         namespace["_tied_weights_keys"] = None
     return type(full.__name__, (full,), namespace)
 

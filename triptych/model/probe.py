@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from triptych.core import Role
 from triptych.errors import ConfigError
 from triptych.model.caches import EmbeddingLayout, KVLayout, LayerState
-from triptych.model.loading import meta_model
+from triptych.model.loading import Half, meta_half
 from triptych.model.recurrent import Forward, hand_states_to_linear_layers
 
 PROBE_ATTENTION = "triptych_probe"
@@ -84,7 +83,7 @@ def num_deepstack_layers(hf_config: PreTrainedConfig) -> int:
 
 
 def _run_probe(hf_config: PreTrainedConfig) -> _Seen:
-    decoder = meta_model(hf_config, Role.D).get_decoder().to(_PROBE_DTYPE)
+    decoder = meta_half(hf_config, Half.LANGUAGE).get_decoder().to(_PROBE_DTYPE)
     num_linear = hand_states_to_linear_layers(decoder)
     if not num_linear and not getattr(decoder, "_supports_attention_backend", False):  # hybrids do not declare it
         raise ConfigError(f"{hf_config.model_type}: its decoder takes no attention function from outside")
