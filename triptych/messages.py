@@ -136,6 +136,13 @@ class Release(Message, frozen=True):
     lease: LeaseId
 
 
+class Declined(Message, frozen=True):
+    """D -> holder: it leaves its role, or has no room where waiting for some could last for ever; nothing was pulled.
+    The sequence is the holder's again, which goes on with it or hands it to somebody else."""
+
+    lease: LeaseId
+
+
 # ---- instances -> frontend
 
 
@@ -161,14 +168,19 @@ class Tokens(Message, frozen=True):
 
 
 class Located(Message, frozen=True):
-    """P -> frontend: this request went on to that decode instance (where an abort has to go from now on)."""
+    """P, or a D that leaves its role -> frontend: this request went on to that decode instance (where an abort has to
+    go from now on)."""
 
     request_id: RequestId
     decode: InstanceId
 
 
 class Wanted(Message, frozen=True):
-    """P, or who was asked by `Share` -> frontend: these units of a request have to be encoded; nobody is about to."""
+    """P, or who was asked by `Share` -> frontend: these units of a request have to be encoded; nobody is about to.
+
+    E that leaves its role -> P: the same, about its orders. P asks the frontend when the request's turn comes, because
+    whoever encodes them then does so behind the orders of younger requests.
+    """
 
     request_id: RequestId
     units: tuple[UnitHash, ...]
@@ -319,6 +331,7 @@ AnyMessage = (
     | Prefilling
     | Prefilled
     | Release
+    | Declined
     | Tokens
     | Located
     | Wanted

@@ -30,12 +30,22 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     error: str | None = None
+    status: int = 200
+    failed_after_s: float | None = None  # sent to error
 
     @classmethod
     def of(cls, index: int, scheduled_s: float, started_at: float, answer: Answer, kind: str = "all") -> "Record":
         sent_s = answer.sent_at - started_at
         if answer.error is not None:
-            return cls(index=index, scheduled_s=scheduled_s, sent_s=sent_s, kind=kind, error=answer.error)
+            return cls(
+                index=index,
+                scheduled_s=scheduled_s,
+                sent_s=sent_s,
+                kind=kind,
+                error=answer.error,
+                status=answer.status,
+                failed_after_s=answer.ended_at - answer.sent_at,
+            )
         times = answer.token_times
         # A server that sends no usage: one text, one token.
         num_tokens = answer.completion_tokens or len(times)

@@ -21,10 +21,10 @@ from triptych.messages import (
     FRONTEND,
     Abort,
     AnyMessage,
+    Declined,
     Embedded,
     Encode,
     Evicted,
-    Failed,
     Load,
     Peer,
     Prefilled,
@@ -41,7 +41,7 @@ from triptych.messages import (
     Wanted,
 )
 from triptych.routing import RoutingTable
-from triptych.stages.base import Surroundings
+from triptych.stages.base import Surroundings, turn_away
 
 logger = logging.getLogger(__name__)
 
@@ -154,22 +154,8 @@ class Engine:
         handler = self._handlers.get(type(message))
         if handler is not None:
             handler(message)
-        elif isinstance(message, (Embedded, Prefilling, Prefilled)):  # for a stage that is not served here (any more)
-            self._near.out.release(message.ticket)
-            if isinstance(message, Prefilled):
-                self._near.out.send(FRONTEND, self._moved(message.request_id))
-        elif isinstance(message, Share):
-            self._near.out.send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
-        elif isinstance(message, Encode):
-            self._near.out.send(FRONTEND, Wanted(message.request_id, tuple(unit.hash for unit in message.units)))
-        elif isinstance(message, Submit):
-            self._near.out.send(FRONTEND, self._moved(message.request_id))
-        else:
+        elif not turn_away(self._near, message):
             logger.warning("%s: nothing here takes a %s", self._near.instance, type(message).__name__)
-
-    def _moved(self, request_id: RequestId) -> Failed:
-        text = f"instance {self._near.instance} does not serve this stage any more"
-        return Failed(request_id, text, status=503, code="moved", retry=True)
 
     def _pulled(self, key: object, error: InstanceError | None) -> None:
         if error is not None:
@@ -191,21 +177,22 @@ class Engine:
         if message.version <= near.table.version:
             return
         here = {(peer.id, peer.epoch) for peer in message.peers}
-        gone = [peer.id for peer in near.table.peers.values() if (peer.id, peer.epoch) not in here]
+        before, near.table = near.table, RoutingTable.of(message)
+        gone = [peer.id for peer in before.peers.values() if (peer.id, peer.epoch) not in here]
+        gone = [instance for instance in gone if instance != near.instance]
         for instance in gone:
-            if instance == near.instance:
-                continue
             self._transfers.disconnect(instance)
-            self._pools.leases.release_reader(instance)
             near.decode_loads.pop(instance, None)
-            if self._stages.prefill is not None:
-                self._stages.prefill.lost(instance)
             self._post.forget(self._addresses.pop(instance))  # with what it never read
-        near.table = RoutingTable.of(message)
         for peer in message.peers:
             if peer.id != near.instance:
                 self._addresses[peer.id] = peer.address
                 self._transfers.connect(peer)
+        for instance in gone:  # last, because what was theirs goes to somebody of the new table
+            self._pools.leases.release_reader(instance)
+            for stage in (self._stages.encode, self._stages.prefill, self._stages.decode):
+                if stage is not None:
+                    stage.lost(instance)
 
     def _take_load(self, message: Load) -> None:
         if Stage.DECODE in message.work_s:
@@ -235,13 +222,12 @@ class Engine:
             self._post.send(self._addresses[to], message)
         else:
             logger.warning("%s: %s is gone, dropped a %s", self._near.instance, to, type(message).__name__)
-            if isinstance(message, (Embedded, Prefilling, Prefilled)):
-                self._pools.leases.release(message.ticket.lease)
-            if isinstance(message, Share):
-                self._send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
             if isinstance(message, Prefilled):
-                text = f"instance {to} was lost"
-                self._send(FRONTEND, Failed(message.request_id, text, status=503, code="instance_lost", retry=True))
+                self._pools.leases.decline(message.ticket.lease)
+            elif isinstance(message, (Embedded, Prefilling)):
+                self._pools.leases.release(message.ticket.lease)
+            elif isinstance(message, Share):
+                self._send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
 
     def _complain(self) -> None:
         for complaint in self._transfers.complaints():
@@ -260,6 +246,7 @@ class Engine:
         self._handlers: dict[type, Callable[..., None]] = {
             Abort: self._abort,
             Release: lambda message: equipment.pools.leases.release(message.lease),
+            Declined: lambda message: equipment.pools.leases.decline(message.lease),
             Table: self._take_table,
             Load: self._take_load,
             SwitchRole: self._order_switch,
@@ -269,7 +256,12 @@ class Engine:
         if encode is not None:
             self._handlers[Encode] = encode.admit
         if prefill is not None:
-            self._handlers |= {Submit: prefill.admit, Embedded: prefill.embedded, Share: prefill.share}
+            self._handlers |= {
+                Submit: prefill.admit,
+                Embedded: prefill.embedded,
+                Wanted: prefill.wanted,
+                Share: prefill.share,
+            }
         if decode is not None:
             self._handlers |= {Prefilled: decode.admit, Prefilling: decode.prefilling}
 

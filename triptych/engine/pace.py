@@ -13,11 +13,15 @@ class Pace:
 
     def __init__(self) -> None:
         self._seconds: dict[Stage, float] = {}
+        self.counters: dict[str, float] = {}  # totals since the start: encode_steps, encode_tokens, encode_busy_s, ...
 
     def observe(self, stage: Stage, num_tokens: int, seconds: float) -> None:
         new = seconds / num_tokens
         old = self._seconds.get(stage, new)
         self._seconds[stage] = old + WEIGHT * (new - old)
+        for what, amount in (("steps", 1.0), ("tokens", float(num_tokens)), ("busy_s", seconds)):
+            name = f"{stage.name.lower()}_{what}"
+            self.counters[name] = self.counters.get(name, 0.0) + amount
 
     def of(self, stage: Stage) -> float:
         return self._seconds.get(stage, 0.0)

@@ -6,6 +6,7 @@ import msgspec
 import zmq
 
 from triptych import messages
+from triptych.engine.screening import contradiction
 from triptych.errors import TriptychError
 from triptych.messages import AnyMessage
 
@@ -18,7 +19,8 @@ class Inbox:
     """Messages of everybody, in order per sender. The address is bound as long as this object lives.
 
     Only processes of the same user can reach it (the socket lies in a folder of mode 0700), so that whoever sends is
-    trusted to mean well, not to be whole: a frame that is no message is logged and dropped, and ends nothing.
+    trusted to mean well, not to be whole: a frame that is no message, or one that contradicts itself, is logged and
+    dropped, and ends nothing.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
@@ -50,13 +52,19 @@ class Inbox:
         """None for what is no message: a process of another version, or one that died while it wrote."""
         try:
             (frame,) = frames
-            return messages.decode(frame)
+            message: AnyMessage = messages.decode(frame)
         # Beside msgspec's own: text that is no UTF-8, more than one frame, arrays without end, a refused configuration.
         except (msgspec.MsgspecError, ValueError, RecursionError, TriptychError) as error:
             shown = frames[0][:_SHOWN_BYTES].hex()
             total = sum(map(len, frames))
             logger.error("%s: dropped %d bytes that are no message (%s): %s", self.address, total, error, shown)
             return None
+        fault = contradiction(message)
+        if fault is not None:
+            request_id = getattr(message, "request_id", "")
+            logger.error("%s: dropped a %s %s: %s", self.address, type(message).__name__, request_id, fault)
+            return None
+        return message
 
     def close(self) -> None:
         self.socket.close(linger=0)

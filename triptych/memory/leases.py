@@ -9,15 +9,18 @@ from triptych.core import InstanceId, LeaseId
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """`content` is what the ticket speaks of; `give_back` frees it in the pool that it came from."""
+    """`content` is what the ticket speaks of; `give_back` frees it in the pool that it came from, `take_back` makes it
+    the holder's again."""
 
     reader: InstanceId
     content: object
     give_back: Callable[[], None]
+    take_back: Callable[[], None]
 
 
 class Leases:
-    """One per instance, shared by its stages. A lease ends by `release` (content freed) or `claim` (new owner)."""
+    """One per instance, shared by its stages. A lease ends by `release` (content freed), by `claim` (new owner) or by
+    `decline` (the old owner has it again)."""
 
     def __init__(self, first_id: int = 1) -> None:
         """`first_id` differs between incarnations of an instance, so that a late release never meets a lease of the
@@ -28,9 +31,16 @@ class Leases:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, reader: InstanceId, content: object, give_back: Callable[[], None]) -> LeaseId:
+    def grant(
+        self,
+        reader: InstanceId,
+        content: object,
+        give_back: Callable[[], None],
+        take_back: Callable[[], None] | None = None,
+    ) -> LeaseId:
+        """Without `take_back`, content that the reader declines is given back: nobody here has a use for it."""
         lease = LeaseId(next(self._ids))
-        self._leases[lease] = Lease(reader, content, give_back)
+        self._leases[lease] = Lease(reader, content, give_back, take_back or give_back)
         return lease
 
     def release(self, lease: LeaseId) -> None:
@@ -44,7 +54,13 @@ class Leases:
         found = self._leases.pop(lease, None)
         return None if found is None else found.content
 
+    def decline(self, lease: LeaseId) -> None:
+        """The reader did not pull the content and will not. Idempotent."""
+        found = self._leases.pop(lease, None)
+        if found is not None:
+            found.take_back()
+
     def release_reader(self, reader: InstanceId) -> None:
-        """The reader is confirmed dead: nothing will be pulled any more."""
+        """The reader is confirmed dead: nothing will be pulled any more. As if it had declined everything."""
         for lease in [lease for lease, held in self._leases.items() if held.reader == reader]:
-            self.release(lease)
+            self.decline(lease)

@@ -3,10 +3,35 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from triptych.core import EncodeUnit, FinishReason, InstanceId, LeaseId, RequestId, Sequence, TokenLogprobs, UnitHash
+from triptych.core import (
+    EncodeUnit,
+    FinishReason,
+    InstanceId,
+    LeaseId,
+    RequestId,
+    Sequence,
+    Stage,
+    TokenLogprobs,
+    UnitHash,
+)
 from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.memory.leases import Leases
-from triptych.messages import FRONTEND, AnyMessage, Embedded, Failed, Release, Ticket, TokenUpdate
+from triptych.messages import (
+    FRONTEND,
+    AnyMessage,
+    Declined,
+    Embedded,
+    Encode,
+    Failed,
+    Prefilled,
+    Prefilling,
+    Release,
+    Share,
+    Submit,
+    Ticket,
+    TokenUpdate,
+    Wanted,
+)
 from triptych.routing import RoutingTable
 
 USUAL_ANSWER_TOKENS = 256
@@ -35,8 +60,15 @@ class Outbox:
     def release(self, ticket: Ticket) -> None:
         self.send(ticket.holder, Release(ticket.lease))
 
-    def fail(self, request_id: RequestId, message: str, status: int, code: str | None = None) -> None:
+    def decline(self, ticket: Ticket) -> None:
+        self.send(ticket.holder, Declined(ticket.lease))
+
+    def fail(self, request_id: RequestId, message: str, status: int, code: str) -> None:
         self.send(FRONTEND, Failed(request_id, message, status, code))
+
+    def retry(self, request_id: RequestId, message: str, code: str) -> None:
+        """It cannot go on here, through no fault of its own."""
+        self.send(FRONTEND, Failed(request_id, message, 503, code, retry=True))
 
 
 class Gone:
@@ -69,6 +101,11 @@ class Surroundings:
     decode_pace_s: float = 0.0  # predicted seconds per decoded token, as the decode instances report it
     out: Outbox = field(default_factory=Outbox)
 
+    def serves_here(self, stage: Stage) -> bool:
+        """Whether this instance itself does, also while it leaves that role."""
+        own = self.table.peers.get(self.instance)
+        return own is not None and stage in own.role.stages
+
     def ticket(self, lease: LeaseId, region: str, blocks: list[int], num_tokens: int) -> Ticket:
         return Ticket(self.instance, self.epoch, lease, region, blocks, num_tokens)
 
@@ -91,10 +128,35 @@ class Surroundings:
         return FinishReason.LENGTH if full or sequence.num_output_tokens >= sampling.max_tokens else None
 
 
+def turn_away(near: Surroundings, message: AnyMessage) -> bool:
+    """Gives back what a message is about that is for a stage which is not served here (any more), so that somebody else
+    does it. False for a message that is about nothing of that kind."""
+    match message:
+        case Encode():
+            near.out.send(message.prefill, Wanted(message.request_id, tuple(unit.hash for unit in message.units)))
+        case Submit():
+            near.out.retry(message.request_id, f"instance {near.instance} does not prefill any more", "moved")
+        case Share():
+            near.out.send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
+        case Embedded() | Prefilling():
+            near.out.release(message.ticket)
+        case Prefilled():
+            near.out.decline(message.ticket)
+        case Wanted():  # about a request that has left
+            pass
+        case _:
+            return False
+    return True
+
+
 def foreseen_tokens(sequence: Sequence) -> int:
     """Tokens that a sequence is expected to decode: what it may, but never more than a usual answer, because most
-    requests leave `max_tokens` at the rest of the model's length and stop long before."""
-    return min(sequence.sampling.max_tokens - sequence.num_output_tokens, USUAL_ANSWER_TOKENS)
+    requests leave `max_tokens` at the rest of the model's length and stop long before. What is certain counts."""
+    sampling, num_output = sequence.sampling, sequence.num_output_tokens
+    allowed = sampling.max_tokens - num_output
+    never_stops = sampling.ignore_eos and not sampling.stop_token_ids
+    certain = allowed if never_stops else min(sampling.min_tokens - num_output, allowed)
+    return max(certain, min(allowed, USUAL_ANSWER_TOKENS))
 
 
 def announcement(

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from triptych.core import Chunk, RequestId, SampledToken, SamplingParams, Sequence, Status
+from triptych.core import Chunk, InstanceId, RequestId, SampledToken, SamplingParams, Sequence, Stage, Status
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import Prefilled, Prefilling, Ticket
+from triptych.messages import FRONTEND, Located, Prefilled, Prefilling, Ticket
 from triptych.stages.base import Gone, Pull, Surroundings, foreseen_tokens, token_update
 
 
@@ -29,6 +29,7 @@ class Arrival:
     """A sequence that holds its blocks here while its KV is on its way, perhaps while the end is still computed."""
 
     sequence: Sequence
+    holder: InstanceId
     num_here: int  # leading blocks whose KV is here
     handed_over: bool = False  # prefill is done: the newest ticket is for everything
     ticket: Ticket | None = None  # the newest one, not used yet
@@ -39,6 +40,10 @@ class DecodeStage:
     """Continuous batching, FCFS: sequences join as soon as their KV is here and leave with their last token.
 
     KV that prefill sends ahead takes space that nobody needs at the moment, and gives it back to whoever does.
+
+    An instance that leaves its role hands its sequences over to others that have room, as prefill does, and declines
+    what waits for space. Nobody waits for space here while KV of this instance waits for somebody else: so instances
+    that leave can never wait for each other in a circle.
     """
 
     def __init__(self, near: Surroundings, kv: KVCache, leases: Leases, *, max_num_seqs: int) -> None:
@@ -53,12 +58,21 @@ class DecodeStage:
         self._running: dict[RequestId, Sequence] = {}  # in the order of arrival
         self._offloaded: deque[Sequence] = deque()  # oldest first
         self._gone = Gone()  # aborted, perhaps before their KV was handed over
+        self._leaving = False
+        self._room: dict[InstanceId, int] = {}  # KV blocks that others could still take
+        self._num_handed_over = 0  # sequences whose KV waits here for somebody else
         self.num_offloads = 0
 
     @property
     def queues(self) -> dict[str, int]:
         waiting = len(self._waiting) + len(self._arriving) + len(self._here) + len(self._offloaded)
         return {"decode_waiting": waiting, "decode_running": len(self._running)}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sequence is here or on its way. What was handed over counts among the leases."""
+        places = (self._waiting, self._arriving, self._here, self._running, self._offloaded)
+        return not any(places)
 
     @property
     def num_running(self) -> int:
@@ -76,7 +90,7 @@ class DecodeStage:
     def prefilling(self, order: Prefilling) -> None:
         """The first blocks of a sequence that is still prefilled. Taken only where nobody else waits for space."""
         arrival = self._arriving.get(order.request_id)
-        if arrival is None and order.request_id not in self._gone:
+        if arrival is None and not (self._leaving or order.request_id in self._gone):
             arrival = self._make_room_ahead(order)
         if arrival is None or arrival.handed_over or arrival.sequence.status is Status.FINISHED:
             self._near.out.release(order.ticket)
@@ -94,22 +108,18 @@ class DecodeStage:
                 self._here.append(sequence)
             return
         arrival = self._arriving.get(order.request_id)
-        if arrival is not None:
-            self._hand_over(arrival.sequence, order)
+        if self._near.is_stale(ticket):
+            self._near.out.retry(
+                order.request_id, f"the KV of the request was lost with {ticket.holder}", "instance_lost"
+            )
+        elif arrival is not None:
+            self._take_over(arrival.sequence, order)
             arrival.handed_over = True
             self._pull(arrival, ticket)
-            return
-        sequence = Sequence(order.request_id, [], order.num_prompt_tokens, order.sampling)
-        self._hand_over(sequence, order)
-        if len(sequence.token_ids) > self._kv.max_tokens:
-            message = (
-                f"the request needs KV space for {len(sequence.token_ids)} tokens, the pool has {self._kv.max_tokens}"
-            )
-            self._near.out.fail(order.request_id, message, status=400, code="request_too_large")
+        elif self._has(order.request_id):
             self._near.out.release(ticket)
         else:
-            self._waiting.append((sequence, ticket))
-        self._pull_waiting()
+            self._receive(order)
 
     def pulled(self, request_id: RequestId, error: Exception | None) -> None:
         """A pull settled: no byte lands any more, whatever the outcome."""
@@ -133,7 +143,7 @@ class DecodeStage:
             self._forget(arrival)
             if arrival.handed_over:
                 message = f"the KV of the request could not be fetched: {error}"
-                self._near.out.fail(request_id, message, 500, "transfer_failed")
+                self._near.out.retry(request_id, message, "transfer_failed")
 
     def abort(self, request_id: RequestId) -> None:
         self._gone.add(request_id)
@@ -144,9 +154,7 @@ class DecodeStage:
         self._waiting = deque(item for item in self._waiting if item[0].request_id != request_id)
         arrival = self._arriving.get(request_id)
         if arrival is not None:
-            arrival.sequence.status = Status.FINISHED
-            if arrival.pulling is None:  # else its blocks are being written: they are freed when the pull settles
-                self._forget(arrival)
+            self._drop(arrival)
         for place in (self._here, self._offloaded):
             for sequence in [s for s in place if s.request_id == request_id]:
                 place.remove(sequence)
@@ -155,10 +163,31 @@ class DecodeStage:
         if running is not None:
             self._end(running)
 
+    def lost(self, instance: InstanceId) -> None:
+        """An instance is gone: what waits to be pulled from it will not come."""
+        for sequence, ticket in self._waiting:
+            if ticket.holder == instance:
+                text = f"the KV of the request was lost with {instance}"
+                self._near.out.retry(sequence.request_id, text, "instance_lost")
+        self._waiting = deque(item for item in self._waiting if item[1].holder != instance)
+        for arrival in [a for a in self._arriving.values() if a.holder == instance and not a.handed_over]:
+            self._drop(arrival)
+
+    def leave(self, room: dict[InstanceId, int]) -> None:
+        """`room`: KV blocks that others could still take. Sequences go there as far as they fit, from the next schedule
+        on, and end here otherwise."""
+        self._leaving, self._room = True, dict(room)
+
+    def stay(self) -> None:
+        """Takes sequences again."""
+        self._leaving, self._room = False, {}
+
     # ---- schedule, commit
 
     def schedule(self) -> DecodePlan:
         """The next step. Commit its chunks before the next schedule."""
+        if self._leaving:
+            self._move_on()
         plan = DecodePlan()
         self._offload_until_all_can_grow(plan)
         self._restore(plan)
@@ -185,9 +214,105 @@ class DecodeStage:
                 del self._running[sequence.request_id]
                 self._end(sequence)
 
+    # ---- leaving
+
+    def _move_on(self) -> None:
+        """Gives away what others can take; without any others all goes on here."""
+        while self._drop_ahead():
+            pass
+        if not self._others:
+            return
+        while self._waiting:  # before anything is handed over, see `_may_wait`
+            self._near.out.decline(self._waiting.popleft()[1])
+        for sequence in [*self._here, *reversed(self._running.values())]:  # the oldest are soonest at their end
+            num_blocks = self._kv.num_blocks_for(len(sequence.token_ids)) + 1
+            target = self._roomiest(num_blocks)
+            if target is not None:
+                self._room[target] -= num_blocks
+                self._hand_over(sequence, target)
+
+    @property
+    def _others(self) -> list[InstanceId]:
+        return [peer.id for peer in self._near.table.serving(Stage.DECODE) if peer.id != self._near.instance]
+
+    def _roomiest(self, num_blocks: int) -> InstanceId | None:
+        """Who has most room, if that is enough."""
+        target = max(self._others, key=lambda id: self._room.get(id, 0))
+        return target if self._room.get(target, 0) >= num_blocks else None
+
+    def _hand_over(self, sequence: Sequence, target: InstanceId) -> None:
+        """Leases the KV to another decode instance."""
+        if self._running.pop(sequence.request_id, None) is None:
+            self._here.remove(sequence)
+        sequence.status = Status.LEASED
+        self._num_handed_over += 1
+        near = self._near
+        lease = self._leases.grant(
+            target, sequence, lambda: self._let_go(sequence), lambda: self._take_back(sequence, target)
+        )
+        ticket = near.ticket(lease, "kv", self._kv.computed_blocks(sequence), sequence.num_computed)
+        near.out.send(FRONTEND, Located(sequence.request_id, target))
+        near.out.send(
+            target,
+            Prefilled(
+                sequence.request_id,
+                sequence.token_ids,
+                sequence.num_prompt_tokens,
+                sequence.sampling,
+                sequence.rope_delta,
+                sequence.prompt_hashes,
+                ticket,
+            ),
+        )
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self._num_handed_over -= 1
+        self._end(sequence)
+
+    def _take_back(self, sequence: Sequence, target: InstanceId) -> None:
+        """It goes on here, after all."""
+        self._num_handed_over -= 1
+        self._room.pop(target, None)
+        if sequence.request_id in self._gone:
+            self._end(sequence)
+        else:
+            self._here.append(sequence)
+
+    def _may_wait(self, holder: InstanceId) -> bool:
+        """Whether a sequence whose KV lies at `holder` may wait there for space here. Nobody may where that could close
+        a circle: at an instance whose own KV waits for others. And decodes do not stand still for it."""
+        near = self._near
+        if self._num_handed_over or (self._leaving and self._others):
+            return False
+        peer = near.table.peers.get(holder)
+        if peer is None or Stage.DECODE not in peer.role.stages:
+            return True
+        return not peer.leaving and not near.serves_here(Stage.PREFILL)
+
     # ---- inside
 
-    def _hand_over(self, sequence: Sequence, order: Prefilled) -> None:
+    def _has(self, request_id: RequestId) -> bool:
+        waiting = (sequence for sequence, _ in self._waiting)
+        places = (waiting, self._here, self._offloaded)
+        return request_id in self._running or any(s.request_id == request_id for place in places for s in place)
+
+    def _receive(self, order: Prefilled) -> None:
+        ticket = order.ticket
+        sequence = Sequence(order.request_id, [], order.num_prompt_tokens, order.sampling)
+        self._take_over(sequence, order)
+        if len(sequence.token_ids) > self._kv.max_tokens:
+            message = (
+                f"the request needs KV space for {len(sequence.token_ids)} tokens, the pool has {self._kv.max_tokens}"
+            )
+            self._near.out.fail(order.request_id, message, status=400, code="request_too_large")
+            self._near.out.release(ticket)
+        elif self._may_wait(ticket.holder):
+            self._waiting.append((sequence, ticket))
+            self._pull_waiting()
+        elif self._waiting or self._offloaded or self._leaving or not self._try_to_begin(sequence, ticket):
+            self._near.out.decline(ticket)
+
+    def _take_over(self, sequence: Sequence, order: Prefilled) -> None:
         """What prefill knows of the sequence is known here from now on."""
         sequence.token_ids = order.token_ids
         sequence.num_prompt_tokens = order.num_prompt_tokens
@@ -203,12 +328,12 @@ class DecodeStage:
         num_tokens = order.num_tokens + 1
         if self._waiting or self._offloaded or not self._kv.has_room(sequence, num_tokens, found):
             return None
-        return self._begin(sequence, num_tokens, found)
+        return self._begin(sequence, num_tokens, found, order.ticket.holder)
 
-    def _begin(self, sequence: Sequence, num_tokens: int, found: list[int]) -> Arrival:
+    def _begin(self, sequence: Sequence, num_tokens: int, found: list[int], holder: InstanceId) -> Arrival:
         self._kv.hold(sequence, num_tokens, found)
         sequence.status = Status.LOADING
-        arrival = self._arriving[sequence.request_id] = Arrival(sequence, len(found))
+        arrival = self._arriving[sequence.request_id] = Arrival(sequence, holder, len(found))
         return arrival
 
     def _pull(self, arrival: Arrival, ticket: Ticket) -> None:
@@ -238,6 +363,11 @@ class DecodeStage:
             del self._arriving[sequence.request_id]
             self._here.append(sequence)
 
+    def _drop(self, arrival: Arrival) -> None:
+        arrival.sequence.status = Status.FINISHED
+        if arrival.pulling is None:  # else its blocks are being written: they are freed when the pull settles
+            self._forget(arrival)
+
     def _forget(self, arrival: Arrival) -> None:
         if arrival.ticket is not None:
             self._near.out.release(arrival.ticket)
@@ -255,17 +385,20 @@ class DecodeStage:
     def _pull_waiting(self) -> None:
         """Begins pulls in arrival order, for as many sequences as fit beside those that are here."""
         while self._waiting and not self._offloaded:
-            sequence, ticket = self._waiting[0]
-            num_tokens = len(sequence.token_ids)
-            found = self._kv.find(sequence.prompt_hashes, ticket.num_tokens)
-            if not self._kv.make_room_for_new(sequence, num_tokens, found):
-                if self._kv.reclaim_waiting():
-                    continue
+            if self._try_to_begin(*self._waiting[0]):
+                self._waiting.popleft()
+            elif not self._kv.reclaim_waiting():
                 break
-            self._waiting.popleft()
-            arrival = self._begin(sequence, num_tokens, found)
-            arrival.handed_over = True
-            self._pull(arrival, ticket)
+
+    def _try_to_begin(self, sequence: Sequence, ticket: Ticket) -> bool:
+        num_tokens = len(sequence.token_ids)
+        found = self._kv.find(sequence.prompt_hashes, ticket.num_tokens)
+        if not self._kv.make_room_for_new(sequence, num_tokens, found):
+            return False
+        arrival = self._begin(sequence, num_tokens, found, ticket.holder)
+        arrival.handed_over = True
+        self._pull(arrival, ticket)
+        return True
 
     def _join(self, plan: DecodePlan) -> None:
         """Sequences whose KV is here join the batch. With nothing running, the oldest may push the youngest out."""

@@ -7,8 +7,8 @@ from triptych.core import EncodeUnit, EncodeWork, InstanceId, Media, RequestId, 
 from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.memory.leases import Leases
-from triptych.messages import FRONTEND, Encode, Failed
-from triptych.stages.base import Surroundings, announcement
+from triptych.messages import FRONTEND, Encode, Failed, Wanted
+from triptych.stages.base import Surroundings, announcement, turn_away
 
 
 @dataclass(slots=True)
@@ -35,6 +35,7 @@ class EncodeStage:
         self._leases = leases
         self._waiting: deque[EncodeJob] = deque()
         self._running: list[EncodeJob] = []
+        self._leaving = False
         self.num_computed = 0  # units
 
     @property
@@ -50,7 +51,15 @@ class EncodeStage:
     def queued_tokens(self) -> int:
         return sum(job.unit.num_tokens for job in self._waiting) + sum(job.unit.num_tokens for job in self._running)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be done here. What was announced counts among the leases."""
+        return not self._waiting and not self._running
+
     def admit(self, order: Encode) -> None:
+        if self._leaving:
+            turn_away(self._near, order)
+            return
         there = self._embeddings.max_blocks
         for unit in order.units:
             job = EncodeJob(order.request_id, unit, order.media, order.prefill)
@@ -110,6 +119,26 @@ class EncodeStage:
         self._waiting = deque(job for job in self._waiting if job.request_id != request_id)
         for job in self._running:
             job.aborted |= job.request_id == request_id
+
+    def lost(self, instance: InstanceId) -> None:
+        """An instance is gone: nobody waits for what was ordered for it."""
+        self._waiting = deque(job for job in self._waiting if job.prefill != instance)
+        for job in self._running:
+            job.aborted |= job.prefill == instance
+
+    def leave(self) -> None:
+        """Gives the units back that are not begun, to those who wait for them. What runs is committed as usual."""
+        self._leaving = True
+        units: dict[tuple[InstanceId, RequestId], list[UnitHash]] = {}
+        for job in self._waiting:
+            units.setdefault((job.prefill, job.request_id), []).append(job.unit.hash)
+        self._waiting.clear()
+        for (prefill, request_id), wanted in units.items():
+            self._near.out.send(prefill, Wanted(request_id, tuple(wanted)))
+
+    def stay(self) -> None:
+        """Takes orders again."""
+        self._leaving = False
 
     def _can_start(self, unit: EncodeUnit) -> bool:
         """Whether the unit is there, is being encoded in this batch, or can be: space, and no pull writing it."""

@@ -11,6 +11,7 @@ from triptych.core import (
     RequestId,
     SampledToken,
     Sequence,
+    Stage,
     Status,
     UnitHash,
     distinct,
@@ -22,7 +23,7 @@ from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
 from triptych.messages import FRONTEND, Abort, Embedded, Located, Prefilled, Prefilling, Share, Submit, Wanted
 from triptych.routing import pick_decode
-from triptych.stages.base import Gone, Pull, Surroundings, announcement, foreseen_tokens, token_update
+from triptych.stages.base import Gone, Pull, Surroundings, announcement, foreseen_tokens, token_update, turn_away
 
 
 @dataclass(slots=True)
@@ -79,9 +80,10 @@ class PrefillStage:
         self._whole_spans = whole_spans
         self._waiting: deque[PrefillJob] = deque()
         self._started: dict[RequestId, PrefillJob] = {}  # in arrival order
-        self._early: dict[RequestId, list[Embedded]] = {}  # announced before their request was submitted
+        self._early: dict[RequestId, list[Embedded | Wanted]] = {}  # came before their request was submitted
         self._pulling: dict[UnitHash, Embedded] = {}
         self._gone = Gone()
+        self._leaving = False
         self.num_units: Counter[str] = Counter()  # of prefilled requests: cached, transferred, prefix
         self.num_prompt_tokens = 0  # of prefilled requests
         self.num_cached_tokens = 0  # of those: found in the KV cache
@@ -89,6 +91,12 @@ class PrefillStage:
     @property
     def queues(self) -> dict[str, int]:
         return {"prefill_waiting": len(self._waiting), "prefill_running": len(self._started)}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be done here and nothing is being written. What was handed on counts among the
+        leases."""
+        return not self._waiting and not self._started and not self._pulling
 
     @property
     def awaits_embeddings(self) -> bool:
@@ -103,6 +111,12 @@ class PrefillStage:
     # ---- what arrives
 
     def admit(self, order: Submit) -> None:
+        if order.request_id in self._started or self._find_waiting(order.request_id) is not None:
+            return
+        if self._leaving or order.request_id in self._gone:  # or what came before it was given back meanwhile
+            self._forget_early(order.request_id)
+            turn_away(self._near, order)
+            return
         sequence = Sequence(
             order.request_id,
             order.token_ids,
@@ -113,34 +127,29 @@ class PrefillStage:
             order.position_arguments,
             order.prompt_hashes,
         )
-        early = self._early.pop(order.request_id, [])
         refusal = self._never_fits(sequence)
         if refusal is not None:
             self._near.out.fail(order.request_id, refusal, status=400, code="request_too_large")
-            self._gone.add(order.request_id)
-            for message in early:
-                self._near.out.release(message.ticket)
+            self._forget_early(order.request_id)
             return
-        job = PrefillJob(sequence, set(order.ordered), dict(order.held))
-        self._waiting.append(job)
-        for message in early:
-            self._announced(job, message)
+        self._waiting.append(PrefillJob(sequence, set(order.ordered), dict(order.held)))
+        for message in self._early.pop(order.request_id, []):
+            self._told(message)
 
     def embedded(self, message: Embedded) -> None:
-        """A unit can be pulled. Kept for a request that is not submitted yet: messages of two senders may overtake
-        each other; `abort` forgets it."""
-        job = self._started.get(message.request_id) or self._find_waiting(message.request_id)
-        if job is not None:
-            self._announced(job, message)
-        elif message.request_id in self._gone:
-            self._near.out.release(message.ticket)
-        else:
-            self._early.setdefault(message.request_id, []).append(message)
+        """A unit can be pulled."""
+        self._told(message)
+
+    def wanted(self, message: Wanted) -> None:
+        """Who was told to encode these units will not: the request asks for them in its turn."""
+        self._told(message)
 
     def share(self, order: Share) -> None:
         """Another instance needs a unit that was seen here."""
         unit, near = order.unit, self._near
-        if self._embeddings.cache.is_ready(unit.hash) and self._embeddings.can_hold([unit]):
+        if self._leaving:
+            turn_away(near, order)
+        elif self._embeddings.cache.is_ready(unit.hash) and self._embeddings.can_hold([unit]):
             pinned = announcement(
                 near, self._embeddings, self._leases, unit, order.request_id, order.prefill, computed=False
             )
@@ -162,13 +171,11 @@ class PrefillStage:
         if error is not None and unit not in self._pulling:
             for job in [job for job in self._started.values() if unit in job.announced]:
                 text = f"an embedding of the request could not be fetched: {error}"
-                self._near.out.fail(job.sequence.request_id, text, status=500, code="transfer_failed")
+                self._near.out.retry(job.sequence.request_id, text, "transfer_failed")
                 self.abort(job.sequence.request_id)
 
     def abort(self, request_id: RequestId) -> None:
-        self._gone.add(request_id)
-        for message in self._early.pop(request_id, []):
-            self._near.out.release(message.ticket)
+        self._forget_early(request_id)
         job = self._started.pop(request_id, None)
         if job is not None:
             self._let_go(job)
@@ -189,10 +196,23 @@ class PrefillStage:
                 job.asked |= dict.fromkeys(units, FRONTEND)
                 self._near.out.send(FRONTEND, Wanted(job.sequence.request_id, tuple(units)))
 
+    def leave(self) -> None:
+        """Gives the requests back of which nothing is computed yet; the others go on to their end."""
+        self._leaving = True
+        for request_id in list(self._early):
+            self._forget_early(request_id)
+        self._move_queued()
+
+    def stay(self) -> None:
+        """Takes requests again."""
+        self._leaving = False
+
     # ---- schedule, commit
 
     def schedule(self, budget: int) -> list[Chunk]:
         """Chunks of at most `budget` tokens together, oldest request first. Commit them before the next schedule."""
+        if self._leaving:  # some may have lost meanwhile what was computed of them
+            self._move_queued()
         self._start_waiting()
         self._hold_kv()
         chunks: list[Chunk] = []
@@ -219,6 +239,28 @@ class PrefillStage:
                 self._complete(self._started.pop(sequence.request_id), token)
             elif self._chunked_transfer:
                 self._send_ahead(self._started[sequence.request_id])
+
+    # ---- leaving
+
+    def _move_queued(self) -> None:
+        idle = [job for job in self._started.values() if self._is_untouched(job) and self._misses_embeddings(job)]
+        for job in [*self._waiting, *idle]:
+            request_id = job.sequence.request_id
+            self._near.out.retry(request_id, f"instance {self._near.instance} leaves its role", "moved")
+            self.abort(request_id)
+
+    def _is_untouched(self, job: PrefillJob) -> bool:
+        return job.sequence.num_computed == job.num_cached
+
+    def _misses_embeddings(self, job: PrefillJob) -> bool:
+        return not all(map(self._embeddings.cache.is_ready, job.needed))
+
+    def _forget_early(self, request_id: RequestId) -> None:
+        """What comes for it from now on is given back."""
+        self._gone.add(request_id)
+        for message in self._early.pop(request_id, []):
+            if isinstance(message, Embedded):
+                self._near.out.release(message.ticket)
 
     # ---- starting
 
@@ -327,6 +369,29 @@ class PrefillStage:
 
     # ---- embeddings
 
+    def _told(self, message: Embedded | Wanted) -> None:
+        """Kept for a request that is not submitted yet: messages of two senders may overtake each other; `abort`
+        forgets it."""
+        request_id = message.request_id
+        job = self._started.get(request_id) or self._find_waiting(request_id)
+        if job is None and not (self._leaving or request_id in self._gone):
+            self._early.setdefault(request_id, []).append(message)
+        elif job is None:
+            self._gone.add(request_id)  # a request that would wait for this must not be taken in any more
+            if isinstance(message, Embedded):
+                self._near.out.release(message.ticket)
+        elif isinstance(message, Embedded):
+            self._announced(job, message)
+        else:
+            self._withdrawn(job, message.units)
+
+    def _withdrawn(self, job: PrefillJob, units: Iterable[UnitHash]) -> None:
+        for unit in units:
+            job.coming.discard(unit)
+            job.asked.pop(unit, None)
+        if job.sequence.status is not Status.WAITING:
+            self._bring_all(job)
+
     def _announced(self, job: PrefillJob, message: Embedded) -> None:
         """Takes a ticket where it is of use now or will be; else gives it back."""
         unit, started = message.unit, job.sequence.status is not Status.WAITING
@@ -381,7 +446,8 @@ class PrefillStage:
         request_id, near = job.sequence.request_id, self._near
         for unit in units:
             holder = job.held.pop(unit, near.instance)
-            can_share = holder != near.instance and holder in near.table.peers
+            peer = near.table.peers.get(holder)
+            can_share = holder != near.instance and peer is not None and not peer.leaving
             job.asked[unit] = holder if can_share else FRONTEND
             if can_share:
                 near.out.send(holder, Share(request_id, job.needed[unit], near.instance))
@@ -494,13 +560,16 @@ class PrefillStage:
         near.out.send(job.decode, Prefilling(sequence.request_id, num_tokens, sequence.prompt_hashes, ticket))
 
     def _decode_of(self, job: PrefillJob) -> InstanceId | None:
-        """Who decodes it: picked once, again if that one is gone. None where there is none: then the request fails."""
+        """Who decodes it: picked once, again if that one is gone or leaves. None where there is nobody."""
         near, loads = self._near, self._near.decode_loads
-        if job.decode is None or job.decode not in near.table.peers:
+        peer = None if job.decode is None else near.table.peers.get(job.decode)
+        if peer is None or (peer.leaving and peer.id != near.instance):
             try:
                 job.decode = pick_decode(near.table, loads, near.instance).id
             except RequestError:
-                return None
+                if not near.serves_here(Stage.DECODE):
+                    return None
+                job.decode = near.instance  # leaves, too, but not before this is done
             loads[job.decode] = loads.get(job.decode, 0.0) + foreseen_tokens(job.sequence) * near.decode_pace_s
             job.num_sent_ahead = 0
         return job.decode
@@ -510,13 +579,12 @@ class PrefillStage:
         near, sequence = self._near, job.sequence
         decode = self._decode_of(job)
         if decode is None:
-            text = "no instance serves decode at the moment"
-            near.out.fail(sequence.request_id, text, status=503, code="unavailable")
+            near.out.retry(sequence.request_id, "no instance serves decode at the moment", "unavailable")
             self._kv.free(sequence)
             sequence.status = Status.FINISHED
             return
         sequence.status = Status.LEASED
-        lease = self._leases.grant(decode, sequence, lambda: self._kv.free(sequence))
+        lease = self._leases.grant(decode, sequence, lambda: self._kv.free(sequence), lambda: self._take_back(sequence))
         ticket = near.ticket(lease, "kv", sequence.block_table, sequence.num_computed)
         if not job.num_sent_ahead:
             near.out.send(FRONTEND, Located(sequence.request_id, decode))
@@ -532,3 +600,9 @@ class PrefillStage:
                 ticket,
             ),
         )
+
+    def _take_back(self, sequence: Sequence) -> None:
+        """Who was to decode it leaves its role or is gone. It goes to another; where that may be this instance, there
+        at once, because it is never declined here."""
+        here = self._near.instance if self._near.serves_here(Stage.DECODE) else None
+        self._hand_on(PrefillJob(sequence, coming=set(), held={}, decode=here))
