@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: setup serve test check format clean
+.PHONY: setup serve test soak check format clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,11 @@ serve: setup
 
 test: setup
 	$(BIN)/pytest
+
+# Everything that fails in every way at every moment, then 2,000 requests: about half an hour.
+soak: setup
+	TRIPTYCH_SOAK=1 $(BIN)/pytest tests/faults
+	$(BIN)/python benchmarks/soak.py
 
 check: setup
 	$(BIN)/ruff check .

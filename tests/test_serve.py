@@ -4,17 +4,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from tests.flows.servers import options
 from triptych.config import InstanceConfig
-from triptych.serve import ENCODE_NICENESS, SHARED_DECODE_INTERVAL_MS, instance_configs
+from triptych.core import InstanceId, Role
+from triptych.serve import ENCODE_NICENESS, SHARED_DECODE_INTERVAL_MS, instance_config
 
 
 def configs(monkeypatch: pytest.MonkeyPatch, placement: str, cores: int, **changes: Any) -> list[InstanceConfig]:
+    """One for each instance of a placement."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    return instance_configs(options(Path("model"), placement, threads=changes.pop("threads", None), **changes), Path())
+    asked = options(Path("model"), placement, threads=changes.pop("threads", None), **changes)
+    roles = asked.placement.roles
+    return [
+        instance_config(asked, Path("/run"), InstanceId(f"i{slot}"), slot, role, roles)
+        for slot, role in enumerate(roles)
+    ]
 
 
 def test_cores_are_shared_out_and_prefill_may_use_those_that_encoders_leave_idle(monkeypatch: pytest.MonkeyPatch):
@@ -46,7 +52,24 @@ def test_an_interval_that_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch)
         assert config.scheduling.decode_interval_ms == 7.0
 
 
-def test_every_instance_is_an_incarnation_of_its_own(monkeypatch: pytest.MonkeyPatch):
-    found = configs(monkeypatch, "2e2p2d", cores=2)
-    assert len({config.epoch for config in found}) == len({config.id for config in found}) == 6
-    assert msgspec.structs.asdict(found[0])["role"] == "e"
+def test_an_instance_that_changes_its_role_changes_its_share(monkeypatch: pytest.MonkeyPatch):
+    e0, e1, _ = configs(monkeypatch, "2e1pd", cores=4)
+    _, p1, _ = configs(monkeypatch, "1e1p1pd", cores=4)
+    assert (e0.threads, e1.threads, p1.threads) == (1, 1, 2)
+    assert (e1.niceness, p1.niceness) == (ENCODE_NICENESS, 0)
+
+
+def test_devices_are_given_out_in_turn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    found = configs(monkeypatch, "1e1p1d", cores=4, device="cuda")
+    assert [config.model.device for config in found] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [config.model.device for config in configs(monkeypatch, "1epd", cores=4, device="cuda:1")] == ["cuda:1"]
+
+
+def test_every_process_is_an_incarnation_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    found = [config for _ in range(2) for config in configs(monkeypatch, "2e2p2d", cores=2)]
+    assert {config.id for config in found} == {f"i{number}" for number in range(6)}
+    for field in ("epoch", "inbox", "black_box"):
+        assert len({getattr(config, field) for config in found}) == 12, field
+    assert found[0].role is Role.E
+    assert found[0].inbox == f"ipc:///run/i0-{found[0].epoch}"

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from triptych import __version__
-from triptych.config import GIB, MemoryConfig, ModelConfig, SchedulingConfig, ServerConfig, checked, require
+from triptych.config import (
+    GIB,
+    AdmissionConfig,
+    ControlConfig,
+    MemoryConfig,
+    ModelConfig,
+    SchedulingConfig,
+    ServerConfig,
+    checked,
+    require,
+)
 from triptych.core import Placement
 from triptych.errors import EXIT_FAILED, EXIT_REFUSED, ConfigError, TriptychError
 
@@ -99,6 +109,33 @@ def serve(
         ),
     ] = None,
     enable_prefix_caching: Annotated[bool, typer.Option(help="Compute the KV of equal beginnings once.")] = True,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="Order of waiting requests of one kind: fcfs (first come, first served), sjf (least work first) or "
+            "slo (least time left to --slo-ttft-ms or to their deadline first)."
+        ),
+    ] = "fcfs",
+    max_queue_s: Annotated[
+        float, typer.Option(help="A request that would have to wait longer than that gets 503 with Retry-After.")
+    ] = 300.0,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="Time to first token that is to be kept.")] = None,
+    slo_tpot_ms: Annotated[float | None, typer.Option(help="Time per output token that is to be kept.")] = None,
+    recovery_timeout_s: Annotated[
+        float, typer.Option(help="How long requests wait for a stage that lost its last instance.")
+    ] = 30.0,
+    max_media_held_mib: Annotated[
+        int, typer.Option(help="Media of all requests that wait or run; beyond that they get 503 with Retry-After.")
+    ] = 2048,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive/--no-adaptive", help="Let the roles of the instances follow the load.")
+    ] = False,
+    switch_timeout_s: Annotated[
+        float, typer.Option(help="What runs on an instance may take that long to finish before it changes its role.")
+    ] = 60.0,
+    drain_timeout_s: Annotated[
+        float, typer.Option(help="What runs may take that long to finish when the server is told to stop.")
+    ] = 30.0,
     max_image_pixels: Annotated[int, typer.Option(help="Largest picture, decided from its header.")] = 64_000_000,
     max_body_mib: Annotated[int, typer.Option(help="Largest request body.")] = 64,
     media_fetch_timeout_s: Annotated[float, typer.Option(help="For one http(s) media URL.")] = 10.0,
@@ -173,6 +210,22 @@ def serve(
         ),
         transfer=transfer,
         threads=threads,
+        log_level=log_level,
+        admission=checked(
+            AdmissionConfig,
+            schedule=schedule,
+            max_queue_s=_finite("--max-queue-s", max_queue_s),
+            slo_ttft_ms=slo_ttft_ms,
+            slo_tpot_ms=slo_tpot_ms,
+            recovery_timeout_s=_finite("--recovery-timeout-s", recovery_timeout_s),
+            max_media_held_bytes=max_media_held_mib << 20,
+        ),
+        control=checked(
+            ControlConfig,
+            adaptive=adaptive,
+            drain_timeout_s=_finite("--drain-timeout-s", drain_timeout_s),
+            switch_timeout_s=_finite("--switch-timeout-s", switch_timeout_s),
+        ),
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(options))
@@ -242,14 +295,15 @@ def bench(
 
 
 async def _serve(options: "ServeOptions") -> None:
-    """Serves until SIGINT or SIGTERM; announces the address in the one line of standard output."""
+    """Serves until SIGINT or SIGTERM, the first of which lets running requests finish; announces the address in the one
+    line of standard output."""
     import asyncio
 
-    from triptych.serve import serve
+    from triptych.serve import Stop, serve
 
-    stop = asyncio.Event()
+    stop = Stop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, stop.ask)
     await serve(options, stop, lambda address: typer.echo(f"Triptych ready on {address}"))
 
 
@@ -258,6 +312,11 @@ def _json(flag: str, text: str) -> Any:
         return json.loads(text)
     except ValueError:
         raise ConfigError(f"{flag}: {text!r} is not JSON") from None
+
+
+def _finite(flag: str, number: float) -> float:
+    require(math.isfinite(number), flag, f"{number} is not a finite number above 0")
+    return number
 
 
 def _bytes(flag: str, gib: float | None) -> int | None:

@@ -80,6 +80,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduling: SchedulingConfig
     heartbeat_s: float = 0.25
     alive_interval_s: float = 0.25  # between two `Alive`
+    log_level: str = "info"
     black_box: str | None = None  # file that names the requests of the step that runs, readable after a crash
 
 

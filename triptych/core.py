@@ -41,7 +41,7 @@ class Role(enum.StrEnum):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return tuple(Stage(letter) for letter in self.value)
+        return _STAGES[self]
 
     @property
     def encodes(self) -> bool:
@@ -50,6 +50,9 @@ class Role(enum.StrEnum):
     @property
     def has_language_model(self) -> bool:
         return Stage.PREFILL in self.stages or Stage.DECODE in self.stages
+
+
+_STAGES = {role: tuple(Stage(letter) for letter in role.value) for role in Role}
 
 
 @dataclass(frozen=True)

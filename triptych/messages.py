@@ -173,6 +173,7 @@ class Located(Message, frozen=True):
 
     request_id: RequestId
     decode: InstanceId
+    epoch: str = ""  # the incarnation that it was sent to: if that is lost since, so is the request
 
 
 class Wanted(Message, frozen=True):

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from starlette.applications import Starlette
 
 from triptych.cluster.local import LocalCluster
 from triptych.config import (
+    AdmissionConfig,
+    ControlConfig,
     Count,
     InstanceConfig,
     MemoryConfig,
@@ -28,19 +31,19 @@ from triptych.config import (
     TransferMode,
 )
 from triptych.control.controller import Controller
+from triptych.control.instances import Cluster
 from triptych.core import InstanceId, Placement, Role, Stage
 from triptych.engine.pools import fitting_model_len
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import ConfigError, InstanceError
-from triptych.messages import Ready
+from triptych.messages import Alive, Ready, Switched, Unreachable
 from triptych.model.processor import Processor
 from triptych.server.app import create_app
 from triptych.server.frontend import Frontend
-from triptych.server.operations import InstanceStatus
 from triptych.server.running import bind, make_http_server
 from triptych.telemetry import Telemetry
 
-START_TIMEOUT_S = 600.0
+logger = logging.getLogger(__name__)
 
 # Time per token wants encoding to yield, time to first token of pictures wants it not to. Measured with 2e1pd on two
 # cores, 8 pictures, 4 clients: at 0 decode steps take 5 times as long beside encoders, at 3 twice, at 5 and more once
@@ -59,46 +62,65 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     server: ServerConfig
     transfer: TransferMode
     threads: Count | None  # per instance; None: the cores are shared out
+    admission: AdmissionConfig = AdmissionConfig()
+    control: ControlConfig = ControlConfig()
+    log_level: str = "info"
 
 
-def instance_configs(options: ServeOptions, run_dir: Path) -> list[InstanceConfig]:
-    """One configuration per instance of the placement, with the cores and the devices shared out.
+def instance_config(
+    options: ServeOptions, run_dir: Path, id: InstanceId, slot: int, role: Role, roles: Sequence[Role]
+) -> InstanceConfig:
+    """Of a new incarnation of `id`, with its share of cores and devices among instances of these `roles`.
 
     On CPU an instance that only encodes yields a little to those that answer, and where there are more threads than
-    cores, those make decode steps at intervals while it has work for them.
+    cores, those make decode steps at intervals while it has work for them. Shares are given when a process starts and
+    when it changes its role; the others keep theirs meanwhile.
     """
-    roles, cores = options.placement.roles, len(os.sched_getaffinity(0))
-    on_cpu = options.model.device == "cpu"
+    cores, on_cpu = len(os.sched_getaffinity(0)), options.model.device == "cpu"
     fair = options.threads or max(1, cores // len(roles))
     # Who prefills knows when encoders work for it: at other times it may use the cores that they leave idle.
-    alone = options.threads or max(fair, cores // sum(role is not Role.E for role in roles))
+    alone = options.threads or max(fair, cores // max(1, sum(other is not Role.E for other in roles)))
     scheduling = options.scheduling
     if scheduling.decode_interval_ms is None and on_cpu and fair * len(roles) > cores:
         scheduling = msgspec.structs.replace(scheduling, decode_interval_ms=SHARED_DECODE_INTERVAL_MS)
-    return [
-        InstanceConfig(
-            id=InstanceId(f"i{index}"),
-            role=role,
-            epoch=secrets.token_hex(6),
-            server_pid=os.getpid(),
-            inbox=f"ipc://{run_dir}/i{index}",
-            frontend=f"ipc://{run_dir}/frontend",
-            threads=alone if Stage.PREFILL in role.stages else fair,
-            threads_beside_encoders=fair,
-            niceness=ENCODE_NICENESS if on_cpu and role is Role.E else 0,
-            transfer=options.transfer,
-            model=msgspec.structs.replace(options.model, device=_device(options.model.device, index)),
-            memory=options.memory,
-            scheduling=scheduling,
-        )
-        for index, role in enumerate(roles)
-    ]
+    epoch = secrets.token_hex(6)
+    return InstanceConfig(
+        id=id,
+        role=role,
+        epoch=epoch,
+        server_pid=os.getpid(),
+        inbox=f"ipc://{run_dir}/{id}-{epoch}",
+        frontend=f"ipc://{run_dir}/frontend",
+        threads=alone if Stage.PREFILL in role.stages else fair,
+        threads_beside_encoders=fair,
+        niceness=ENCODE_NICENESS if on_cpu and role is Role.E else 0,
+        transfer=options.transfer,
+        model=msgspec.structs.replace(options.model, device=_device(options.model.device, slot)),
+        memory=options.memory,
+        scheduling=scheduling,
+        log_level=options.log_level,
+        black_box=f"{run_dir}/{id}-{epoch}.box",
+    )
 
 
-async def serve(options: ServeOptions, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
-    """Runs until `stop` is set, or until an instance cannot start: then raises ConfigError or InstanceError.
+class Stop:
+    """How a server is told to end: `ask` once, and what runs is finished first; once more, and it is not."""
 
-    `on_ready` gets the address once, when every stage has an active instance.
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.asked_again = asyncio.Event()
+
+    def ask(self) -> None:
+        (self.asked_again if self.asked.is_set() else self.asked).set()
+
+
+async def serve(
+    options: ServeOptions, stop: Stop, on_ready: Callable[[str], None], *, cluster: Cluster | None = None
+) -> None:
+    """Runs until `stop` is asked for, or until an instance cannot start: then raises ConfigError or InstanceError.
+
+    `on_ready` gets the address once, when every stage has an active instance. `cluster` is where instances run: by
+    default in processes of this host.
     """
     max_model_len = await asyncio.to_thread(fitting_model_len, options.model, options.memory)
     options = msgspec.structs.replace(
@@ -107,8 +129,10 @@ async def serve(options: ServeOptions, stop: asyncio.Event, on_ready: Callable[[
     with _run_dir() as run_dir, _listen(options.server.host, options.server.port) as listener:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         inbox, post = Inbox(context, f"ipc://{run_dir}/frontend"), Post(context)
+        configure = partial(instance_config, options, run_dir)
+        controller = Controller(cluster or LocalCluster(), post, configure, options.control)
         try:
-            await _Running(options, run_dir, inbox, post, listener).until(stop, on_ready)
+            await _Running(options, controller, inbox, listener).until(stop, on_ready)
         finally:
             post.close()
             inbox.close()
@@ -118,20 +142,18 @@ async def serve(options: ServeOptions, stop: asyncio.Event, on_ready: Callable[[
 class _Running:
     """The parts of one server, and the tasks that keep them going."""
 
-    def __init__(self, options: ServeOptions, run_dir: Path, inbox: Inbox, post: Post, listener: socket.socket) -> None:
+    def __init__(self, options: ServeOptions, controller: Controller, inbox: Inbox, listener: socket.socket) -> None:
         self._options = options
         self._inbox = inbox
         self._listener = listener
-        self._controller = Controller(LocalCluster(), post)
+        self._controller = controller
         # The workers take longest, so they start while this process is still loading its own part.
-        configs = instance_configs(options, run_dir)
         self._tasks: list[asyncio.Task[Any]] = []
-        self._starting = self._task(self._controller.start(configs, START_TIMEOUT_S))
+        self._starting = self._task(controller.start(options.placement.roles))
 
-    async def until(self, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
-        stopping = self._task(stop.wait())
+    async def until(self, stop: Stop, on_ready: Callable[[str], None]) -> None:
         try:
-            await self._serve(stopping, on_ready)
+            await self._serve(stop, on_ready)
         finally:
             await self._controller.stop()
             asyncio.get_running_loop().remove_reader(self._inbox.fd)
@@ -139,9 +161,9 @@ class _Running:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _serve(self, stopping: asyncio.Task[Any], on_ready: Callable[[str], None]) -> None:
+    async def _serve(self, stop: Stop, on_ready: Callable[[str], None]) -> None:
         """Until the server is to stop. A failure of any part on the way is raised at once."""
-        building = self._task(self._build_app())
+        building, stopping = self._task(self._build_app()), self._task(stop.asked.wait())
         if not await _first(building, self._starting, stopping):
             return
         frontend, app = building.result()
@@ -150,13 +172,27 @@ class _Running:
         try:
             if await _first(self._starting, serving, stopping):
                 self._controller.open(frontend)
+                if self._options.control.adaptive:
+                    self._controller.adapt(frontend, self._options.scheduling.max_num_seqs)
                 on_ready(_address(self._listener))
                 if await _first(serving, stopping):
                     raise InstanceError("the HTTP server ended by itself")
+                await self._drain(frontend, serving, stop)
         finally:
             frontend.close()
             http.should_exit = True
             await serving
+
+    async def _drain(self, frontend: Frontend, serving: asyncio.Task[Any], stop: Stop) -> None:
+        """No new request; those that run are finished, unless they take too long, or nobody wants to wait for them."""
+        await self._controller.drain()
+        frontend.drain()
+        ways = [self._task(frontend.drained()), self._task(stop.asked_again.wait()), serving]
+        drain_timeout_s = self._options.control.drain_timeout_s
+        done, _ = await asyncio.wait(ways, timeout=drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if ways[0] not in done:
+            why = "was told again" if done else f"waited {drain_timeout_s:g} s"
+            logger.warning("stopping before every request was answered: %s", why)
 
     async def _build_app(self) -> tuple[Frontend, Starlette]:
         model, server = self._options.model, self._options.server
@@ -168,6 +204,7 @@ class _Running:
             telemetry,
             parallel_encode=self._options.scheduling.parallel_encode,
             prefix_caching=self._options.memory.prefix_caching,
+            admission=self._options.admission,
         )
         self._read_for(frontend)
         assert model.max_model_len is not None
@@ -178,7 +215,7 @@ class _Running:
             telemetry,
             max_model_len=model.max_model_len,
             model_root=model.path,
-            directory=partial(_statuses, self._controller),
+            control=self._controller,
         )
         gc.collect()
         gc.freeze()  # what is loaded stays: a full collection over it would stop all streams for 0.7 s
@@ -189,8 +226,8 @@ class _Running:
 
         def drain() -> None:
             for message in self._inbox.receive():
-                if isinstance(message, Ready):
-                    self._controller.ready(message)
+                if isinstance(message, Ready | Switched | Alive | Unreachable):
+                    self._controller.handle(message)
                 else:
                     frontend.handle(message)
 
@@ -216,19 +253,12 @@ async def _first(wanted: asyncio.Task[Any], *others: asyncio.Task[Any]) -> bool:
     return wanted.done()
 
 
-def _statuses(controller: Controller) -> dict[InstanceId, InstanceStatus]:
-    return {
-        id: InstanceStatus(instance.config.role, instance.worker.pid, instance.state.value)
-        for id, instance in controller.instances.items()
-    }
-
-
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _device(device: str, index: int) -> str:
+def _device(device: str, slot: int) -> str:
     """`cuda` means all devices in turn; anything else is taken as it is."""
     if device != "cuda":
         return device
@@ -237,7 +267,7 @@ def _device(device: str, index: int) -> str:
     count = torch.cuda.device_count()
     if count == 0:
         raise ConfigError("device: cuda asked for, but this host has no CUDA device that torch can use")
-    return f"cuda:{index % count}"
+    return f"cuda:{slot % count}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

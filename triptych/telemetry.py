@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -20,6 +20,8 @@ _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 2
 
 
 _LABELS = ("model_name", "instance", "role")
+RETRY_REASONS = ("instance_lost", "transfer", "moved", "unavailable")
+REFUSAL_REASONS = ("overload", "unavailable", "deadline", "poison", "shutting_down")
 _UNIT_SOURCES = ("computed", "cached", "transferred", "prefix")
 _INSTANCE_TOTALS = {  # counters of an instance that are metrics of their own, under better names
     "embedding_hits": ("triptych:embedding_cache_hits", "Embeddings that were there already when they were asked for"),
@@ -39,6 +41,14 @@ class InstanceSample:
     queues: Mapping[str, int]
     pools: Mapping[str, tuple[int, int, int, int]]
     counters: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class QueueSample:
+    """Requests of one kind that wait at the frontend."""
+
+    num_waiting: int
+    predicted_wait_s: float
 
 
 class Telemetry:
@@ -70,6 +80,20 @@ class Telemetry:
             labelnames=("model_name", "finished_reason"),
             registry=self._registry,
         )
+        retries = Counter(
+            "triptych:request_retries",
+            "Sequences that were taken up again, by the reason",
+            labelnames=("model_name", "reason"),
+            registry=self._registry,
+        )
+        refused = Counter(
+            "triptych:requests_refused",
+            "Requests that were refused or given up, by the reason",
+            labelnames=("model_name", "reason"),
+            registry=self._registry,
+        )
+        self._retries = {reason: retries.labels(model_name, reason) for reason in RETRY_REASONS}
+        self._refused = {reason: refused.labels(model_name, reason) for reason in REFUSAL_REASONS}
         self._finished = {reason: finished.labels(model_name, reason.value) for reason in FinishReason}
 
     def first_token(self, after_s: float, num_prompt_tokens: int) -> None:
@@ -94,6 +118,18 @@ class Telemetry:
     def failed(self) -> None:
         self._failures.inc()
 
+    def retried(self, reason: str) -> None:
+        """One of `RETRY_REASONS`."""
+        self._retries[reason].inc()
+
+    def refused(self, reason: str) -> None:
+        """One of `REFUSAL_REASONS`."""
+        self._refused[reason].inc()
+
+    def watch_queues(self, samples: Callable[[], Mapping[str, QueueSample]]) -> None:
+        """`samples` is asked by every exposition what waits at the frontend, by kind."""
+        self._instances.queues = samples
+
     def instances(self, samples: dict[str, InstanceSample]) -> None:
         """Replaces what is known about all instances; called before an exposition."""
         self._instances.samples = samples
@@ -107,10 +143,13 @@ class _InstanceCollector(Collector):
 
     def __init__(self, model_name: str) -> None:
         self.samples: dict[str, InstanceSample] = {}
+        self.queues: Callable[[], Mapping[str, QueueSample]] = dict
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
-        running, waiting, used, total = 0, 0, 0, 0
+        at_frontend = self.queues()
+        waiting = sum(queue.num_waiting for queue in at_frontend.values())
+        running, used, total = 0, 0, 0
         for sample in self.samples.values():
             running += sum(count for name, count in sample.queues.items() if name.endswith("running"))
             waiting += sum(count for name, count in sample.queues.items() if name.endswith("waiting"))
@@ -118,8 +157,9 @@ class _InstanceCollector(Collector):
                 pool = sample.pools["kv"]
                 total, used = total + pool[0], used + pool[2]
         yield self._gauge("vllm:num_requests_running", "Sequences and units in batches, all instances", running)
-        yield self._gauge("vllm:num_requests_waiting", "Sequences and units in queues, all instances", waiting)
+        yield self._gauge("vllm:num_requests_waiting", "Sequences and units in all queues", waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Used share of all KV blocks (0 to 1)", used / max(total, 1))
+        yield from self._at_frontend(at_frontend)
         yield from self._summed()
         yield from self._queues_and_pools()
         yield from self._totals()
@@ -128,6 +168,18 @@ class _InstanceCollector(Collector):
         family = GaugeMetricFamily(name, text, labels=["model_name"])
         family.add_metric([self._model_name], value)
         return family
+
+    def _at_frontend(self, samples: Mapping[str, QueueSample]) -> Iterator[Metric]:
+        labels = ["model_name", "class"]
+        waiting = GaugeMetricFamily(
+            "triptych:requests_waiting", "Sequences at the frontend, by modality", labels=labels
+        )
+        wait = GaugeMetricFamily("triptych:predicted_wait_seconds", "Of a request that came now", labels=labels)
+        for kind, sample in samples.items():
+            waiting.add_metric([self._model_name, kind], sample.num_waiting)
+            wait.add_metric([self._model_name, kind], sample.predicted_wait_s)
+        yield waiting
+        yield wait
 
     def _summed(self) -> Iterator[Metric]:
         for counter, (name, text) in _SUMMED_TOTALS.items():

@@ -1,208 +1,313 @@
-"""The controller over workers that live and die by script: what it tells whom, and when it gives up."""
+"""Instances that start, die, hang and come back: what the controller tells whom, and when it gives up."""
 
 import asyncio
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from triptych.config import InstanceConfig, MemoryConfig, ModelConfig, SchedulingConfig
-from triptych.control.controller import Controller
-from triptych.control.instances import State
+from tests.builders import make_peer
+from tests.control.scripted import Scene, run
+from triptych.control import watch
+from triptych.control.instances import Instance, State
+from triptych.control.liveness import SILENT_TICKS
 from triptych.core import InstanceId, Role
+from triptych.engine.black_box import BlackBox
 from triptych.errors import ConfigError, InstanceError
-from triptych.messages import AnyMessage, Peer, Ready, Shutdown, SlabDescription, Table
+from triptych.messages import Alive, Ready, Shutdown, Switched, Unreachable
+
+TICK_S = 0.005
 
 
-class ScriptedWorker:
-    """A worker process that ends when it is told to, or when it is killed."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.failure: str | None = None
-        self.exit_code: int | None = None
-        self.was_killed = False
-        self._on_exit: Callable[[], None] = lambda: None
-        self._ended = asyncio.Event()
-
-    def watch(self, on_exit: Callable[[], None]) -> None:
-        self._on_exit = on_exit
-
-    def end(self, exit_code: int, failure: str | None = None) -> None:
-        self.exit_code, self.failure = exit_code, failure
-        self._ended.set()
-        self._on_exit()
-
-    def kill(self) -> None:
-        self.was_killed = True
-        self.end(-9)
-
-    async def wait(self, seconds: float) -> bool:
-        return self._ended.is_set()
+@pytest.fixture
+def _fast_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "TICK_S", TICK_S)
 
 
-class ScriptedCluster:
-    def __init__(self) -> None:
-        self.workers: dict[InstanceId, ScriptedWorker] = {}
-
-    def start(self, config: InstanceConfig) -> ScriptedWorker:
-        worker = self.workers[config.id] = ScriptedWorker(100 + len(self.workers))
-        return worker
+# ---- start and stop
 
 
-class RecordingPost:
-    def __init__(self) -> None:
-        self.sent: list[tuple[str, AnyMessage]] = []
-
-    def send(self, address: str, message: AnyMessage) -> None:
-        self.sent.append((address, message))
-
-    def forget(self, address: str) -> None: ...
-
-
-def config(instance: str, role: Role) -> InstanceConfig:
-    return InstanceConfig(
-        id=InstanceId(instance),
-        role=role,
-        epoch=f"epoch-{instance}",
-        server_pid=1,
-        inbox="",
-        frontend="",
-        threads=1,
-        transfer="shm",
-        model=ModelConfig(path="", name=""),
-        memory=MemoryConfig(),
-        scheduling=SchedulingConfig(),
-    )
-
-
-def ready(instance: str, role: Role, epoch: str | None = None) -> Ready:
-    slab = SlabDescription({}, "host", "cpu", 0, {})
-    peer = Peer(InstanceId(instance), role, epoch or f"epoch-{instance}", f"address-{instance}", slab)
-    return Ready(peer, start_s=0.1)
-
-
-class Scene:
-    """A controller of `e0` and `pd0`, and everything around it."""
-
-    def __init__(self) -> None:
-        self.cluster, self.post = ScriptedCluster(), RecordingPost()
-        self.controller = Controller(self.cluster, self.post)  # type: ignore[arg-type]
-        self.tables: list[Table] = []
-        self.lost: list[InstanceId] = []
-
-    def handle(self, message: Table) -> None:
-        self.tables.append(message)
-
-    def instance_lost(self, instance: InstanceId) -> None:
-        self.lost.append(instance)
-
-    def begin(self, timeout_s: float = 5.0) -> asyncio.Task[None]:
-        configs = [config("e0", Role.E), config("pd0", Role.PD)]
-        return asyncio.ensure_future(self.controller.start(configs, timeout_s))
-
-    async def until_started(self) -> None:
-        while len(self.controller.instances) < 2:
-            await asyncio.sleep(0)
-
-    async def begun(self) -> None:
-        starting = self.begin()
-        await self.until_started()
-        self.controller.ready(ready("e0", Role.E))
-        self.controller.ready(ready("pd0", Role.PD))
-        await starting
-        self.controller.open(self)
-
-
-def run(scenario: Callable[[Scene], object]) -> None:
-    async def main() -> None:
-        result = scenario(Scene())
-        assert asyncio.iscoroutine(result)
-        await result
-
-    asyncio.run(main())
-
-
-def test_the_table_is_published_to_all_once_every_instance_is_ready() -> None:
+def test_the_table_is_published_to_all_once_every_instance_is_ready(tmp_path: Path) -> None:
     async def scenario(scene: Scene) -> None:
-        starting = scene.begin()
-        await scene.until_started()
-        scene.controller.ready(ready("e0", Role.E))
+        starting = await scene.begin("1e1pd")
+        scene.ready("i0")
         await asyncio.sleep(0)
         assert not starting.done()
-        scene.controller.ready(ready("pd0", Role.PD))
+        scene.ready("i1")
         await starting
+        assert scene.heard == []
         scene.controller.open(scene)
-        assert [peer.id for peer in scene.tables[0].peers] == ["e0", "pd0"]
-        assert [address for address, _ in scene.post.sent] == ["address-e0", "address-pd0"]
+        assert scene.table == {"i0": "e", "i1": "pd"}
+        assert [address for address, _ in scene.post.sent] == [scene.worker(id).config.inbox for id in ("i0", "i1")]
 
-    run(scenario)
+    run(tmp_path, scenario)
 
 
-def test_a_child_that_fails_to_start_ends_the_server_with_its_traceback() -> None:
+def test_a_child_that_fails_to_start_ends_the_server_with_its_traceback(tmp_path: Path) -> None:
     async def scenario(scene: Scene) -> None:
-        starting = scene.begin()
-        await scene.until_started()
-        scene.cluster.workers[InstanceId("pd0")].end(1, "Traceback: the weights are cursed")  # e0 is still loading
-        with pytest.raises(InstanceError, match=r"pd0 ended with 1(.|\n)*the weights are cursed"):
+        starting = await scene.begin("1e1pd")
+        scene.worker("i1").end(1, "Traceback: the weights are cursed")  # i0 is still loading
+        with pytest.raises(InstanceError, match=r"i1 ended with 1(.|\n)*the weights are cursed"):
             await starting
+        assert scene.num_processes("i1") == 1
 
-    run(scenario)
+    run(tmp_path, scenario)
 
 
-def test_a_child_that_refuses_its_configuration_is_the_users_fault() -> None:
+def test_a_child_that_refuses_its_configuration_is_the_users_fault(tmp_path: Path) -> None:
     async def scenario(scene: Scene) -> None:
-        starting = scene.begin()
-        await scene.until_started()
-        scene.cluster.workers[InstanceId("e0")].end(2, "dtype: no")
+        starting = await scene.begin("1e1pd")
+        scene.worker("i0").end(2, "dtype: no")
         with pytest.raises(ConfigError, match="dtype: no"):
             await starting
 
-    run(scenario)
+    run(tmp_path, scenario)
 
 
-def test_a_start_that_takes_too_long_names_the_late_instance() -> None:
+def test_a_child_that_dies_before_the_first_table_ends_the_server_too(tmp_path: Path) -> None:
     async def scenario(scene: Scene) -> None:
-        starting = scene.begin(timeout_s=0.05)
-        await scene.until_started()
-        scene.controller.ready(ready("e0", Role.E))
-        with pytest.raises(InstanceError, match="pd0"):
+        starting = await scene.begin("1epd")
+        scene.ready("i0")
+        await starting
+        scene.worker("i0").end(-9)
+        with pytest.raises(InstanceError, match="i0 ended with -9"):
+            scene.controller.open(scene)
+        assert scene.heard == []
+
+    run(tmp_path, scenario)
+
+
+def test_a_start_that_takes_too_long_names_the_late_instance(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        starting = await scene.begin("1e1pd")
+        scene.ready("i0")
+        with pytest.raises(InstanceError, match=r"not ready after 0\.05 s: i1$"):
             await starting
 
-    run(scenario)
+    run(tmp_path, scenario, start_timeout_s=0.05)
 
 
-def test_a_ready_of_an_older_incarnation_is_ignored() -> None:
+def test_stop_asks_first_and_kills_what_does_not_listen(tmp_path: Path) -> None:
     async def scenario(scene: Scene) -> None:
-        scene.begin().add_done_callback(lambda task: task.cancelled() or task.exception())
-        await scene.until_started()
-        scene.controller.ready(ready("e0", Role.E, epoch="older"))
-        assert scene.controller.instances[InstanceId("e0")].state is State.STARTING
-        await scene.controller.stop()
-
-    run(scenario)
-
-
-def test_a_lost_instance_leaves_the_table_and_the_others_are_told() -> None:
-    async def scenario(scene: Scene) -> None:
-        await scene.begun()
-        scene.post.sent.clear()
-        scene.cluster.workers[InstanceId("e0")].end(-9)
-        assert scene.lost == ["e0"]
-        assert [peer.id for peer in scene.tables[-1].peers] == ["pd0"]
-        assert scene.tables[-1].version > scene.tables[0].version
-        assert [address for address, _ in scene.post.sent] == ["address-pd0"]
-
-    run(scenario)
-
-
-def test_stop_asks_first_and_kills_what_does_not_listen() -> None:
-    async def scenario(scene: Scene) -> None:
-        await scene.begun()
-        obedient, deaf = scene.cluster.workers[InstanceId("e0")], scene.cluster.workers[InstanceId("pd0")]
+        await scene.begun("1e1pd")
+        obedient, deaf = scene.worker("i0"), scene.worker("i1")
+        stopping = asyncio.ensure_future(scene.controller.stop())
+        await scene.until(lambda: (deaf.config.inbox, Shutdown()) in scene.post.sent)
         obedient.end(0)
-        await scene.controller.stop()
-        assert ("address-pd0", Shutdown()) in scene.post.sent
+        await stopping
         assert deaf.was_killed
         assert not obedient.was_killed
+        assert scene.lost == []
 
-    run(scenario)
+    run(tmp_path, scenario)
+
+
+def test_a_stopping_server_starts_nobody_again(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        scene.worker("i0").end(-9)  # its restart is due at once
+        await scene.controller.stop()
+        await asyncio.sleep(0.01)
+        assert len(scene.cluster.started) == 2
+
+    run(tmp_path, scenario)
+
+
+# ---- losses
+
+
+def test_a_lost_instance_leaves_the_table_before_the_frontend_is_told_of_its_loss(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        scene.post.sent.clear()
+        inbox = scene.worker("i0").config.inbox
+        scene.worker("i0").end(-9)
+        assert scene.table == {"i1": "pd"}
+        assert scene.heard[-2:] == [scene.tables[-1], ("i0", ())]
+        assert [address for address, _ in scene.post.sent] == [scene.worker("i1").config.inbox]
+        assert scene.post.forgotten == [inbox]
+
+    run(tmp_path, scenario)
+
+
+def test_a_lost_instance_comes_back_as_another_incarnation_under_the_same_name(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        first = scene.worker("i1")
+        first.end(-9)
+        assert scene.instance("i1").state is State.RESTARTING
+        await scene.restarted("i1")
+        second = scene.worker("i1").config
+        assert scene.table == {"i0": "e", "i1": "pd"}
+        assert (second.role, second.id) == (first.config.role, first.config.id)
+        assert second.epoch != first.config.epoch
+        assert second.inbox != first.config.inbox
+        assert second.black_box != first.config.black_box
+        assert scene.instance("i1").num_restarts == 1
+        assert scene.instance("i1").last_failure == "killed by SIGKILL"
+        assert [event.what for event in scene.controller.events] == ["started", "started", "lost", "restarted"]
+
+    run(tmp_path, scenario)
+
+
+def test_the_requests_of_the_step_in_which_it_died_are_suspects(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        config = scene.worker("i1").config
+        assert config.black_box is not None
+        BlackBox(config.black_box).record(["r1.1", "r2.1"])  # type: ignore[list-item]
+        Path(config.inbox.removeprefix("ipc://")).touch()
+        scene.worker("i1").end(-11)
+        assert scene.heard[-1] == ("i1", ("r1.1", "r2.1"))
+        assert list(tmp_path.iterdir()) == [], "files of the dead incarnation"
+
+    run(tmp_path, scenario)
+
+
+def test_an_instance_that_keeps_failing_is_tried_again_ever_later(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        scene.worker("i1").end(2, "kv_cache_bytes: no memory now")  # also what would be refused at the first start
+        await scene.until(lambda: scene.num_processes("i1") == 2)
+        await scene.until(lambda: scene.instance("i1").worker is not None)
+        scene.worker("i1").end(1, "Traceback\n  somewhere\nMemoryError")
+        assert scene.instance("i1").last_failure == "exit code 1: MemoryError"
+        lost = [event for event in scene.controller.events if event.what == "lost"]
+        assert [event.numbers["restart_in_s"] for event in lost] == [0.0, 0.5]
+        assert scene.lost == ["i1"], "the second time nobody knew of it"
+        await scene.restarted("i1", 3)
+        assert scene.table == {"i0": "e", "i1": "pd"}
+        assert scene.instance("i1").num_restarts == 2
+
+    run(tmp_path, scenario)
+
+
+def test_a_host_that_can_make_no_process_now_is_asked_again(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        scene.cluster.refusals = [OSError("no more processes")]
+        scene.worker("i1").end(-9)
+        await scene.restarted("i1")
+        assert scene.instance("i1").last_failure == "cannot start a process: OSError: no more processes"
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("_fast_ticks")
+def test_a_restart_that_takes_too_long_is_killed_and_tried_again(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        living = asyncio.ensure_future(keep_alive(scene, "i0"))
+        scene.worker("i1").end(-9)
+        await scene.until(lambda: scene.num_processes("i1") == 2)
+        slow = scene.worker("i1")
+        await scene.restarted("i1", 3)
+        assert slow.was_killed
+        assert scene.instance("i1").last_failure == "not ready after 0.1 s"
+        living.cancel()
+
+    run(tmp_path, scenario, start_timeout_s=0.1)
+
+
+# ---- hangs
+
+
+async def keep_alive(scene: Scene, *ids: str) -> None:
+    while True:
+        scene.alive(*ids)
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.usefixtures("_fast_ticks")
+def test_an_instance_that_falls_silent_is_killed_and_replaced(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        living = asyncio.ensure_future(keep_alive(scene, "i0"))
+        hung = scene.worker("i1")
+        await scene.until(lambda: hung.was_killed)
+        assert scene.lost == ["i1"]
+        assert scene.instance("i1").last_failure == f"no sign of life for {SILENT_TICKS * 0.25:g} s"
+        await scene.restarted("i1")
+        assert not scene.worker("i0").was_killed
+        living.cancel()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("_fast_ticks")
+def test_an_instance_that_is_loading_is_not_expected_to_say_anything(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        living = asyncio.ensure_future(keep_alive(scene, "i0"))
+        scene.worker("i1").end(-9)
+        await scene.until(lambda: scene.num_processes("i1") == 2)
+        await asyncio.sleep(TICK_S * SILENT_TICKS * 4)
+        assert not scene.worker("i1").was_killed
+        living.cancel()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("_fast_ticks")
+def test_a_process_that_even_a_kill_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "KILL_GRACE_S", 0.02)
+
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1epd")
+        undead = scene.worker("i0")
+        undead.survives_kill = True
+        await scene.restarted("i0")
+        undead.end(-9)  # at last; the new one has nothing to do with that
+        assert scene.instance("i0").state is State.ACTIVE
+        assert scene.lost == ["i0"]
+
+    run(tmp_path, scenario)
+
+
+def test_an_instance_that_nobody_can_read_from_is_killed(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1p2d")
+        epoch = scene.worker("i1").config.epoch
+        scene.controller.handle(Unreachable(InstanceId("i2"), InstanceId("i1"), epoch, "timed out"))
+        assert scene.lost == []
+        scene.controller.handle(Unreachable(InstanceId("i3"), InstanceId("i1"), epoch, "timed out"))
+        assert scene.lost == ["i1"]
+        assert scene.instance("i1").last_failure == "i3 cannot read from i1: timed out"
+        for _ in range(2):  # about the incarnation that is gone already
+            scene.controller.handle(Unreachable(InstanceId("i3"), InstanceId("i1"), epoch, "timed out"))
+        assert scene.lost == ["i1"]
+
+    run(tmp_path, scenario)
+
+
+# ---- messages that should not be there
+
+
+def test_messages_of_older_incarnations_and_of_strangers_change_nothing(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        starting = await scene.begin("1e1pd")
+        scene.controller.handle(Ready(make_peer("i0", "e", "older"), 0.1))
+        assert scene.instance("i0").state is State.STARTING
+        for id in ("i0", "i1", "i1"):
+            scene.ready(id)
+        await starting
+        scene.controller.open(scene)
+        before = list(scene.heard)
+        stranger = InstanceId("i9")
+        scene.ready("i1")
+        scene.controller.handle(Ready(make_peer("i9", "e"), 0.1))
+        scene.controller.handle(Alive(stranger, "1", 1e9))
+        scene.controller.handle(Alive(InstanceId("i0"), "older", 1e9))
+        scene.controller.handle(Unreachable(stranger, stranger, "1", ""))
+        scene.controller.handle(Unreachable(stranger, InstanceId("i0"), scene.worker("i0").config.epoch, ""))
+        scene.controller.handle(Switched(stranger, 1, make_peer("i9"), {}))
+        scene.controller.handle(Switched(InstanceId("i0"), 7, make_peer("i0", "d"), {}))
+        assert scene.heard == before
+        assert scene.instance("i0").role is Role.E
+
+    run(tmp_path, scenario)
+
+
+def test_a_record_refuses_a_step_that_makes_no_sense() -> None:
+    instance = Instance(InstanceId("i0"), 0, Role.E)
+    with pytest.raises(AssertionError, match="i0 is starting, it cannot become leaving"):
+        instance.move_to(State.LEAVING)

@@ -17,6 +17,13 @@ def test_a_stage_without_a_step_has_no_pace_and_the_first_step_sets_it():
     assert pace.of(Stage.ENCODE) == 0.5
 
 
+def test_totals_of_each_stage_are_kept():
+    pace = Pace()
+    pace.observe(Stage.DECODE, 4, 2.0)
+    pace.observe(Stage.DECODE, 6, 1.0)
+    assert pace.counters == {"decode_steps": 2.0, "decode_tokens": 10.0, "decode_busy_s": 3.0}
+
+
 def test_without_an_interval_nobody_waits():
     metronome = Metronome(0.0)
     metronome.stepped([A], now=10.0)

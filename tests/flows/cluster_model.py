@@ -1,38 +1,37 @@
-"""A whole cluster of real stages without a model: what is in a block is remembered, so that a wrong one is noticed.
+"""A whole cluster of real stages without a model, whose instances are killed, started again and given other roles.
 
-The content of a KV slot stands for everything before it, tokens and media: shared prefixes are right or noticed, too.
-
-The network keeps messages of one pair in order and nothing else; pulls copy some blocks when they begin and the rest
-when they settle. A step runs when something arrived or the last step did something: a missed wake-up is a deadlock.
+The network keeps messages of one pair in order and nothing else, but a message waits until the receiver has the table
+that its sender had. Pulls copy some blocks when they begin and the rest when they settle. A step runs when something
+arrived or the last step did something: a missed wake-up is a deadlock.
 """
 
+import heapq
 import random
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
-from tests.builders import BLOCK_TOKENS, make_media, make_peer, make_prompt, make_unit
+from msgspec.structs import replace
+
+from tests.builders import BLOCK_TOKENS, make_config, make_media, make_prompt
+from tests.flows.model_instance import EOS, GARBAGE, Ask, Chain, Instance, Scenario, Turn, picture, sample, slots
 from triptych import messages
 from triptych.core import (
     BlockHash,
-    Chunk,
+    BlockHashes,
     EncodeUnit,
-    EncodeWork,
     FinishReason,
     InstanceId,
     Placement,
     RequestId,
     Role,
-    SampledToken,
     SamplingParams,
-    Sequence,
+    Span,
     Stage,
     UnitHash,
 )
-from triptych.errors import RequestError
-from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
-from triptych.memory.kv_cache import KVCache
-from triptych.memory.leases import Leases
 from triptych.memory.prefix import prompt_hashes
 from triptych.messages import (
     FRONTEND,
@@ -43,307 +42,50 @@ from triptych.messages import (
     Evicted,
     Failed,
     Located,
+    Peer,
     Prefilled,
     Prefilling,
-    Release,
     Share,
     Submit,
+    Switched,
+    SwitchRole,
+    Table,
     Tokens,
     Wanted,
 )
 from triptych.routing import RoutingTable, assign_units, pick
 from triptych.server.directory import Directory
-from triptych.stages.base import Pull, Surroundings
-from triptych.stages.decode import DecodePlan, DecodeStage
-from triptych.stages.encode import EncodeStage
-from triptych.stages.prefill import PrefillStage
+from triptych.stages.base import Pull
 
-EOS = 0
-GARBAGE = ("garbage",)
-UNIT_SIZES = (3, 4, 5, 8, 9)  # rows of picture i: UNIT_SIZES[i % 5]; blocks have 4
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What one client wants, and when (in events of the simulation) it comes and goes."""
-
-    pictures: tuple[int, ...] = ()  # equal numbers are equal pictures
-    text: int = 3
-    max_tokens: int = 4
-    n: int = 1
-    at: int = 0
-    abort_at: int | None = None
-
-
-@dataclass(frozen=True)
-class Scenario:
-    placement: str
-    asks: tuple[Ask, ...]
-    kv_blocks: int = 12  # room for one longest sequence
-    more_kv_blocks: int = 0  # at most this many more, differently at every instance
-    embedding_blocks: int = 8  # of each share
-    max_num_seqs: int = 4
-    budget: int = 16
-    max_encode_tokens: int = 8
-    streamed: bool = True
-    chunked_transfer: bool = True
-    prefix_caching: bool = True
-    state_blocks: int = 0
-    lies: float = 0.0  # how often the directory is told of a unit that an instance does not have
-    whole_spans: bool = False
-    pull_failures: float = 0.0
-    encode_failures: float = 0.0
-    seed: int = 0
-
-    @property
-    def max_model_len(self) -> int:
-        return self.kv_blocks * BLOCK_TOKENS  # one sequence may fill the pool
-
-    @property
-    def injects_failures(self) -> bool:
-        return self.pull_failures > 0 or self.encode_failures > 0
-
-
-def picture(number: int) -> EncodeUnit:
-    return make_unit(f"picture-{number}", UNIT_SIZES[number % len(UNIT_SIZES)])
-
-
-def sample(sampling: SamplingParams, position: int) -> int:
-    """The token at a position is a function of (seed, choice, position), never of batch or instance."""
-    return random.Random(f"{sampling.seed}/{sampling.choice}/{position}").randrange(8)
+SLOW = 80  # events that something takes at most: to notice a death, to start again, to give a message up
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
     """A pull on its way: which of its blocks are still to be copied."""
 
-    reader: "Instance"
+    reader: Instance
+    holder: Instance | None
     pull: Pull
     left: list[tuple[int, int]]  # (block there, block here)
     failure: Exception | None
 
 
-class Instance:
-    """Engine, runner and slab of one instance."""
-
-    def __init__(
-        self, name: str, role: Role, scenario: Scenario, rng: random.Random, chains: dict[RequestId, "Chain"]
-    ) -> None:
-        self.id = InstanceId(name)
-        self.role = role
-        self.scenario = scenario
-        self.rng = rng
-        self.awake = False
-        self.near = Surroundings(self.id, "1", frozenset({EOS}), scenario.max_model_len)
-        self.near.decode_pace_s = 1.0  # so that sequences are handed to the instance with less to do
-        self.leases = Leases()
-        num_blocks = scenario.kv_blocks + scenario.state_blocks + rng.randint(0, scenario.more_kv_blocks)
-        self.kv = KVCache(
-            num_blocks, BLOCK_TOKENS, state_blocks=scenario.state_blocks, prefix_caching=scenario.prefix_caching
-        )
-        self.chains = chains
-        shares = (Stage.ENCODE in role.stages) + (Stage.PREFILL in role.stages)
-        self.cache = EmbeddingCache(scenario.embedding_blocks * shares, BLOCK_TOKENS)
-        self.kv_content: dict[int, object] = {}  # slot -> link of a chain
-        self.row_content: dict[int, object] = {}  # slot -> (unit, row)
-        self.encode = self.prefill = self.decode = None
-        if Stage.ENCODE in role.stages:
-            share = EmbeddingShare(self.cache, scenario.embedding_blocks)
-            self.encode = EncodeStage(self.near, share, self.leases)
-        if Stage.PREFILL in role.stages:
-            self.prefill = PrefillStage(
-                self.near,
-                self.kv,
-                EmbeddingShare(self.cache, scenario.embedding_blocks),
-                self.leases,
-                max_num_seqs=scenario.max_num_seqs,
-                streamed=scenario.streamed,
-                chunked_transfer=scenario.chunked_transfer,
-                whole_spans=scenario.whole_spans,
-            )
-        if Stage.DECODE in role.stages:
-            self.decode = DecodeStage(self.near, self.kv, self.leases, max_num_seqs=scenario.max_num_seqs)
-
-    # ---- engine
-
-    def handle(self, message: AnyMessage) -> None:
-        self.awake = True
-        match message:
-            case Encode():
-                self.encode.admit(message)
-            case Submit():
-                self.prefill.admit(message)
-            case Embedded():
-                self.prefill.embedded(message)
-            case Share() if self.prefill is None:
-                self.near.out.send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
-            case Share():
-                self.prefill.share(message)
-            case Prefilling():
-                self.decode.prefilling(message)
-            case Prefilled():
-                self.decode.admit(message)
-            case Release():
-                self.leases.release(message.lease)
-            case Abort():
-                for stage in (self.encode, self.prefill, self.decode):
-                    if stage is not None:
-                        stage.abort(message.request_id)
-
-    def settled(self, pull: Pull, failure: Exception | None) -> None:
-        self.awake = True
-        if pull.ticket.region == "kv":
-            self.decode.pulled(pull.key, failure)
-        else:
-            self.prefill.pulled(pull.key, failure)
-
-    def step(self) -> bool:
-        """One turn; whether there was a batch (the engine waits for news if there was none)."""
-        busy = False
-        if self.encode is not None:
-            works = self.encode.schedule(self.scenario.max_encode_tokens)
-            self._check_encode_batch(works)
-            self.encode.commit(works, [self._encode(work) for work in works])
-            busy |= bool(works)
-        plan, chunks = DecodePlan(), []
-        if self.decode is not None:
-            plan = self.decode.schedule()
-        if self.prefill is not None:
-            budget = self.scenario.budget - len(plan.chunks)
-            chunks = self.prefill.schedule(budget)
-            self._check_prefill_batch(chunks, budget)
-        decoded, prefilled = self._run(plan, chunks)
-        if self.decode is not None:
-            self.decode.commit(plan.chunks, decoded)
-        if self.prefill is not None:
-            self.prefill.commit(chunks, prefilled)
-        self.check_integrity()
-        return busy or bool(plan.chunks or chunks)
-
-    # ---- runner
-
-    def _encode(self, work: EncodeWork) -> RequestError | None:
-        if self.rng.random() < self.scenario.encode_failures:
-            return RequestError("the picture cannot be decoded")
-        for row in range(work.unit.num_tokens):
-            self.row_content[_slot(work.blocks, row)] = (work.unit.hash, row)
-        return None
-
-    def _run(self, plan: DecodePlan, chunks: list[Chunk]) -> tuple[list[SampledToken], list[SampledToken]]:
-        assert not {s.request_id for s, _ in plan.offloads} & {c.sequence.request_id for c in plan.chunks}
-        for sequence, blocks in plan.offloads:
-            sequence.offloaded = [[self.kv_content.get(slot) for slot in _slots(block)] for block in blocks]
-        for sequence, blocks in plan.restores:
-            assert len(blocks) == len(sequence.offloaded), "a restore gets as many blocks as were saved"
-            for block, saved in zip(blocks, sequence.offloaded, strict=True):
-                self.kv_content.update(zip(_slots(block), saved, strict=True))
-            sequence.offloaded = None
-        written = [block for chunk in [*plan.chunks, *chunks] for block in self._written(chunk)]
-        assert len(written) == len(set(written)), "two sequences of one batch write to the same block"
-        assert not set(written) & self.kv._hash_of.keys(), "a block is written to that others may find"
-        decoded = [self._forward(chunk) for chunk in plan.chunks]
-        prefilled = [self._forward(chunk) for chunk in chunks]
-        return decoded, [token for chunk, token in zip(chunks, prefilled, strict=True) if chunk.samples]
-
-    def _written(self, chunk: Chunk) -> list[int]:
-        """State blocks, and those that the chunk's tokens fall into."""
-        table, states = chunk.sequence.block_table, self.scenario.state_blocks
-        last = (chunk.start + chunk.length - 1) // BLOCK_TOKENS
-        return table[:states] + table[states + chunk.start // BLOCK_TOKENS : states + last + 1]
-
-    def _forward(self, chunk: Chunk) -> SampledToken:
-        sequence = chunk.sequence
-        assert chunk.start == sequence.num_computed
-        assert chunk.start + chunk.length <= len(sequence.token_ids)
-        for span in sequence.spans:
-            unit = sequence.units[span.unit]
-            for position in range(
-                max(span.start, chunk.start), min(span.start + span.length, chunk.start + chunk.length)
-            ):
-                row = span.offset + position - span.start
-                found = self.row_content.get(_slot(chunk.embedding_blocks[span.unit], row))
-                assert found == (unit.hash, row), f"row {row} of {unit.hash!r}: found {found} at {self.id}"
-        chain = self.chains[sequence.request_id]
-        states = sequence.block_table[: self.scenario.state_blocks]
-        table = sequence.block_table[self.scenario.state_blocks :]
-        for position in range(chunk.start):
-            found = self.kv_content.get(_slot(table, position))
-            wanted = chain.link(sequence, position)
-            assert found == wanted, f"KV of {sequence.request_id} at {position}: found {found} at {self.id}"
-        for block in states:
-            slots = range(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
-            found = {self.kv_content.get(slot) for slot in slots}
-            wanted = ("state", chain.link(sequence, chunk.start - 1)) if chunk.start else None
-            assert wanted is None or found == {wanted}, f"state of {sequence.request_id}: found {found} at {self.id}"
-            new = ("state", chain.link(sequence, chunk.start + chunk.length - 1))
-            self.kv_content.update(dict.fromkeys(slots, new))
-        for position in range(chunk.start, chunk.start + chunk.length):
-            self.kv_content[_slot(table, position)] = chain.link(sequence, position)
-        return SampledToken(sample(sequence.sampling, len(sequence.token_ids)))
-
-    # ---- invariants
-
-    def _check_encode_batch(self, works: list[EncodeWork]) -> None:
-        total = sum(work.unit.num_tokens for work in works)
-        assert len(works) <= 1 or total <= self.scenario.max_encode_tokens
-        assert len({work.unit.hash for work in works}) == len(works)
-        for work in works:
-            assert len(work.blocks) * BLOCK_TOKENS >= work.unit.num_tokens
-
-    def _check_prefill_batch(self, chunks: list[Chunk], budget: int) -> None:
-        total = sum(chunk.length for chunk in chunks)
-        longest = max([span.length for chunk in chunks for span in chunk.sequence.spans], default=0)
-        assert total <= max(budget, 0) + (longest if self.scenario.whole_spans else 0)
-        for chunk in chunks:
-            assert chunk.length > 0
-            if self.scenario.whole_spans:
-                end = chunk.start + chunk.length
-                assert not any(span.start < end < span.start + span.length for span in chunk.sequence.spans)
-
-    def check_integrity(self) -> None:
-        self.kv.check_integrity()
-        self.cache.check_integrity()
-
-    def assert_idle(self) -> None:
-        self.check_integrity()
-        assert self.kv.usage().used == 0, f"{self.id}: KV {self.kv.usage()}"
-        assert self.cache.usage().used == 0, f"{self.id}: embeddings {self.cache.usage()}"
-        assert len(self.leases) == 0, f"{self.id}: {len(self.leases)} leases"
-        for stage in (self.encode, self.prefill, self.decode):
-            if stage is not None:
-                assert not any(stage.queues.values()), f"{self.id}: {stage.queues}"
-        if self.prefill is not None:
-            assert not self.prefill._early, f"{self.id}: early {self.prefill._early}"
-            assert not self.prefill._pulling
-
-
-class Chain:
-    """What the KV of a sequence must be: a link at each position, which stands for all tokens and media up to it."""
-
-    def __init__(self, order: Submit) -> None:
-        self._rows = {
-            span.start + i: (order.units[span.unit].hash, span.offset + i)
-            for span in order.spans
-            for i in range(span.length)
-        }
-        self._links: list[int] = []
-
-    def link(self, sequence: Sequence, position: int) -> int:
-        while len(self._links) <= position:
-            at = len(self._links)
-            before = self._links[-1] if at else 0
-            self._links.append(hash((before, sequence.token_ids[at], self._rows.get(at))))
-        return self._links[position]
-
-
 @dataclass
 class Answer:
-    """What the frontend knows about one sequence."""
+    """What the frontend knows about one sequence, and about the attempt that is made of it now."""
 
     ask: int
-    submit: Submit
-    prefill: InstanceId
-    holders: set[InstanceId]
+    prompt: list[int]
+    units: tuple[EncodeUnit, ...]
+    spans: tuple[Span, ...]
+    hashes: BlockHashes
+    sampling: SamplingParams
+    attempt: RequestId | None = None  # None: waits to be dispatched
+    num_attempts: int = 0
+    num_before: int = 0  # tokens when the attempt began
+    prefill: InstanceId | None = None
+    holders: set[InstanceId] = field(default_factory=set)
     tokens: list[int] = field(default_factory=list)
     ahead: dict[int, messages.TokenUpdate] = field(default_factory=dict)  # came before an earlier token
     finish: FinishReason | None = None
@@ -356,50 +98,76 @@ class Answer:
 
 
 class Cluster:
-    """The frontend, the network and the instances, driven by one random stream."""
+    """Frontend and controller, the network and the instances, driven by one random stream."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.rng = random.Random(scenario.seed)
-        self.instances: dict[InstanceId, Instance] = {}
+        self.instances: dict[InstanceId, Instance] = {}  # that are alive
+        self.processes: dict[str, Instance] = {}  # those that ever were
         self.chains: dict[RequestId, Chain] = {}
+        self.table = RoutingTable()
+        self.wires: dict[tuple[str, str], deque[tuple[int, bytes]]] = defaultdict(deque)
+        self.flights: list[Flight] = []
         self.directory = Directory()
-        self.num_wanted = 0
+        self.answers: dict[str, Answer] = {}
+        self.attempts: dict[RequestId, Answer] = {}  # the present ones
+        self.queue: deque[str] = deque()  # answers that wait to be dispatched
+        self.sent: dict[Stage, defaultdict[InstanceId, float]] = {stage: defaultdict(float) for stage in Stage}
+        self.orders: dict[InstanceId, int] = {}  # the newest one of each instance that leaves its role
+        self.order_numbers = count(1)
+        self.process_numbers = count(1)
+        self.timers: list[tuple[int, int, Callable[[], None]]] = []
+        self.num_timers = 0
+        self.num_events = 0
+        self.seen: defaultdict[str, int] = defaultdict(int)  # how often what happened
         numbers: dict[Role, count] = defaultdict(count)
         for role in Placement.parse(scenario.placement).roles:
-            instance = Instance(f"{role}{next(numbers[role])}", role, scenario, self.rng, self.chains)
-            self.instances[instance.id] = instance
-        self.table = RoutingTable(1, {i.id: make_peer(i.id, i.role) for i in self.instances.values()})
-        for instance in self.instances.values():
-            instance.near.table = self.table
-        self.wires: dict[tuple[InstanceId, InstanceId], deque[bytes]] = defaultdict(deque)
-        self.flights: list[Flight] = []
-        self.answers: dict[RequestId, Answer] = {}
-        self.sent = {stage: dict.fromkeys(self.instances, 0.0) for stage in Stage}
-        self.num_events = 0
+            self._start(InstanceId(f"{role}{next(numbers[role])}"), role)
+        for index, ask in enumerate(scenario.asks):
+            self._at(ask.at, partial(self._ask, index, ask))
+            if ask.abort_at is not None:
+                self._at(ask.abort_at, partial(self._leave, index))
+        for turn in scenario.turns:
+            self.turn_later(turn)
 
     # ---- running
 
     def run(self, max_events: int = 50_000) -> None:
         """Until nothing happens any more. Raises AssertionError where that is too early, or never."""
-        coming = deque(sorted(enumerate(self.scenario.asks), key=lambda item: item[1].at))
-        going = deque(sorted((ask.abort_at, i) for i, ask in enumerate(self.scenario.asks) if ask.abort_at is not None))
         while True:
             self.num_events += 1
             assert self.num_events < max_events, f"no end after {max_events} events\n{self.picture()}"
-            while coming and coming[0][1].at <= self.num_events:
-                self._submit(*coming.popleft())
-            while going and going[0][0] <= self.num_events:
-                self._abort(going.popleft()[1])
-            if not self._event() and not coming and not going:
-                break
+            while self.timers and self.timers[0][0] <= self.num_events:
+                heapq.heappop(self.timers)[2]()
+            if not self._event():
+                if self.timers:
+                    self.num_events = max(self.num_events, self.timers[0][0] - 1)
+                elif self.queue and not self.orders:
+                    self._start(InstanceId(f"extra{len(self.processes)}"), Role.EPD)
+                else:
+                    break
         stuck = [name for name, answer in self.answers.items() if answer.live]
         assert not stuck, f"{stuck} wait for ever\n{self.picture()}"
+        assert not self.orders, f"{self.orders} are never carried out\n{self.picture()}"
         for instance in self.instances.values():
+            assert instance.order is None
             instance.assert_idle()
 
+    def turn_later(self, turn: Turn) -> None:
+        self._at(turn.at, partial(self._turn, turn))
+
+    def _at(self, event: int, action: Callable[[], None]) -> None:
+        self.num_timers += 1
+        heapq.heappush(self.timers, (event, self.num_timers, action))
+
+    def _soon(self, action: Callable[[], None]) -> None:
+        self._at(self.num_events + self.rng.randint(1, SLOW), action)
+
     def _event(self) -> bool:
-        choices = [(self._deliver, pair) for pair, wire in self.wires.items() if wire]
+        choices: list[tuple[Callable[..., None], object]] = [
+            (self._deliver, pair) for pair, wire in self.wires.items() if wire and self._can_deliver(pair, wire[0][0])
+        ]
         choices += [(self._settle, flight) for flight in self.flights]
         choices += [(self._step, instance) for instance in self.instances.values() if instance.awake]
         if not choices:
@@ -408,55 +176,104 @@ class Cluster:
         action(subject)
         return True
 
-    def _deliver(self, pair: tuple[InstanceId, InstanceId]) -> None:
-        message = messages.decode(self.wires[pair].popleft())
-        if pair[1] == FRONTEND:
-            self._frontend(message)
-        else:
-            instance = self.instances[pair[1]]
-            instance.handle(message)
-            self._flush(instance)
-            instance.check_integrity()
-
     def _step(self, instance: Instance) -> None:
         instance.awake = instance.step()
         self._flush(instance)
+        if instance.order is not None and instance.is_drained and not self.wires[instance.process, instance.process]:
+            instance.carry_out()
+            self.seen["switched"] += 1
+            self._flush(instance)
+            if instance.ended:
+                self._gone(instance)
+
+    # ---- network
+
+    def _can_deliver(self, pair: tuple[str, str], version: int) -> bool:
+        """A message waits for the table that its sender had, so that its receiver knows whom it is about."""
+        if pair[1] == FRONTEND or pair[0] == FRONTEND:
+            return True
+        return version <= self.processes[pair[1]].near.table.version
+
+    def _deliver(self, pair: tuple[str, str]) -> None:
+        _, encoded = self.wires[pair].popleft()
+        message = messages.decode(encoded)
+        if pair[1] == FRONTEND:
+            self._frontend(message)
+            return
+        instance = self.processes[pair[1]]
+        if pair[0] in instance.lost_processes:
+            return
+        instance.handle(message)
+        self._flush(instance)
+        instance.check_integrity()
 
     def _flush(self, instance: Instance) -> None:
         out = instance.near.out
         if out.tokens:
-            self._send(instance.id, FRONTEND, Tokens(instance.id, list(out.tokens)))
-        for to, message in out.messages:
-            self._send(instance.id, to, message)
+            self._send(instance, FRONTEND, Tokens(instance.id, list(out.tokens)))
+        sent, out.messages = out.messages, []
+        for to, message in sent:
+            self._send(instance, to, message)
         for pull in out.pulls:
             self._begin(instance, pull)
         units, blocks = instance.cache.evicted, instance.kv.evicted
         if (units or blocks) and self.rng.random() < 0.5:  # told late, with the next heartbeat
             instance.cache.evicted, instance.kv.evicted = [], []
-            self._send(instance.id, FRONTEND, Evicted(instance.id, units, blocks))
-        out.messages.clear()
+            self._send(instance, FRONTEND, Evicted(instance.id, units, blocks))
         out.pulls.clear()
         out.tokens.clear()
 
-    def _send(self, sender: InstanceId, to: InstanceId, message: AnyMessage) -> None:
-        self.wires[sender, to].append(messages.encode(message))
+    def _send(self, sender: Instance, to: InstanceId, message: AnyMessage) -> None:
+        """As the engine does it: to the address that its table has."""
+        self.seen[type(message).__name__] += 1
+        peer = sender.near.table.peers.get(to)
+        if to == sender.id:
+            self._post(sender.process, sender.process, sender.near.table.version, message)
+        elif to == FRONTEND:
+            self._post(sender.process, FRONTEND, 0, message)
+        elif peer is not None:
+            self._post(sender.process, peer.address, sender.near.table.version, message)
+        else:
+            if isinstance(message, (Embedded, Prefilling, Prefilled)):
+                sender.leases.release(message.ticket.lease)
+            if isinstance(message, Share):
+                self._send(sender, FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
+            if isinstance(message, Prefilled):
+                self._send(sender, FRONTEND, Failed(message.request_id, f"{to} was lost", 503, retry=True))
+
+    def _post(self, sender: str, to: str, version: int, message: AnyMessage) -> None:
+        if to == FRONTEND or self._is_alive(to):
+            self.wires[sender, to].append((version, messages.encode(message)))
+
+    def _is_alive(self, process: str) -> bool:
+        instance = self.processes[process]
+        return self.instances.get(instance.id) is instance
 
     # ---- transfer
 
     def _begin(self, reader: Instance, pull: Pull) -> None:
-        assert len(pull.blocks) == len(pull.ticket.blocks)
-        assert pull.ticket.holder != reader.id, "a hand-over inside an instance moves no bytes"
+        ticket = pull.ticket
+        assert len(pull.blocks) == len(ticket.blocks)
+        assert ticket.holder != reader.id, "a hand-over inside an instance moves no bytes"
+        peer = reader.near.table.peers.get(ticket.holder)
         failure = RuntimeError("link down") if self.rng.random() < self.scenario.pull_failures else None
-        flight = Flight(reader, pull, [], failure)
-        for pair in zip(pull.ticket.blocks, pull.blocks, strict=True):
+        if peer is None or peer.epoch != ticket.epoch:
+            failure = RuntimeError("not connected, or as somebody else")
+        flight = Flight(reader, None if failure or peer is None else self.processes[peer.address], pull, [], failure)
+        for pair in zip(ticket.blocks, pull.blocks, strict=True):
             if self.rng.random() < 0.5:
                 self._copy(flight, *pair)
             else:
                 flight.left.append(pair)
         self.flights.append(flight)
+        reader.num_pulls += 1
 
     def _settle(self, flight: Flight) -> None:
         self.flights.remove(flight)
+        holder = flight.holder
+        if holder is not None and not self._is_alive(holder.process) and self.rng.random() < 0.5:
+            flight.failure = RuntimeError("holder is gone")
+            self.seen["pull from the dead"] += 1
         for pair in flight.left:
             self._copy(flight, *pair)
         flight.reader.settled(flight.pull, flight.failure)
@@ -464,59 +281,180 @@ class Cluster:
         flight.reader.check_integrity()
 
     def _copy(self, flight: Flight, there: int, here: int) -> None:
-        holder = self.instances[flight.pull.ticket.holder]
         kv = flight.pull.ticket.region == "kv"
-        source, target = (i.kv_content if kv else i.row_content for i in (holder, flight.reader))
-        for slot_there, slot_here in zip(_slots(there), _slots(here), strict=True):
+        target = flight.reader.kv_content if kv else flight.reader.row_content
+        source: dict[int, object] = {}
+        if flight.holder is not None:
+            assert flight.holder.near.epoch == flight.pull.ticket.epoch, "read from a slab that was carved anew"
+            source = flight.holder.kv_content if kv else flight.holder.row_content
+        for slot_there, slot_here in zip(slots(there), slots(here), strict=True):
             target[slot_here] = GARBAGE if flight.failure else source.get(slot_there)
+
+    # ---- controller
+
+    def _start(self, name: InstanceId, role: Role) -> None:
+        number = next(self.process_numbers)
+        instance = Instance(name, number, role, self.scenario, self.rng, self.chains)
+        self.instances[name] = self.processes[instance.process] = instance
+        self._publish(self.table.peers | {name: instance.peer})
+
+    def _publish(self, peers: dict[InstanceId, Peer]) -> None:
+        before = {peer.epoch for peer in self.table.peers.values()}
+        after = {peer.epoch for peer in peers.values()}
+        for peer in self.table.peers.values():
+            if peer.epoch not in after:
+                self.directory.forget(peer.id)
+        assert before or after
+        self.table = RoutingTable(self.table.version + 1, dict(peers))
+        for peer in peers.values():
+            self._order(peer.id, Table(self.table.version, list(peers.values())))
+        self._dispatch()
+
+    def _order(self, to: InstanceId, message: AnyMessage) -> None:
+        """What frontend and controller send goes over one wire."""
+        peer = self.table.peers.get(to)
+        if peer is not None:
+            self._post(FRONTEND, peer.address, 0, message)
+
+    def _turn(self, turn: Turn) -> None:
+        here = sorted(self.instances)
+        if not here:
+            return
+        instance = self.instances[here[turn.subject % len(here)]]
+        if turn.what == "kill":
+            self._kill(instance)
+        elif turn.what == "stay":
+            if instance.id in self.orders:
+                self._order_switch(instance, self.table.peers[instance.id].role)
+        elif instance.id in self.table.peers:
+            self._order_switch(instance, None if turn.what == "end" else Role(turn.what))
+
+    def _order_switch(self, instance: Instance, role: Role | None) -> None:
+        number = self.orders[instance.id] = next(self.order_numbers)
+        own = self.table.peers[instance.id]
+        self._publish(self.table.peers | {own.id: replace(own, leaving=True)})
+        room = {}
+        for peer in self.table.serving(Stage.DECODE):
+            if peer.id in self.instances:
+                usage = self.instances[peer.id].kv.usage()
+                room[peer.id] = usage.free + usage.cached + self.rng.choice([0, 0, 4, 100])
+        config = None if role is None else make_config(instance.id, role)
+        self._order(instance.id, SwitchRole(number, config, room))
+
+    def _kill(self, instance: Instance) -> None:
+        """It vanishes with what it said last."""
+        self.seen["kill"] += 1
+        self._gone(instance)
+        self.flights = [flight for flight in self.flights if flight.reader is not instance]
+
+    def _gone(self, instance: Instance) -> None:
+        del self.instances[instance.id]
+        for (sender, to), wire in self.wires.items():
+            if to == instance.process:
+                wire.clear()
+            elif sender == instance.process and not instance.ended:
+                for _ in range(self.rng.randint(0, len(wire))):
+                    wire.pop()
+        self._soon(partial(self._notice, instance))
+
+    def _notice(self, instance: Instance) -> None:
+        self.orders.pop(instance.id, None)
+        peers = {id: peer for id, peer in self.table.peers.items() if id != instance.id}
+        self._publish(peers)
+        for name, answer in list(self.answers.items()):
+            if answer.attempt is not None and instance.id in answer.holders:
+                self._retry(name, answer)
+        if not instance.ended:
+            self._soon(partial(self._start, instance.id, instance.role))
+
+    def _switched(self, message: Switched) -> None:
+        known = self.table.peers.get(message.instance)
+        if known is None or known.address != message.peer.address or self.orders.get(known.id) != message.order:
+            return
+        del self.orders[known.id]
+        self._publish(self.table.peers | {known.id: message.peer})
 
     # ---- frontend
 
-    def _submit(self, index: int, ask: Ask) -> None:
+    def _ask(self, index: int, ask: Ask) -> None:
         units = tuple(picture(number) for number in ask.pictures)
-        token_ids, spans = make_prompt(units, ask.text)
-        if self.scenario.more_kv_blocks and len(token_ids) >= self.scenario.max_model_len:
+        prompt, spans = make_prompt(units, ask.text)
+        if self.scenario.more_kv_blocks and len(prompt) >= self.scenario.max_model_len:
             return  # refused here; without more blocks, prefill itself has to
-        prefill = pick(self.table, Stage.PREFILL, self.sent[Stage.PREFILL]).id
-        self.sent[Stage.PREFILL][prefill] += len(token_ids)
-        hashes = prompt_hashes(b"root", token_ids, units, spans, BLOCK_TOKENS)
-        distinct = {unit.hash: unit for unit in units}
-        missing, held = self._look_up(prefill, distinct, hashes.blocks)
-        encoders = self._assign(list(missing.values()))
+        hashes = prompt_hashes(b"root", prompt, units, spans, BLOCK_TOKENS)
         for choice in range(ask.n):
             sampling = SamplingParams(max_tokens=ask.max_tokens, seed=index, choice=choice)
-            submit = Submit(
-                RequestId(f"{index}.{choice}"),
-                token_ids,
-                len(token_ids),
-                units,
-                spans,
-                sampling,
-                prompt_hashes=hashes,
-                ordered=tuple(encoders) if choice == 0 else (),
-                held=held if choice == 0 else {},
-            )
-            self.chains[submit.request_id] = Chain(submit)
-            self.answers[submit.request_id] = Answer(index, submit, prefill, {prefill, *encoders.values()})
-            self._send(FRONTEND, prefill, submit)
-        self._order(RequestId(f"{index}.0"), missing, prefill, encoders)
+            name = f"{index}.{choice}"
+            self.answers[name] = Answer(index, prompt, units, spans, hashes, sampling)
+            self.queue.append(name)
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        while self.queue and self.table.complete:
+            name = self.queue.popleft()
+            if self.answers[name].live:
+                self._submit(name, self.answers[name])
+
+    def _submit(self, name: str, answer: Answer) -> None:
+        """One attempt: the prompt, and what is known of the answer."""
+        attempt = answer.attempt = RequestId(f"{name}/{answer.num_attempts}")
+        answer.num_attempts += 1
+        answer.num_before = len(answer.tokens)
+        answer.ahead.clear()
+        prefill = answer.prefill = pick(self.table, Stage.PREFILL, self.sent[Stage.PREFILL]).id
+        self.sent[Stage.PREFILL][prefill] += len(answer.prompt)
+        first = answer.sampling.choice == 0 or answer.num_attempts > 1  # the other choices use what that one orders
+        missing, held = self._look_up(prefill, answer) if first else ({}, {})
+        encoders = self._assign(list(missing.values()))
+        answer.holders = {prefill, *encoders.values()}
+        self.attempts[attempt] = answer
+        submit = Submit(
+            attempt,
+            answer.prompt + answer.tokens,
+            len(answer.prompt),
+            answer.units,
+            answer.spans,
+            answer.sampling,
+            prompt_hashes=answer.hashes,
+            ordered=tuple(encoders),
+            held=held,
+        )
+        self.chains[attempt] = Chain(submit)
+        self._order(prefill, submit)
+        self._order_units(attempt, missing, prefill, encoders)
+
+    def _retry(self, name: str, answer: Answer) -> None:
+        self.seen["retry"] += 1
+        self._abort_everywhere(answer)
+        if answer.live:
+            self.queue.append(name)
+            self._dispatch()
+
+    def _abort_everywhere(self, answer: Answer) -> None:
+        if answer.attempt is not None:
+            for holder in sorted(answer.holders):
+                self._order(holder, Abort(answer.attempt))
+            del self.attempts[answer.attempt]
+            answer.attempt = None
 
     def _look_up(
-        self, prefill: InstanceId, units: dict[UnitHash, EncodeUnit], blocks: tuple[BlockHash, ...]
+        self, prefill: InstanceId, answer: Answer
     ) -> tuple[dict[UnitHash, EncodeUnit], dict[UnitHash, InstanceId]]:
         """As the frontend does it, with a directory that may be wrong."""
         missing, held = {}, {}
-        for hash_, unit in units.items():
+        peers = self.table.peers
+        for hash_, unit in {unit.hash: unit for unit in answer.units}.items():
             if self.rng.random() < self.scenario.lies:
-                self.directory.add_unit(hash_, self.rng.choice(sorted(self.instances)))
-            holders = self.directory.holders(hash_)
+                self.directory.add_unit(hash_, self.rng.choice(sorted(peers)))
+            holders = self.directory.holders(hash_) & peers.keys()
             if prefill in holders:
                 continue
-            if holders and not any(Stage.ENCODE in self.instances[holder].role.stages for holder in holders):
+            if holders and not any(Stage.ENCODE in peers[holder].role.stages for holder in holders):
                 held[hash_] = min(holders)
             else:
                 missing[hash_] = unit
             self.directory.add_unit(hash_, prefill)
+        blocks: tuple[BlockHash, ...] = answer.hashes.blocks
         self.directory.add_blocks(prefill, blocks)
         return missing, held
 
@@ -528,26 +466,22 @@ class Cluster:
             self.directory.add_unit(unit.hash, encoders[unit.hash])
         return encoders
 
-    def _order(
+    def _order_units(
         self,
-        request_id: RequestId,
+        attempt: RequestId,
         units: dict[UnitHash, EncodeUnit],
         prefill: InstanceId,
         encoders: dict[UnitHash, InstanceId],
     ) -> None:
         for encoder in sorted(set(encoders.values())):
             mine = tuple(unit for hash_, unit in units.items() if encoders[hash_] == encoder)
-            self._send(FRONTEND, encoder, Encode(request_id, make_media(), mine, prefill))
+            self._order(encoder, Encode(attempt, make_media(), mine, prefill))
 
-    def _abort(self, ask: int) -> None:
-        for name, answer in self.answers.items():
+    def _leave(self, ask: int) -> None:
+        for answer in self.answers.values():
             if answer.ask == ask and answer.live:
                 answer.aborted = True
-                self._abort_everywhere(name, answer)
-
-    def _abort_everywhere(self, name: RequestId, answer: Answer) -> None:
-        for holder in sorted(answer.holders):
-            self._send(FRONTEND, holder, Abort(name))
+                self._abort_everywhere(answer)
 
     def _frontend(self, message: AnyMessage) -> None:
         match message:
@@ -555,78 +489,112 @@ class Cluster:
                 for update in message.updates:
                     self._token(message.instance, update)
             case Located():
-                answer = self.answers[message.request_id]
-                answer.holders.add(message.decode)
-                if not answer.live:
-                    self._send(FRONTEND, message.decode, Abort(message.request_id))
+                if message.request_id in self.attempts:
+                    self._located(message)
+                else:
+                    self._order(message.decode, Abort(message.request_id))
             case Wanted():
-                answer = self.answers[message.request_id]
-                self.num_wanted += 1
-                if answer.live and not answer.tokens:
-                    units = {unit.hash: unit for unit in answer.submit.units if unit.hash in message.units}
-                    encoders = self._assign(list(units.values()))
-                    answer.holders.update(encoders.values())
-                    self._order(message.request_id, units, answer.prefill, encoders)
+                if message.request_id in self.attempts:
+                    self._wanted(message)
             case Evicted():
                 self.directory.evicted(message)
             case Failed():
-                answer = self.answers[message.request_id]
-                if answer.live:
-                    answer.failure = message
-                    self._abort_everywhere(message.request_id, answer)
+                if message.request_id in self.attempts:
+                    self._failed(message)
+            case Switched():
+                self._switched(message)
+
+    def _located(self, message: Located) -> None:
+        answer = self.attempts[message.request_id]
+        answer.holders.add(message.decode)
+        peer = self.table.peers.get(message.decode)
+        if peer is None or peer.epoch != message.epoch:
+            self._retry(_name(message.request_id), answer)
+
+    def _wanted(self, message: Wanted) -> None:
+        answer = self.attempts[message.request_id]
+        if len(answer.tokens) > answer.num_before:  # it went on without
+            return
+        if not self.table.serving(Stage.ENCODE):
+            self._retry(_name(message.request_id), answer)
+            return
+        units = {unit.hash: unit for unit in answer.units if unit.hash in message.units}
+        encoders = self._assign(list(units.values()))
+        answer.holders.update(encoders.values())
+        assert answer.prefill is not None
+        self._order_units(message.request_id, units, answer.prefill, encoders)
+
+    def _failed(self, message: Failed) -> None:
+        answer = self.attempts[message.request_id]
+        if message.retry:
+            self._retry(_name(message.request_id), answer)
+        elif message.unit is None or len(answer.tokens) == answer.num_before:  # else it went on without that unit
+            answer.failure = message
+            self._abort_everywhere(answer)
 
     def _token(self, instance: InstanceId, update: messages.TokenUpdate) -> None:
-        answer = self.answers[update.request_id]
-        if not answer.live:
+        answer = self.attempts.get(update.request_id)
+        if answer is None:
             if update.finish is None:
-                self._send(FRONTEND, instance, Abort(update.request_id))
+                self._order(instance, Abort(update.request_id))
             return
         answer.holders.add(instance)
         assert update.index not in answer.ahead
+        assert update.index >= len(answer.tokens), "a token came twice"
         answer.ahead[update.index] = update  # the first token comes from prefill, on another wire than the rest
         while (following := answer.ahead.pop(len(answer.tokens), None)) is not None:
             assert answer.finish is None, f"{update.request_id} goes on after its end"
             answer.tokens.append(following.token_id)
             answer.finish = following.finish
+        if answer.finish is not None:
+            del self.attempts[update.request_id]
+            answer.attempt = None
+        elif answer.num_before < update.index < len(answer.tokens):  # who decodes it has pulled everything
+            answer.holders = {instance}
 
     # ---- oracles
 
     def expected(self, answer: Answer) -> tuple[list[int], FinishReason]:
         tokens: list[int] = []
-        sampling = answer.submit.sampling
         while True:
-            length = answer.submit.num_prompt_tokens + len(tokens)
-            tokens.append(sample(sampling, length))
+            length = len(answer.prompt) + len(tokens)
+            tokens.append(sample(answer.sampling, length))
             if tokens[-1] == EOS:
                 return tokens, FinishReason.STOP
-            if len(tokens) >= sampling.max_tokens or length + 1 >= self.scenario.max_model_len:
+            if len(tokens) >= answer.sampling.max_tokens or length + 1 >= self.scenario.max_model_len:
                 return tokens, FinishReason.LENGTH
 
     def fits(self, answer: Answer) -> bool:
-        rows = {unit.hash: -(-unit.num_tokens // BLOCK_TOKENS) for unit in answer.submit.units}
-        kv = answer.submit.num_prompt_tokens + 1 <= self.instances[answer.prefill].kv.max_tokens
-        return kv and sum(rows.values()) <= self.scenario.embedding_blocks
+        rows = {unit.hash: -(-unit.num_tokens // BLOCK_TOKENS) for unit in answer.units}
+        return len(answer.prompt) < self.scenario.max_model_len and sum(rows.values()) <= self.scenario.embedding_blocks
 
     def check_answers(self) -> None:
-        """Everything that was not aborted or hit by an injected failure is complete and exact."""
+        """Everything that was not aborted, and of which no unit failed to be encoded, is complete and exact."""
         for name, answer in self.answers.items():
             tokens, finish = self.expected(answer)
             assert answer.tokens == tokens[: len(answer.tokens)], f"{name}: {answer.tokens} instead of {tokens}"
             if answer.failure is not None and self.fits(answer):
-                assert self.scenario.injects_failures, f"{name}: {answer.failure}"
+                assert self.scenario.encode_failures and answer.failure.unit, f"{name}: {answer.failure}"
             if answer.failure is None and not answer.aborted:
                 assert self.fits(answer), f"{name} was accepted and cannot fit"
                 assert (answer.tokens, answer.finish) == (tokens, finish), name
 
     def picture(self) -> str:
         lines = [
-            f"{i.id}: awake={i.awake} kv={i.kv.usage()} embeddings={i.cache.usage()} leases={len(i.leases)} "
-            f"reserve={i.kv.growth_reserve} "
-            + " ".join(str(stage.queues) for stage in (i.encode, i.prefill, i.decode) if stage is not None)
+            f"{i.id}: awake={i.awake} leaves={i.order is not None} kv={i.kv.usage()} embeddings={i.cache.usage()} "
+            f"leases={len(i.leases)} reserve={i.kv.growth_reserve} version={i.near.table.version} "
+            + " ".join(str(stage.queues) for stage in i.stages)
             for i in self.instances.values()
         ]
-        lines += [f"{name}: {len(a.tokens)} tokens" for name, a in self.answers.items() if a.live]
-        return "\n".join(lines)
+        lines += [
+            f"{name}: {a.attempt} at {a.holders}, {len(a.tokens)} tokens" for name, a in self.answers.items() if a.live
+        ]
+        lines += [f"{pair}: {len(wire)}" for pair, wire in self.wires.items() if wire]
+        return "\n".join([f"table {self.table.version}, {len(self.queue)} queued", *lines])
+
+
+def _name(attempt: RequestId) -> str:
+    return attempt.partition("/")[0]
 
 
 def play(scenario: Scenario) -> Cluster:
@@ -634,11 +602,3 @@ def play(scenario: Scenario) -> Cluster:
     cluster.run()
     cluster.check_answers()
     return cluster
-
-
-def _slots(block: int) -> range:
-    return range(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
-
-
-def _slot(blocks: list[int], index: int) -> int:
-    return blocks[index // BLOCK_TOKENS] * BLOCK_TOKENS + index % BLOCK_TOKENS

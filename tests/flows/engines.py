@@ -199,7 +199,8 @@ class Hops:
         while quiet < quiet_turns:
             busy = [engine.turn(wait_s=0.001) for engine in self.engines]
             self.received += self._inbox.receive()
-            quiet = 0 if any(busy) else quiet + 1
+            pulling = any(engine.num_pulls for engine in self.engines)
+            quiet = 0 if any(busy) or pulling else quiet + 1
 
     def tokens_of(self, order: Submit) -> list[int]:
         updates = [update for message in self.received if isinstance(message, Tokens) for update in message.updates]

@@ -11,9 +11,17 @@ from typing import Any
 import httpx
 import msgspec
 
-from triptych.config import MemoryConfig, ModelConfig, SchedulingConfig, ServerConfig
+from triptych.config import (
+    AdmissionConfig,
+    ControlConfig,
+    MemoryConfig,
+    ModelConfig,
+    SchedulingConfig,
+    ServerConfig,
+)
+from triptych.control.instances import Cluster
 from triptych.core import Placement
-from triptych.serve import ServeOptions, serve
+from triptych.serve import ServeOptions, Stop, serve
 
 MODEL = "test-model"
 KV_CACHE_BYTES = 64 << 20
@@ -27,6 +35,8 @@ def options(folder: Path, placement: str, **changes: Any) -> ServeOptions:
         "memory": MemoryConfig(kv_cache_bytes=KV_CACHE_BYTES, embedding_cache_bytes=EMBEDDING_CACHE_BYTES),
         "scheduling": SchedulingConfig(max_num_batched_tokens=256),
         "server": ServerConfig(port=0, served_model_names=(MODEL,)),
+        "admission": AdmissionConfig(),
+        "control": ControlConfig(),
     }
     own = {"transfer": "auto", "threads": 1}
     for field, value in changes.items():
@@ -39,15 +49,19 @@ def options(folder: Path, placement: str, **changes: Any) -> ServeOptions:
 
 
 @contextmanager
-def running(folder: Path, placement: str, **changes: Any) -> Iterator[str]:
-    """The base URL of a server that is ready. Everything it started has ended when the block is left."""
+def running(folder: Path, placement: str, *, cluster: Cluster | None = None, **changes: Any) -> Iterator[str]:
+    """The base URL of a server that is ready. Everything it started has ended when the block is left.
+
+    `cluster` is where its instances run, for those that fail on purpose.
+    """
     ready: Future[str] = Future()
     loop = asyncio.new_event_loop()
-    stop = asyncio.Event()
+    stop = Stop()
 
     def run() -> None:
+        serving = serve(options(folder, placement, **changes), stop, ready.set_result, cluster=cluster)
         try:
-            loop.run_until_complete(serve(options(folder, placement, **changes), stop, ready.set_result))
+            loop.run_until_complete(serving)
         except BaseException as error:
             if ready.done():
                 raise
@@ -58,7 +72,7 @@ def running(folder: Path, placement: str, **changes: Any) -> Iterator[str]:
     try:
         yield ready.result(timeout=120)
     finally:
-        loop.call_soon_threadsafe(stop.set)
+        loop.call_soon_threadsafe(stop.ask)
         thread.join(timeout=30)
         assert not thread.is_alive(), "the server did not stop"
         loop.close()

@@ -28,7 +28,7 @@ def test_the_first_token_comes_from_prefill_and_the_rest_from_decode(tmp_path: P
         cluster.settle()
         said = [(m.instance, u.index, u.finish) for m in cluster.received if isinstance(m, Tokens) for u in m.updates]
         assert sorted(said) == [("d0", 1, None), ("d0", 2, FinishReason.LENGTH), ("p0", 0, None)]
-        assert Located(order.request_id, InstanceId("d0")) in cluster.received
+        assert Located(order.request_id, InstanceId("d0"), "epoch-d0") in cluster.received
 
 
 def test_a_text_only_request_never_touches_encode(tmp_path: Path) -> None:

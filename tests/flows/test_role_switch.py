@@ -47,7 +47,7 @@ def test_running_decodes_go_on_elsewhere_where_there_is_room(tmp_path: Path) -> 
         cluster.settle()
         assert cluster.take_up("d0").peer.role is Role.P
         assert cluster.tokens_of(order) == expected_answer(order)
-        assert Located(order.request_id, InstanceId("d1")) in cluster.received
+        assert Located(order.request_id, InstanceId("d1"), "epoch-d1") in cluster.received
         assert said_by(cluster, "d1") > 15
 
 

@@ -34,11 +34,27 @@ def test_a_claimed_lease_hands_its_content_over_and_gives_nothing_back():
 
 def test_the_leases_of_a_dead_reader_are_released_and_no_others():
     leases, given_back = Leases(), []
-    for reader in ("p0", "p1", "p0"):
-        leases.grant(InstanceId(reader), None, lambda reader=reader: given_back.append(reader))
-    leases.release_reader(READER)
+    for number, reader in enumerate(("p0", "p1", "p0")):
+        leases.grant(InstanceId(reader), number, lambda reader=reader: given_back.append(reader))
+    assert leases.release_reader(READER) == [0, 2], "what was promised"
     assert given_back == ["p0", "p0"]
     assert len(leases) == 1
+
+
+def test_what_a_reader_declines_is_the_holder_s_again_and_its_lease_is_over():
+    leases, ends = Leases(), []
+    lease = leases.grant(READER, "kv", lambda: ends.append("freed"), lambda: ends.append("taken back"))
+    leases.decline(lease)
+    leases.decline(lease)
+    leases.release(lease)
+    assert ends == ["taken back"]
+    assert len(leases) == 0
+
+
+def test_what_nobody_wants_back_is_freed_when_it_is_declined():
+    leases, ends = Leases(), []
+    leases.decline(leases.grant(READER, "rows", lambda: ends.append("freed")))
+    assert ends == ["freed"]
 
 
 class Ledger(RuleBasedStateMachine):

@@ -1,4 +1,5 @@
-"""A whole server over instances that answer by a script: all of it is real but for the three instances."""
+"""A whole server over instances that answer by a script: all of it is real but for the three instances. They can be
+lost and come back."""
 
 import asyncio
 import base64
@@ -7,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
+import msgspec
 from openai import OpenAI
 from PIL import Image
 
@@ -22,7 +24,7 @@ from tests.checkpoints import make_checkpoint
 from tests.model.clips import decode_frames
 from tests.server.clips import SAMPLING_RATE
 from tests.server.senses import senses
-from triptych.config import ServerConfig
+from triptych.config import AdmissionConfig, ServerConfig
 from triptych.core import FinishReason, InstanceId, Media, RequestId, Role, TokenLogprobs, UnitHash
 from triptych.errors import RequestError
 from triptych.messages import (
@@ -98,6 +100,7 @@ class Job:
     order: Submit
     missing: set[UnitHash]
     script: deque[int]
+    index: int  # of the next token: behind the output that it was submitted with
 
 
 class FakeCluster:
@@ -118,6 +121,8 @@ class FakeCluster:
         self.decoding: dict[RequestId, Job] = {}
         self._encoding: dict[UnitHash, RequestId] = {}
         self._embedded: set[UnitHash] = set()  # on P
+        self._peers: list[Peer] = []
+        self._version = 0
         self._frontend: Frontend | None = None
         self._stepping: asyncio.TimerHandle | asyncio.Handle | None = None
 
@@ -125,11 +130,27 @@ class FakeCluster:
         self._frontend = frontend
         roles = {E: Role.E, P: Role.P, D: Role.D} if roles is None else roles
         slab = SlabDescription({}, "", "cpu", 0, {})
-        frontend.handle(Table(1, [Peer(id, role, "epoch", "", slab) for id, role in roles.items()]))
+        self._publish([Peer(id, role, "epoch", "", slab) for id, role in roles.items()])
         for id in roles:
             queues = {"prefill_waiting": 1, "prefill_running": 2} if id == P else {}
             pools = {"kv": PoolUsage(10, 5, 3, 2)} if id != E else {"embedding": PoolUsage(4, 4, 0, 0)}
             frontend.handle(Load(id, queues, pools, {}, COUNTERS.get(id, {}), {}))
+
+    def lose(self, id: InstanceId, suspects: Collection[RequestId] = ()) -> None:
+        """It is gone, with everything that it held."""
+        self._publish([peer for peer in self._peers if peer.id != id])
+        if id == E:
+            self._encoding.clear()
+        if id == P:
+            self.prefilling.clear()
+            self._embedded.clear()
+        if id == D:
+            self.decoding.clear()
+        assert self._frontend is not None
+        self._frontend.instance_lost(id, suspects)
+
+    def restore(self, id: InstanceId, role: Role, epoch: str = "later") -> None:
+        self._publish([*self._peers, Peer(id, role, epoch, "", SlabDescription({}, "", "cpu", 0, {}))])
 
     @property
     def idle(self) -> bool:
@@ -143,7 +164,8 @@ class FakeCluster:
                 asyncio.get_running_loop().call_soon(self._encode, message)
             case Submit():
                 missing = {unit.hash for unit in message.units} - self._embedded
-                self.prefilling[message.request_id] = Job(message, missing, deque(self.answer(message)))
+                script = deque(self._script(message))
+                self.prefilling[message.request_id] = Job(message, missing, script, _num_output(message))
                 asyncio.get_running_loop().call_soon(self._ask_for_missing)
                 self._schedule()
             case Abort():
@@ -209,9 +231,10 @@ class FakeCluster:
 
     def _sample(self, job: Job) -> TokenUpdate:
         sampling = job.order.sampling
-        index = len(self.answer(job.order)) - len(job.script)
+        index = job.index
+        job.index += 1
         token = job.script.popleft() if job.script else self.end_id
-        num_left = sampling.max_tokens - len(self.answer(job.order)) + len(job.script)
+        num_left = sampling.max_tokens - job.index
         finish = None
         if (token == self.end_id and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             finish = FinishReason.STOP
@@ -223,9 +246,23 @@ class FakeCluster:
             scores = TokenLogprobs(-0.5, top, [-0.5, -1.5][: sampling.logprobs])
         return TokenUpdate(job.order.request_id, token, index, finish, scores, self.num_cached if index == 0 else 0)
 
+    def _script(self, order: Submit) -> list[int]:
+        """The rest of the answer, behind the output that the order comes with."""
+        prompt = msgspec.structs.replace(order, token_ids=order.token_ids[: order.num_prompt_tokens])
+        return self.answer(prompt)[_num_output(order) :]
+
+    def _publish(self, peers: list[Peer]) -> None:
+        self._peers = peers
+        self._version += 1
+        self._tell(Table(self._version, peers))
+
     def _tell(self, message: AnyMessage) -> None:
         assert self._frontend is not None
         self._frontend.handle(message)
+
+
+def _num_output(order: Submit) -> int:
+    return len(order.token_ids) - order.num_prompt_tokens
 
 
 def _decode(media: Media) -> None:
@@ -248,6 +285,7 @@ class Stack:
         processor: Processor | None = None,
         step_s: float = 0.0,
         max_model_len: int = 512,
+        admission: AdmissionConfig | None = None,
         **changes: Any,
     ) -> None:
         """`changes` go into the server's configuration."""
@@ -255,7 +293,7 @@ class Stack:
         self.config = ServerConfig(**({"served_model_names": ("fake",)} | changes))
         self.telemetry = Telemetry("fake")
         self.cluster = FakeCluster(answer, step_s)
-        self.frontend = Frontend(processor, self.cluster, self.telemetry)
+        self.frontend = Frontend(processor, self.cluster, self.telemetry, admission=admission)
         app = create_app(
             self.frontend,
             processor,
@@ -317,7 +355,7 @@ class Stack:
 
 def num_live(frontend: Frontend) -> int:
     """Sequences that it has not forgotten."""
-    return len(frontend._live)
+    return sum(map(len, frontend._open.values()))
 
 
 def picture(width: int = 32, height: int = 32, colour: str = "red", kind: str = "PNG") -> bytes:

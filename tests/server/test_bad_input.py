@@ -91,6 +91,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
     ({"stop": ["a", ""]}, "stop[1]", "empty"),
+    ({"stop": ["a"] * 129}, "stop", "at most 128"),
+    ({"stop": ["a" * 10_000, "b" * 10_000]}, "stop", "16384 characters"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "0"),
     ({"stop_token_ids": [1, len(processor().tokenizer)]}, "stop_token_ids[1]", "expected 0 to"),
     ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "1024"),
@@ -144,6 +146,22 @@ def test_malformed_json_is_refused(stack: Stack, body: str) -> None:
 
 def test_json_nested_without_end_is_refused(stack: Stack) -> None:
     refused(stack, '{"messages": ' + "[" * 100_000, 400)
+
+
+@pytest.mark.parametrize("depth", [1100, 5000, 100_000])
+def test_json_nested_too_deeply_is_refused(stack: Stack, depth: int) -> None:
+    for opened, closed in (("[", "]"), ('{"a":', "}")):
+        nested = opened * depth + "1" + closed * depth
+        refused(stack, f'{{"messages": [{{"role": "user", "content": "Hi"}}], "tools": {nested}}}', 400)
+        refused(stack, f'{{"messages": [{{"role": "user", "content": "Hi"}}], "tools": [{nested}, NaN]}}', 400)
+
+
+def test_media_too_long_for_the_model_are_named_once(stack: Stack) -> None:
+    response = stack.chat(**messages(*[image_part(data_url(picture(100, 90)))] * 2, {"type": "text", "text": "x"}))
+    assert response.status_code == 200
+    with Stack(max_model_len=4) as small:
+        message = small.chat(**messages(image_part(data_url(picture(100, 90))))).json()["error"]["message"]
+        assert message.count("messages:") == 1, message
 
 
 def test_prompts_without_end_are_refused(stack: Stack) -> None:

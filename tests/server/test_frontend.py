@@ -1,139 +1,50 @@
 """The frontend alone, on an event loop of its own: order of tokens, choice of instances, what is sent to whom."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
-
 import msgspec
 import pytest
 
-from tests.server.fakes import ANSWER, D, E, P, end_id, ids, num_live, processor
+from tests.server.fakes import ANSWER, D, E, P, num_live, processor
+from tests.server.scripted import (
+    TEXT,
+    ask,
+    attempt_id,
+    attempt_of,
+    encoded,
+    make_frontend,
+    on_loop,
+    report,
+    start,
+    unit,
+    updates,
+    without,
+)
 from triptych.config import KV_BLOCK_TOKENS
 from triptych.core import (
+    BlockHash,
     BlockHashes,
     EncodeUnit,
-    FinishReason,
     InstanceId,
     Media,
-    RequestId,
     Role,
     SamplingParams,
     Span,
     UnitHash,
 )
 from triptych.errors import RequestError
+from triptych.memory.prefix import prompt_hashes
 from triptych.messages import (
     Abort,
-    AnyMessage,
     Encode,
     Evicted,
     Failed,
     Load,
     Located,
-    Peer,
-    SlabDescription,
     Submit,
     Table,
     Tokens,
-    TokenUpdate,
     Wanted,
 )
-from triptych.server.frontend import Frontend, Generation, PreparedPrompt
-from triptych.telemetry import Telemetry
-
-M = TypeVar("M")
-TEXT = 2 * KV_BLOCK_TOKENS
-
-
-class Wire:
-    """Keeps what is sent."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[InstanceId, AnyMessage]] = []
-
-    def send(self, instance: InstanceId, message: AnyMessage) -> None:
-        self.sent.append((instance, message))
-
-    def receivers(self, kind: type[Any]) -> list[InstanceId]:
-        return [instance for instance, message in self.sent if isinstance(message, kind)]
-
-    def take(self, kind: type[M]) -> list[tuple[InstanceId, M]]:
-        """What was sent since, of one kind; all the rest is forgotten."""
-        sent, self.sent = self.sent, []
-        return [(instance, message) for instance, message in sent if isinstance(message, kind)]
-
-
-def make_frontend(*placement: tuple[str, Role], **options: bool) -> tuple[Frontend, Wire]:
-    wire = Wire()
-    frontend = Frontend(processor(), wire, Telemetry("m"), **options)
-    slab = SlabDescription({}, "", "cpu", 0, {})
-    peers = [Peer(InstanceId(name), role, "epoch", "", slab) for name, role in placement]
-    frontend.handle(
-        Table(
-            1,
-            peers
-            or [
-                Peer(id, role, "epoch", "", slab) for id, role in zip((E, P, D), (Role.E, Role.P, Role.D), strict=True)
-            ],
-        )
-    )
-    return frontend, wire
-
-
-def start(frontend: Frontend, *units: EncodeUnit, n: int = 1) -> Generation:
-    spans = tuple(Span(i, unit.num_tokens, i, 0) for i, unit in enumerate(units))
-    prompt = PreparedPrompt([1] * 100, units, spans, {unit.hash: media(unit) for unit in units}, {})
-    return frontend.generate([prompt], [SamplingParams(max_tokens=50, seed=1)], n)
-
-
-def ask(frontend: Frontend, *units: EncodeUnit, token: int = 1, n: int = 1) -> Generation:
-    """A prompt of two blocks of text, the pictures, and two blocks of text again."""
-    spans, start = [], TEXT
-    for index, unit in enumerate(units):
-        spans.append(Span(start, unit.num_tokens, index, 0))
-        start += unit.num_tokens
-    medias = {unit.hash: media(unit) for unit in units}
-    prompt = PreparedPrompt([token] * (start + TEXT), units, tuple(spans), medias, {})
-    return frontend.generate([prompt], [SamplingParams(max_tokens=50, seed=1)], n)
-
-
-def report(frontend: Frontend, **work_s: float) -> None:
-    """Loads of instances, by name."""
-    for name, seconds in work_s.items():
-        frontend.handle(Load(InstanceId(name), {}, {}, {"p": seconds}, {}, {}))
-
-
-def encoded(wire: Wire) -> list[tuple[InstanceId, int]]:
-    """Who was told to encode which unit since it was last asked."""
-    return [(instance, unit.hash[0]) for instance, order in wire.take(Encode) for unit in order.units]
-
-
-def without(frontend: Frontend, *gone: InstanceId) -> None:
-    """The next routing table."""
-    peers = [peer for peer in frontend.table.peers.values() if peer.id not in gone]
-    frontend.handle(Table(frontend.table.version + 1, peers))
-
-
-def media(unit: EncodeUnit) -> Media:
-    """A picture of its own for each unit."""
-    return Media(unit.hash, unit.modality, b"x")
-
-
-def unit(name: int, num_tokens: int) -> EncodeUnit:
-    return EncodeUnit(UnitHash(bytes([name] * 16)), "image", num_tokens)
-
-
-def updates(request_id: RequestId) -> list[TokenUpdate]:
-    tokens = [*ids(ANSWER), end_id()]
-    ends = [None] * (len(tokens) - 1) + [FinishReason.STOP]
-    return [TokenUpdate(request_id, token, i, end) for i, (token, end) in enumerate(zip(tokens, ends, strict=True))]
-
-
-def on_loop(scenario: Callable[[], Awaitable[None]]) -> None:
-    async def run() -> None:
-        await scenario()
-
-    asyncio.run(run())
+from triptych.server.generation import PreparedPrompt
 
 
 def test_tokens_that_overtake_each_other_are_put_in_order_and_repeated_ones_dropped() -> None:
@@ -141,7 +52,7 @@ def test_tokens_that_overtake_each_other_are_put_in_order_and_repeated_ones_drop
         frontend, _ = make_frontend()
         generation = start(frontend)
         (output,) = generation.outputs
-        first, second, *rest = updates(output.request_id)
+        first, second, *rest = updates(attempt_id(output))
         frontend.handle(Tokens(D, [second]))
         frontend.handle(Tokens(D, rest))
         assert output.num_tokens == 0
@@ -159,7 +70,7 @@ def test_a_generation_hands_out_everything_before_it_ends() -> None:
         frontend, _ = make_frontend()
         generation = start(frontend, n=2)
         for output in generation.outputs:
-            frontend.handle(Tokens(P, updates(output.request_id)))
+            frontend.handle(Tokens(P, updates(attempt_id(output))))
         assert generation.finished
         assert [output.index async for changed in generation for output in changed] == [0, 1]
 
@@ -174,7 +85,7 @@ def test_leaving_a_generation_aborts_wherever_the_request_may_be() -> None:
         assert sorted(wire.receivers(Abort)) == ["e0", "e1", "p0"]
         wire.sent.clear()
         async with start(frontend, unit(3, 64)) as generation:
-            request_id = generation.outputs[0].request_id
+            request_id = attempt_of(generation)
             frontend.handle(Tokens(P, updates(request_id)[:1]))
             frontend.handle(Located(request_id, InstanceId("d1")))
         assert sorted(wire.receivers(Abort)) == ["d1", "e0", "p0"], "a unit that P had cached may still be in E's queue"
@@ -189,7 +100,7 @@ def test_decodes_own_token_says_that_nobody_else_holds_anything() -> None:
     async def scenario() -> None:
         frontend, wire = make_frontend()
         async with start(frontend, unit(1, 64)) as generation:
-            request_id = generation.outputs[0].request_id
+            request_id = attempt_of(generation)
             first, second, third, *_ = updates(request_id)
             frontend.handle(Tokens(D, [second]))  # overtook: what P has to say is still to come
             frontend.handle(Located(request_id, D))
@@ -199,40 +110,6 @@ def test_decodes_own_token_says_that_nobody_else_holds_anything() -> None:
             frontend.instance_lost(P)
             assert num_live(frontend) == 1
         assert wire.receivers(Abort) == [D]
-
-    on_loop(scenario)
-
-
-@pytest.mark.parametrize("lost", [E, P, D])
-def test_before_decodes_own_token_the_loss_of_any_instance_ends_the_request(lost: InstanceId) -> None:
-    async def scenario() -> None:
-        frontend, _ = make_frontend()
-        generation = start(frontend, unit(1, 64))
-        request_id = generation.outputs[0].request_id
-        frontend.handle(Tokens(P, updates(request_id)[:1]))
-        frontend.handle(Tokens(D, updates(request_id)[2:3]))  # one is missing, so this proves nothing yet to the client
-        frontend.handle(Located(request_id, D))
-        frontend.instance_lost(lost)
-        with pytest.raises(RequestError, match=f"{lost} was lost") as caught:
-            await generation.wait()
-        assert (caught.value.status, caught.value.code) == (503, "instance_lost")
-
-    on_loop(scenario)
-
-
-def test_a_request_that_was_handed_to_an_instance_that_is_lost_ends() -> None:
-    async def scenario() -> None:
-        frontend, wire = make_frontend()
-        generation = start(frontend)
-        request_id = generation.outputs[0].request_id
-        frontend.instance_lost(D)
-        frontend.handle(Table(2, [peer for peer in frontend.table.peers.values() if peer.id != D]))
-        frontend.handle(Tokens(P, updates(request_id)[:1]))
-        frontend.handle(Located(request_id, D))
-        with pytest.raises(RequestError, match="d0 was lost") as caught:
-            await generation.wait()
-        assert (caught.value.status, caught.value.code) == (503, "instance_lost")
-        assert P in wire.receivers(Abort)
 
     on_loop(scenario)
 
@@ -249,8 +126,8 @@ def test_a_token_that_cannot_be_taken_ends_its_request_and_no_other(caplog: pyte
     async def scenario() -> None:
         frontend, wire = make_frontend()
         broken, sound = start(frontend), start(frontend)
-        impossible = msgspec.structs.replace(updates(broken.outputs[0].request_id)[0], token_id=-1)
-        frontend.handle(Tokens(P, [impossible, *updates(sound.outputs[0].request_id)]))
+        impossible = msgspec.structs.replace(updates(attempt_of(broken))[0], token_id=-1)
+        frontend.handle(Tokens(P, [impossible, *updates(attempt_of(sound))]))
         with pytest.raises(RequestError, match="internal server error") as caught:
             await broken.wait()
         assert caught.value.status == 500
@@ -314,7 +191,7 @@ def test_choices_after_the_first_order_nothing() -> None:
     generation = ask(frontend, unit(1, 16), unit(2, 16), n=3)
     submits = [message for _, message in wire.sent if isinstance(message, Submit)]
     assert [len(order.ordered) for order in submits] == [2, 0, 0]
-    assert {message.request_id for _, message in wire.take(Encode)} == {generation.outputs[0].request_id}
+    assert {message.request_id for _, message in wire.take(Encode)} == {attempt_of(generation)}
 
 
 def test_a_unit_that_prefill_seems_to_have_is_not_ordered_again() -> None:
@@ -336,7 +213,7 @@ def test_a_unit_that_is_wanted_is_ordered_from_an_encode_instance_which_then_hea
             assert encoded(wire) == []
             frontend.handle(Evicted(InstanceId("e0"), [unit(1, 16).hash], []))
             report(frontend, e0=1.0, e1=0.5)
-            request_id = generation.outputs[0].request_id
+            request_id = attempt_of(generation)
             frontend.handle(Wanted(request_id, (unit(1, 16).hash,)))
             [(to, order)] = wire.take(Encode)
             assert (to, order.request_id, order.prefill) == ("e1", request_id, "p0")
@@ -349,23 +226,10 @@ def test_a_unit_that_is_wanted_by_a_request_that_is_gone_is_not_encoded() -> Non
     async def scenario() -> None:
         frontend, wire = make_frontend()
         async with ask(frontend, unit(1, 16)) as generation:
-            request_id = generation.outputs[0].request_id
+            request_id = attempt_of(generation)
         wire.sent.clear()
         frontend.handle(Wanted(request_id, (unit(1, 16).hash,)))
         assert wire.sent == []
-
-    on_loop(scenario)
-
-
-def test_a_unit_that_is_wanted_when_nobody_encodes_ends_the_request_with_503() -> None:
-    async def scenario() -> None:
-        frontend, _ = make_frontend()
-        generation = ask(frontend, unit(1, 16))
-        without(frontend, E)
-        frontend.handle(Wanted(generation.outputs[0].request_id, (unit(1, 16).hash,)))
-        with pytest.raises(RequestError, match="no instance serves encode") as caught:
-            await generation.wait()
-        assert caught.value.status == 503
 
     on_loop(scenario)
 
@@ -405,7 +269,7 @@ def test_a_unit_that_could_not_be_encoded_is_thought_to_be_nowhere() -> None:
     async def scenario() -> None:
         frontend, wire = make_frontend()
         generation = ask(frontend, unit(1, 16))
-        frontend.handle(Failed(generation.outputs[0].request_id, "bad", 400, "invalid_image", unit(1, 16).hash))
+        frontend.handle(Failed(attempt_of(generation), "bad", 400, "invalid_image", unit(1, 16).hash))
         with pytest.raises(RequestError, match="bad"):
             await generation.wait()
         wire.sent.clear()
@@ -477,14 +341,14 @@ def test_unless_it_is_busier_than_the_prefix_is_worth() -> None:
         report(frontend, pd0=0.0, pd1=busy)
         ask(frontend, token=1)
         assert [to for to, _ in wire.take(Submit)] == [expected]
-        frontend.handle(Evicted(InstanceId("pd0"), [], [*_hashes(frontend, 1)]))
+        frontend.handle(Evicted(InstanceId("pd0"), [], [*_hashes(1)]))
 
 
 def test_a_prefix_that_was_evicted_attracts_nobody() -> None:
     frontend, wire = make_frontend(("e0", Role.E), ("pd0", Role.PD), ("pd1", Role.PD))
     report(frontend, pd0=1.0, pd1=0.0)
     ask(frontend, token=1)
-    frontend.handle(Evicted(InstanceId("pd1"), [], [*_hashes(frontend, 1)]))
+    frontend.handle(Evicted(InstanceId("pd1"), [], [*_hashes(1)]))
     report(frontend, pd0=0.0, pd1=0.0)
     wire.sent.clear()
     ask(frontend, token=1)
@@ -522,5 +386,5 @@ def test_without_prefix_caching_no_prompt_is_hashed_and_none_attracted() -> None
     ]
 
 
-def _hashes(frontend: Frontend, token: int) -> tuple[bytes, ...]:
-    return frontend._hashes(PreparedPrompt([token] * 2 * TEXT)).blocks
+def _hashes(token: int) -> tuple[BlockHash, ...]:
+    return prompt_hashes(processor().identity, [token] * 2 * TEXT, (), (), KV_BLOCK_TOKENS).blocks

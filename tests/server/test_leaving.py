@@ -3,13 +3,14 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from tests.server.fakes import D, E, P, Stack, data_url, ids, image_part, picture
-from triptych.core import FinishReason, InstanceId, RequestId
+from triptych.core import FinishReason, InstanceId, RequestId, Role
 from triptych.messages import Abort, AnyMessage, Failed, Located, Tokens, TokenUpdate
 
 LONG = ids("abc ") * 100
@@ -66,14 +67,23 @@ def test_a_failure_after_the_first_token_is_the_last_event_of_a_stream(stack: St
     assert D in {instance for instance, _ in stack.cluster.aborted}
 
 
-def test_a_lost_instance_ends_what_it_held_with_503(stack: Stack) -> None:
-    with stack.http.stream("POST", "/v1/chat/completions", json=body(stream=True)) as response:
-        lines = response.iter_lines()
-        next(lines)
-        on_loop(stack, lambda: stack.frontend.instance_lost(E))
-        assert "choices" in next(line for line in lines if line), "it holds nothing of text"
-        on_loop(stack, lambda: stack.frontend.instance_lost(D))
-        assert "instance d0 was lost" in "".join(lines)
+@pytest.mark.parametrize("lost", [E, P, D])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_does_not_notice_that_an_instance_is_lost(stack: Stack, lost: InstanceId, stream: bool) -> None:
+    fields = {"messages": body([image_part(data_url(picture()))])["messages"], "max_tokens": 40}
+    with ThreadPoolExecutor() as pool:
+        asking = pool.submit(stack.chat, stream=stream, **fields)
+        wait_until(lambda: bool(stack.cluster.decoding if lost == D else stack.cluster.sent))
+        on_loop(stack, lambda: stack.cluster.lose(lost))
+        time.sleep(0.02)
+        on_loop(stack, lambda: stack.cluster.restore(lost, Role(lost[0])))
+        text = asking.result().text
+    if stream:
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        pieces = [event["choices"][0]["delta"].get("content", "") for event in events]
+        assert "".join(pieces) == "abc " * 10
+    else:
+        assert json.loads(text)["choices"][0]["message"]["content"] == "abc " * 10
 
 
 def test_messages_about_unknown_requests_give_back_what_is_held(stack: Stack) -> None:
@@ -91,6 +101,30 @@ def test_a_stopping_server_says_so(stack: Stack) -> None:
         next(lines)
         on_loop(stack, stack.frontend.close)
         assert "shutting down" in "".join(lines)
+
+
+def test_a_server_that_drains_finishes_what_runs_and_refuses_what_is_new(stack: Stack) -> None:
+    async def drained() -> None:
+        await stack.frontend.drained()
+
+    with ThreadPoolExecutor() as pool:
+        asking = pool.submit(stack.chat, max_tokens=40)
+        wait_until(lambda: bool(stack.cluster.decoding))
+        on_loop(stack, stack.frontend.drain)
+        draining = asyncio.run_coroutine_threadsafe(drained(), stack.loop)
+        refused = stack.chat()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert not draining.done()
+        assert asking.result().json()["choices"][0]["message"]["content"] == "abc " * 10
+        draining.result(5)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def body(content: object = "Hi", **fields: object) -> dict[str, object]:

@@ -2,6 +2,8 @@
 
 import asyncio
 import binascii
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -155,13 +157,41 @@ def test_a_name_is_asked_for_once_so_that_a_second_answer_cannot_matter(
 ) -> None:
     answers = iter(["127.0.0.1", "127.0.0.2"])
 
-    async def resolve(loop: object, host: str, port: int, **options: object) -> list[tuple[object, ...]]:
+    def resolve(host: str, port: int, **options: object) -> list[tuple[object, ...]]:
         return [(2, 1, 6, "", (next(answers), port))]
 
-    monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     url = f"http://rebinding.example:{port}/picture"
     assert get(url, is_allowed=lambda address: address == "127.0.0.1") == PICTURE
     assert next(answers) == "127.0.0.2"
+
+
+def test_names_that_nobody_resolves_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of the event loop, which read headers and decode base64, are not those that wait for name servers."""
+    answered, asked = threading.Event(), []
+
+    def resolve(host: str, port: int, **options: object) -> list[tuple[object, ...]]:
+        asked.append(host)
+        assert answered.wait(20)
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+    async def compete() -> None:
+        fetcher = Fetcher(max_bytes=1000, timeout_s=20)
+        lost = [asyncio.create_task(fetcher.get(f"http://a{i}.example/", lambda n: None)) for i in range(MAX_FETCHES)]
+        try:
+            async with asyncio.timeout(10):
+                while len(asked) < min(MAX_FETCHES, (os.cpu_count() or 1) + 4):  # as many as the loop has threads
+                    await asyncio.sleep(0.01)
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 10) == "done"
+        finally:
+            answered.set()
+            outcomes = await asyncio.gather(*lost, return_exceptions=True)
+            await fetcher.close()
+        assert {getattr(outcome, "code", None) for outcome in outcomes} == {"media_unreachable"}
+
+    asyncio.run(compete())
 
 
 @pytest.mark.parametrize(
@@ -190,11 +220,11 @@ def test_redirects_that_lead_nowhere_are_told(port: int, target: str) -> None:
 def test_a_host_outside_ascii_is_asked_for_by_its_ascii_name(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    async def resolve(loop: object, host: str, port: int, **options: object) -> list[tuple[object, ...]]:
+    def resolve(host: str, port: int, **options: object) -> list[tuple[object, ...]]:
         asked.append(host)
         return [(2, 1, 6, "", ("127.0.0.1", port))]
 
-    monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     assert get(f"http://münchen.example:{port}/picture") == PICTURE
     assert asked == ["xn--mnchen-3ya.example"]
 

@@ -167,14 +167,14 @@ def test_a_hand_over_of_a_sequence_that_is_gone_is_nothing():
     assert batch(step(stage)) == []
 
 
-def test_a_failed_pull_fails_the_request_and_gives_everything_back():
+def test_a_failed_pull_has_the_request_taken_up_again_and_gives_everything_back():
     stage, pools = make_decode()
     stage.admit(make_prefilled("r", lease=9))
     stage.pulled(RequestId("r"), RuntimeError("link down"))
     release, failed = sent(pools)
     assert release == Release(9)
     assert isinstance(failed, Failed)
-    assert (failed.status, failed.code) == (500, "transfer_failed")
+    assert (failed.status, failed.code, failed.retry) == (503, "transfer_failed", True)
     pools.assert_idle()
 
 
@@ -210,7 +210,10 @@ def test_a_hand_over_that_its_abort_overtook_is_given_back(holder):
     stage.abort(RequestId("r"))
     stage.admit(make_prefilled("r", holder=holder, lease=6))
     assert pools.near.out.pulls == []
-    assert pools.near.out.messages == [(holder, Release(6))]
+    (_, failed), release = pools.near.out.messages
+    assert isinstance(failed, Failed)
+    assert failed.retry, "nobody cares, unless it was prefill that gave the request up here for a while"
+    assert release == (holder, Release(6))
     assert stage.queues == {"decode_waiting": 0, "decode_running": 0}
 
 

@@ -67,6 +67,12 @@ def released(pools: Pools) -> list[int]:
     return [message.lease for _, message in sent(pools, Release)]
 
 
+def read_all(pools: Pools) -> None:
+    """Everything that was announced is pulled."""
+    for lease in list(pools.leases._leases):
+        pools.leases.release(lease)
+
+
 def bring(stage: PrefillStage, request: Submit, lease: int = 1) -> None:
     """Everything that a started request needs is announced and pulled."""
     for unit in request.units:
@@ -82,7 +88,7 @@ def leave_behind(stage: PrefillStage, pools: Pools, request: Submit) -> None:
     bring(stage, request)
     while any(stage.queues.values()):
         run(stage)
-    pools.leases.release_reader(InstanceId("d0"))
+    read_all(pools)
     pulls(pools)
     sent(pools)
     pools.near.out.tokens.clear()
@@ -99,7 +105,7 @@ def test_a_text_prompt_is_prefilled_reported_and_handed_on():
     [update] = pools.near.out.tokens
     assert (update.request_id, update.token_id, update.finish) == ("r", 5, None)
     (to_frontend, located), (to_decode, order) = sent(pools)
-    assert (to_frontend, located) == (FRONTEND, Located(RequestId("r"), "d0"))
+    assert (to_frontend, located) == (FRONTEND, Located(RequestId("r"), "d0", "1"))
     assert to_decode == "d0"
     assert isinstance(order, Prefilled)
     assert order.token_ids == [*range(100, 107), 5]
@@ -222,7 +228,7 @@ def test_equal_units_in_one_request_are_held_and_pulled_once():
     stage.pulled(unit.hash, None)
     [chunk] = run(stage)
     assert chunk.embedding_blocks == {0: [0, 1], 1: [0, 1]}
-    pools.leases.release_reader("d0")
+    read_all(pools)
     pools.assert_idle()
 
 
@@ -380,7 +386,7 @@ def test_the_oldest_request_that_is_ready_waits_for_kv_before_younger_ones():
     stage.admit(make_request("small", text=4))
     assert [name for name, *_ in lengths(run(stage))] == ["first"]
     assert run(stage) == [], "first still holds 5 of 8 blocks under its lease"
-    pools.leases.release_reader("d0")
+    read_all(pools)
     assert [name for name, *_ in lengths(run(stage))] == ["large", "small"]
 
 
@@ -406,7 +412,7 @@ def test_a_failed_pull_is_tried_again_with_another_request_s_ticket():
     assert len(run(stage)) == 2
 
 
-def test_a_failed_pull_without_another_ticket_fails_the_requests_that_had_theirs():
+def test_a_failed_pull_without_another_ticket_has_the_requests_taken_up_again_that_had_theirs():
     stage, pools = make_prefill()
     unit = make_unit("cat", 8)
     for name in ("had", "expects"):
@@ -416,7 +422,7 @@ def test_a_failed_pull_without_another_ticket_fails_the_requests_that_had_theirs
     stage.pulled(unit.hash, RuntimeError("link down"))
     messages = sent(pools)
     [failed] = [message for _, message in messages if isinstance(message, Failed)]
-    assert (failed.request_id, failed.status, failed.code) == ("had", 500, "transfer_failed")
+    assert (failed.request_id, failed.status, failed.code, failed.retry) == ("had", 503, "transfer_failed", True)
     assert [message.lease for _, message in messages if isinstance(message, Release)] == [1]
     pulls(pools)
     stage.embedded(make_embedded("expects", unit, 2))
@@ -447,21 +453,21 @@ def test_requests_that_miss_embeddings_give_their_kv_up_to_an_older_one_and_begi
     for request in (older, younger):  # 6 and 4 blocks, of 5 that are free
         stage.admit(request)
     assert lengths(run(stage)) == [("younger", 0, 3)]
-    pools.leases.release_reader(InstanceId("d0"))
+    read_all(pools)
     bring(stage, older)
     assert lengths(run(stage)) == [("older", 0, 22)]
     bring(stage, younger)
-    pools.leases.release_reader(InstanceId("d0"))
+    read_all(pools)
     assert lengths(run(stage)) == [("younger", 0, 14)]
 
 
-def test_without_a_decode_instance_the_request_fails_with_503():
+def test_without_a_decode_instance_the_request_is_to_be_taken_up_again():
     stage, pools = make_prefill()
     pools.near.table = make_near("here", here="p").table
     stage.admit(make_request("r"))
     run(stage)
     [(to, failed)] = sent(pools)
-    assert (to, failed.status) == (FRONTEND, 503)
+    assert (to, failed.status, failed.retry) == (FRONTEND, 503, True)
     pools.assert_idle()
 
 
@@ -596,6 +602,28 @@ def test_a_request_that_gave_its_prefix_up_takes_a_second_ticket_for_what_was_ev
     assert pulls(pools) == [dog.hash], "it had one before, and lost what came of it"
 
 
+def test_a_request_that_gives_its_prefix_up_while_the_next_one_starts_is_the_next_one():
+    stage, pools = make_prefill(kv_blocks=10, embedding_blocks=8, streamed=False)
+    cat, dog = make_unit("cat"), make_unit("dog")
+    leave_behind(stage, pools, make_request("a", (cat,), text=4, hashed=True))
+    old, young = make_request("old", num_images=1, text=10), make_request("young", (cat, dog), text=4, hashed=True)
+    for request in (old, young):  # 7 blocks, and 7 of which 4 are here
+        stage.admit(request)
+    run(stage)
+    stage.admit(make_request("next", text=1))
+    bring(stage, old)
+    assert lengths(run(stage)) == [("old", 0, 28)]
+    assert stage.queues == {"prefill_waiting": 2, "prefill_running": 0}
+    read_all(pools)
+    names = [name for name, *_ in lengths(run(stage))]
+    for unit in (cat, dog):
+        stage.embedded(make_embedded("young", unit, 2))
+    if dog.hash in stage._pulling:
+        stage.pulled(dog.hash, None)
+    names += [name for _ in range(3) for name, *_ in lengths(run(stage))]
+    assert sorted(names) == ["next", "young"]
+
+
 def test_a_request_with_a_cached_prefix_waits_for_the_blocks_of_the_rest():
     stage, pools = make_prefill(kv_blocks=6)
     leave_behind(stage, pools, make_request("a", text=9, hashed=True))
@@ -603,7 +631,7 @@ def test_a_request_with_a_cached_prefix_waits_for_the_blocks_of_the_rest():
     stage.admit(make_request("b", text=20, hashed=True))
     assert [name for name, *_ in lengths(run(stage))] == ["other"], "the older one is first served"
     assert stage.queues == {"prefill_waiting": 1, "prefill_running": 0}
-    pools.leases.release_reader(InstanceId("d0"))
+    read_all(pools)
     assert lengths(run(stage)) == [("b", 8, 12)]
 
 
@@ -612,7 +640,7 @@ def test_what_was_computed_is_found_even_if_its_request_was_aborted():
     stage.admit(make_request("a", text=20, hashed=True))
     run(stage, 9)
     stage.abort(RequestId("a"))
-    pools.leases.release_reader(InstanceId("d0"))
+    read_all(pools)
     assert (pools.kv.usage().used, pools.kv.usage().cached) == (0, 2)
     stage.admit(make_request("b", text=20, hashed=True))
     assert lengths(run(stage)) == [("b", 8, 12)]
@@ -626,7 +654,7 @@ def test_with_recurrent_states_no_prefix_is_shared_and_no_chunk_goes_ahead():
         kinds = sent(pools)
         assert [type(message) for _, message in kinds] == [Located, Prefilled]
         assert len(kinds[1][1].ticket.blocks) == 2 + 3
-        pools.leases.release_reader(InstanceId("d0"))
+        read_all(pools)
     assert pools.kv.usage().cached == 0
     assert stage.num_cached_tokens == 0
 
@@ -828,7 +856,7 @@ def test_kv_is_announced_after_every_chunk_that_filled_a_block_and_whole_at_the_
     stage.admit(request)
     run(stage, 6)
     (to_frontend, located), (to, first) = sent(pools)
-    assert (to_frontend, located) == (FRONTEND, Located(RequestId("r"), "d0"))
+    assert (to_frontend, located) == (FRONTEND, Located(RequestId("r"), "d0", "1"))
     assert (to, type(first)) == ("d0", Prefilling)
     assert (first.num_tokens, first.prompt_hashes) == (15, request.prompt_hashes)
     assert (first.ticket.region, first.ticket.blocks, first.ticket.num_tokens) == ("kv", [0], 4)
@@ -881,7 +909,7 @@ def test_an_aborted_prefill_does_not_free_the_blocks_that_are_read():
     assert run(stage) == [], "it would be written over what is read"
     pools.leases.release(order.ticket.lease)
     assert lengths(run(stage)) == [("next", 0, 12)]
-    pools.leases.release_reader(InstanceId("d0"))
+    read_all(pools)
     pools.assert_idle()
 
 
@@ -894,7 +922,7 @@ def test_a_request_that_ends_with_its_first_token_tells_decode():
     run(stage, 8, token=5)
     assert pools.near.out.tokens[0].finish is FinishReason.STOP
     assert sent(pools) == [("d0", Abort(RequestId("r")))]
-    pools.leases.release_reader(InstanceId("d0"))
+    read_all(pools)
     pools.assert_idle()
 
 
@@ -917,10 +945,10 @@ def test_another_decode_instance_gets_everything_where_the_first_one_is_gone():
     run(stage, 8)
     sent(pools)
     pools.near.table = make_near("here", here="p", d1="d").table
-    pools.leases.release_reader(InstanceId("d0"))
+    read_all(pools)
     run(stage, 8)
     (_, located), (to, order) = sent(pools)
-    assert located == Located(RequestId("r"), "d1")
+    assert located == Located(RequestId("r"), "d1", "1")
     assert (to, len(order.ticket.blocks)) == ("d1", 4)
 
 

@@ -1,6 +1,7 @@
 """Starts, watches and stops worker processes on this host. Knows no role and no message."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,12 +23,10 @@ class LocalWorker:
         self._failures = failures
         assert process.pid is not None
         self.pid: int = process.pid
+        self._pidfd = _open_process(self.pid)
         self.failure: str | None = None
+        self.exit_code: int | None = None
         self.exited = asyncio.Event()
-
-    @property
-    def exit_code(self) -> int | None:
-        return self._process.exitcode
 
     def watch(self, on_exit: Callable[[], None]) -> None:
         """Calls `on_exit` on the event loop within milliseconds of the process's end."""
@@ -36,6 +35,9 @@ class LocalWorker:
         def ended() -> None:
             loop.remove_reader(self._process.sentinel)
             self._process.join()
+            self.exit_code = self._process.exitcode
+            self.kill()  # it lives still, but unwatched, if it was the fork server that ended
+            self._close()
             self.failure = self._read_failure()
             self.exited.set()
             on_exit()
@@ -43,8 +45,10 @@ class LocalWorker:
         loop.add_reader(self._process.sentinel, ended)
 
     def kill(self) -> None:
-        if self._process.is_alive():
-            os.kill(self.pid, signal.SIGKILL)
+        """Idempotent; never meets another process that got the same number."""
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def wait(self, seconds: float) -> bool:
         """Whether the process ended within that time."""
@@ -54,6 +58,12 @@ class LocalWorker:
             return False
         return True
 
+    def _close(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        self._process.close()
+
     def _read_failure(self) -> str | None:
         try:
             return str(self._failures.recv()) if self._failures.poll() else None
@@ -62,6 +72,16 @@ class LocalWorker:
         finally:
             self._failures.close()
 
+
+def _open_process(pid: int) -> int | None:
+    """A handle on the process, None if it has ended already."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+Entry = Callable[[InstanceConfig, Connection], None]
 
 ENVIRONMENT = {
     # glibc would give the memory of every picture back to the kernel and fault it in again for the next one: 3,000 page
@@ -80,7 +100,9 @@ class LocalCluster:
     The first one in a process starts the fork server, which takes its environment from this process at that moment.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, entry: Entry = work) -> None:
+        """`entry` is what a process runs; one that can be imported by its name."""
+        self._entry = entry
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._context = multiprocessing.get_context("forkserver")
@@ -89,7 +111,7 @@ class LocalCluster:
     def start(self, config: InstanceConfig) -> LocalWorker:
         failures, child_end = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=work, args=(config, child_end), name=f"triptych-{config.id}", daemon=True
+            target=self._entry, args=(config, child_end), name=f"triptych-{config.id}", daemon=True
         )
         process.start()
         child_end.close()

@@ -1,134 +1,148 @@
-"""Starts the instances of a placement, publishes who is there, notices who is gone, stops them all."""
+"""The control plane as the server sees it: keeps the instances of a placement up and changes them on request."""
 
 import asyncio
 import logging
-from functools import partial
-from typing import Protocol
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from triptych.config import InstanceConfig
-from triptych.control.instances import Cluster, Instance, State
-from triptych.core import InstanceId
+from triptych.config import ControlConfig
+from triptych.control.adaptive import Adaptive, Watched
+from triptych.control.changes import Change, Changes
+from triptych.control.events import Event
+from triptych.control.fleet import Configure, Fleet, Observer
+from triptych.control.instances import Cluster, Instance
+from triptych.core import InstanceId, Placement, Role
 from triptych.engine.sockets import Post
-from triptych.errors import EXIT_REFUSED, ConfigError, InstanceError
-from triptych.messages import AnyMessage, Ready, Shutdown, Table
+from triptych.errors import RequestError
+from triptych.messages import Alive, AnyMessage, Ready, Switched, Unreachable
+from triptych.planning.allocator import Decision
 
 logger = logging.getLogger(__name__)
 
-STOP_GRACE_S = 1.5  # for a worker to leave its loop; then it is killed
+START_TIMEOUT_S = 600.0
 
-
-class Observer(Protocol):
-    """Who wants to know; the frontend."""
-
-    def handle(self, message: Table) -> None: ...
-    def instance_lost(self, instance: InstanceId) -> None: ...
+Result = TypeVar("Result")
 
 
 class Controller:
-    """Lives on the event loop of the server process. One owner of the instance records and of the table version."""
+    """Lives on the event loop of the server process."""
 
-    def __init__(self, cluster: Cluster, post: Post) -> None:
-        self._cluster = cluster
-        self._post = post
-        self._frontend: Observer | None = None
-        self._version = 0
-        self._changed = asyncio.Event()
-        self._stopping = False
-        self._starting = asyncio.Lock()
-        self.instances: dict[InstanceId, Instance] = {}
+    def __init__(
+        self,
+        cluster: Cluster,
+        post: Post,
+        configure: Configure,
+        config: ControlConfig,
+        *,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        self._fleet = Fleet(cluster, post, configure, start_timeout_s)
+        self._changes = Changes(self._fleet, config.switch_timeout_s)
+        self._adaptive: Adaptive | None = None
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self.draining = False
 
-    async def start(self, configs: list[InstanceConfig], timeout_s: float) -> None:
+    @property
+    def instances(self) -> Mapping[InstanceId, Instance]:
+        return self._fleet.instances
+
+    @property
+    def events(self) -> Iterable[Event]:
+        """The newest ones of each sort, in order."""
+        return self._fleet.events
+
+    @property
+    def decision(self) -> Decision | None:
+        """The latest one about roles that follow the load."""
+        return None if self._adaptive is None else self._adaptive.latest
+
+    # ---- life cycle
+
+    async def start(self, roles: Sequence[Role]) -> None:
         """Returns when every instance is active. Raises ConfigError or InstanceError with what a failed one said, as
         soon as one fails."""
-        for config in configs:
-            await self._start_worker(config)
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._in(State.STARTING) and not self._in(State.DEAD):
-                    await self._changed.wait()
-                    self._changed.clear()
-        except TimeoutError:
-            late = [instance.config.id for instance in self._in(State.STARTING)]
-            raise InstanceError(f"not ready after {timeout_s:g} s: {', '.join(late)}") from None
-        for instance in self._in(State.DEAD):
-            self._raise_failure(instance)
+        await self._fleet.start(roles)
 
     def open(self, frontend: Observer) -> None:
-        """Publishes the first table to all instances and to the frontend, which hears of every change from now on."""
-        self._frontend = frontend
-        self._publish()
+        """Publishes the first table to all instances and to the frontend, which hears of every change from now on.
 
-    def ready(self, message: Ready) -> None:
-        instance = self.instances.get(message.peer.id)
-        if instance is None or instance.config.epoch != message.peer.epoch:
-            return
-        instance.peer = message.peer
-        instance.state = State.ACTIVE
-        logger.info("instance %s (%s) ready after %.1f s", message.peer.id, message.peer.role, message.start_s)
-        self._changed.set()
+        From now on instances that are lost are replaced. Raises what `start` raises if one has failed since then.
+        """
+        self._fleet.open(frontend)
 
-    def send(self, to: InstanceId, message: AnyMessage) -> None:
-        """To an instance that has been active; a message to one that is gone is dropped."""
-        instance = self.instances.get(to)
-        if instance is not None and instance.peer is not None and instance.state is not State.DEAD:
-            self._post.send(instance.peer.address, message)
+    def adapt(self, frontend: Watched, max_num_seqs: int) -> None:
+        """After `open`: roles follow the load from now on. `max_num_seqs`: that an instance decodes together."""
+        self._adaptive = Adaptive(frontend, self, max_num_seqs=max_num_seqs)
+        self._adaptive.start()
+
+    async def drain(self) -> None:
+        """The server is about to stop: roles stay as they are."""
+        self.draining = True
+        if self._adaptive is not None:
+            await self._adaptive.stop()
 
     async def stop(self) -> None:
         """Asks every worker to end, and kills those that do not."""
-        self._stopping = True
-        async with self._starting:  # a process that is being started right now has to be known before it can be ended
-            pass
-        for instance in self.instances.values():
-            self.send(instance.config.id, Shutdown())
-        workers = [instance.worker for instance in self.instances.values() if instance.state is not State.DEAD]
-        for instance in self._in(State.STARTING):
-            instance.worker.kill()
-        ended = await asyncio.gather(*(worker.wait(STOP_GRACE_S) for worker in workers))
-        for worker, done in zip(workers, ended, strict=True):
-            if not done:
-                logger.warning("worker %d did not stop in %.1f s, killing it", worker.pid, STOP_GRACE_S)
-                worker.kill()
-        await asyncio.gather(*(worker.wait(STOP_GRACE_S) for worker in workers))
+        await self.drain()
+        for task in self._under_way:
+            task.cancel()
+        await self._fleet.stop()
 
-    async def _start_worker(self, config: InstanceConfig) -> None:
-        async with self._starting:
-            if self._stopping:
-                return
-            worker = await asyncio.to_thread(self._cluster.start, config)  # the first one waits for the fork server
-            self.instances[config.id] = Instance(config, worker)
-            worker.watch(partial(self._exited, config.id))
+    # ---- messages
 
-    def _exited(self, instance_id: InstanceId) -> None:
-        instance = self.instances[instance_id]
-        was_published = instance.state is State.ACTIVE and self._frontend is not None
-        instance.state = State.DEAD
-        self._changed.set()
-        if self._stopping:
-            return
-        logger.error("instance %s (pid %d) ended with %s", instance_id, instance.worker.pid, instance.worker.exit_code)
-        if instance.peer is not None:
-            self._post.forget(instance.peer.address)
-        if was_published:
-            self._publish()
-            assert self._frontend is not None
-            self._frontend.instance_lost(instance_id)
+    def handle(self, message: Ready | Switched | Alive | Unreachable) -> None:
+        try:
+            match message:
+                case Ready():
+                    self._fleet.ready(message)
+                case Alive():
+                    self._fleet.watch.alive(message)
+                case Unreachable():
+                    self._fleet.watch.unreachable(message)
+                case Switched():
+                    self._changes.answered(message)
+        except Exception:  # the boundary of a message: those that came with it are handled
+            logger.exception("cannot take %s", type(message).__name__)
 
-    def _publish(self) -> None:
-        self._version += 1
-        assert self._frontend is not None
-        active = self._in(State.ACTIVE)
-        table = Table(self._version, [i.peer for i in active if i.peer is not None])
-        for instance in active:
-            self.send(instance.config.id, table)
-        self._frontend.handle(table)
+    def send(self, to: InstanceId, message: AnyMessage) -> None:
+        """To an instance that is in the table; a message to one that is gone is dropped."""
+        self._fleet.send(to, message)
 
-    def _in(self, state: State) -> list[Instance]:
-        return [instance for instance in self.instances.values() if instance.state is state]
+    # ---- requests of operators
 
-    def _raise_failure(self, instance: Instance) -> None:
-        said = instance.worker.failure
-        if instance.worker.exit_code == EXIT_REFUSED:
-            raise ConfigError(said or "")
-        raise InstanceError(
-            f"instance {instance.config.id} ended with {instance.worker.exit_code} while starting\n{said or ''}"
-        )
+    async def switch_role(self, id: InstanceId, role: Role) -> dict[str, float]:
+        """Seconds of each step; see `Changes.switch_role`."""
+        return await self._to_the_end(self._changes.switch_role(id, role))
+
+    async def place(self, placement: Placement) -> list[Change]:
+        """What was done to which instance; see `Changes.place`."""
+        return await self._to_the_end(self._changes.place(placement))
+
+    def note(self, event: Event) -> None:
+        """Into the log and `events`."""
+        self._fleet.note(event)
+
+    async def _to_the_end(self, change: Coroutine[Any, Any, Result]) -> Result:
+        """A change that has begun goes on when whoever asked for it leaves. Raises RequestError(503) while the server
+        stops."""
+        if self.draining:
+            change.close()
+            raise _shutting_down()
+        task = asyncio.get_running_loop().create_task(change)
+        self._under_way.add(task)
+        task.add_done_callback(self._over)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise _shutting_down() from None
+            raise
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, RequestError):
+            logger.error("a change failed", exc_info=error)
+
+
+def _shutting_down() -> RequestError:
+    return RequestError("the server is shutting down", status=503, code="shutting_down", retry_after_s=5)

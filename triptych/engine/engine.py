@@ -41,7 +41,7 @@ from triptych.messages import (
     Wanted,
 )
 from triptych.routing import RoutingTable
-from triptych.stages.base import Surroundings, turn_away
+from triptych.stages.base import Surroundings, reader_lost, turn_away
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Engine:
         if wait_s > 0:
             self._poller.poll(max(1, int(wait_s * 1000)))
         self.turn_began = time.monotonic()
-        results, messages = self._transfers.completed(), self._inbox.receive()
+        results, messages = self._transfers.completed(), self._inbox.receive(self._near.table.version)
         for result in results:
             self._pulled(result.key, result.error)
         for message in messages:
@@ -176,10 +176,9 @@ class Engine:
         near = self._near
         if message.version <= near.table.version:
             return
-        here = {(peer.id, peer.epoch) for peer in message.peers}
+        here = {peer.address for peer in message.peers}  # an address is that of one process; an epoch may change
         before, near.table = near.table, RoutingTable.of(message)
-        gone = [peer.id for peer in before.peers.values() if (peer.id, peer.epoch) not in here]
-        gone = [instance for instance in gone if instance != near.instance]
+        gone = [p.id for p in before.peers.values() if p.address not in here and p.id != near.instance]
         for instance in gone:
             self._transfers.disconnect(instance)
             near.decode_loads.pop(instance, None)
@@ -189,7 +188,7 @@ class Engine:
                 self._addresses[peer.id] = peer.address
                 self._transfers.connect(peer)
         for instance in gone:  # last, because what was theirs goes to somebody of the new table
-            self._pools.leases.release_reader(instance)
+            reader_lost(near, self._pools.leases, instance)
             for stage in (self._stages.encode, self._stages.prefill, self._stages.decode):
                 if stage is not None:
                     stage.lost(instance)
@@ -219,7 +218,7 @@ class Engine:
         if to == self._near.instance:
             self._to_self.append(message)
         elif to in self._addresses:
-            self._post.send(self._addresses[to], message)
+            self._post.send(self._addresses[to], message, self._near.table.version)
         else:
             logger.warning("%s: %s is gone, dropped a %s", self._near.instance, to, type(message).__name__)
             if isinstance(message, Prefilled):
@@ -464,6 +463,11 @@ class Engine:
 
     def load(self) -> Load:
         return load_of(self._equipment, self._near, self._pace, self._num_steps)
+
+    @property
+    def num_pulls(self) -> int:
+        """That are under way."""
+        return self._transfers.num_under_way
 
     def close(self) -> None:
         """After `run`: ends the threads and sockets of this instance."""

@@ -65,7 +65,8 @@ class Fitter:
     """Keeps what an instance has beyond its role: the checkpoint's description, the slab, weights that are still good.
 
     On CPU the slab is as large as any role needs, because pages cost nothing until they are written. On CUDA it has the
-    size of the role that it was made for; a role that needs more gets a new one, under a new epoch.
+    size of the role that it was made for; a role that needs more gets a new one. Every carving has an epoch of its own:
+    a ticket of the old one is never read from the new one.
     """
 
     def __init__(self, config: InstanceConfig) -> None:
@@ -78,7 +79,7 @@ class Fitter:
         self._weights = Weights()
         self._transfers: Transfers | None = None
         self._slab: Slab | None = None
-        self._num_slabs = 0
+        self._num_fits = 0
         self.near = Surroundings(config.id, config.epoch, self._processor.eos_token_ids, self._max_model_len)
 
     def fit(self, config: InstanceConfig) -> Equipment:
@@ -87,6 +88,9 @@ class Fitter:
         Raises ConfigError where the device or the memory cannot serve the role; then `fit` may be called again.
         """
         watch = _Stopwatch()
+        self._num_fits += 1
+        if self._num_fits > 1:
+            self.near.epoch = f"{config.epoch}.{self._num_fits}"
         set_niceness(config.niceness)
         with watch.step("weights"):
             fresh = self._take_weights(config)
@@ -144,9 +148,6 @@ class Fitter:
         if self._slab is not None:
             self._slab.close()
         self._transfers = self._slab = None  # should the next lines fail
-        self._num_slabs += 1
-        if self._num_slabs > 1:  # whoever knew the old slab must not take the new one for it
-            self.near.epoch = f"{config.epoch}.{self._num_slabs}"
         slab = Slab(f"triptych-{config.id}", self._elastic_bytes(config, nbytes), config.model.device)
         return slab, Transfers(slab, config.id, self.near.epoch, config.transfer)
 

@@ -20,7 +20,7 @@ def load_of(equipment: Equipment, near: Surroundings, pace: Pace, num_steps: int
         | {"leases": len(equipment.pools.leases)},
         pools={name: pool.usage() for name, pool in pools.items() if pool is not None},
         work_s={stage.value: machine.queued_tokens * pace.of(stage) for stage, machine in served.items()},
-        counters=_counters(equipment) | {"steps": float(num_steps)},
+        counters=_counters(equipment) | pace.counters | {"steps": float(num_steps)},
         pace_s={stage.value: pace.of(stage) for stage in served},
         epoch=near.epoch,
     )

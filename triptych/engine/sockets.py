@@ -1,6 +1,10 @@
-"""Typed mailboxes between processes over ZeroMQ: one PULL socket to listen on, one PUSH socket per correspondent."""
+"""Typed mailboxes between processes over ZeroMQ: one PULL socket to listen on, one PUSH socket per correspondent.
+
+A message is two frames: the version of the routing table that its sender had, and the message.
+"""
 
 import logging
+import struct
 
 import msgspec
 import zmq
@@ -13,10 +17,14 @@ from triptych.messages import AnyMessage
 logger = logging.getLogger(__name__)
 
 _SHOWN_BYTES = 32  # of a frame that is no message, in the log
+_VERSION = struct.Struct("<Q")
 
 
 class Inbox:
     """Messages of everybody, in order per sender. The address is bound as long as this object lives.
+
+    Whoever sent one may know more of the cluster than its reader: who came, who is gone, who was carved anew. So it
+    waits until the reader knows as much. What the same sender says later has no older version, and waits as well.
 
     Only processes of the same user can reach it (the socket lies in a folder of mode 0700), so that whoever sends is
     trusted to mean well, not to be whole: a frame that is no message, or one that contradicts itself, is logged and
@@ -28,6 +36,7 @@ class Inbox:
         self.socket.set(zmq.RCVHWM, 0)
         self.socket.bind(address)
         self.address = self.socket.get_string(zmq.LAST_ENDPOINT)
+        self._held: list[tuple[int, AnyMessage]] = []
 
     @property
     def fd(self) -> int:
@@ -36,25 +45,34 @@ class Inbox:
         assert isinstance(fd, int)
         return fd
 
-    def receive(self) -> list[AnyMessage]:
-        """All messages that are here now, without waiting."""
-        received: list[AnyMessage] = []
+    def receive(self, known_version: int | None = None) -> list[AnyMessage]:
+        """All messages that are here now, without waiting. `known_version`: of the reader's routing table; None: it is
+        never behind."""
+        arrived = self._held + self._read()
+        if known_version is None:
+            return [message for _, message in arrived]
+        self._held = [(version, message) for version, message in arrived if version > known_version]
+        return [message for version, message in arrived if version <= known_version]
+
+    def _read(self) -> list[tuple[int, AnyMessage]]:
+        read: list[tuple[int, AnyMessage]] = []
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return received
+                return read
             message = self._decoded(frames)
             if message is not None:
-                received.append(message)
+                read.append(message)
 
-    def _decoded(self, frames: list[bytes]) -> AnyMessage | None:
+    def _decoded(self, frames: list[bytes]) -> tuple[int, AnyMessage] | None:
         """None for what is no message: a process of another version, or one that died while it wrote."""
         try:
-            (frame,) = frames
+            header, frame = frames
+            (version,) = _VERSION.unpack(header)
             message: AnyMessage = messages.decode(frame)
-        # Beside msgspec's own: text that is no UTF-8, more than one frame, arrays without end, a refused configuration.
-        except (msgspec.MsgspecError, ValueError, RecursionError, TriptychError) as error:
+        # Beside msgspec's own: text that is no UTF-8, too many frames, arrays without end, a refused configuration.
+        except (msgspec.MsgspecError, ValueError, struct.error, RecursionError, TriptychError) as error:
             shown = frames[0][:_SHOWN_BYTES].hex()
             total = sum(map(len, frames))
             logger.error("%s: dropped %d bytes that are no message (%s): %s", self.address, total, error, shown)
@@ -64,7 +82,7 @@ class Inbox:
             request_id = getattr(message, "request_id", "")
             logger.error("%s: dropped a %s %s: %s", self.address, type(message).__name__, request_id, fault)
             return None
-        return message
+        return version, message
 
     def close(self) -> None:
         self.socket.close(linger=0)
@@ -78,13 +96,14 @@ class Post:
         self._context = context
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
 
-    def send(self, address: str, message: AnyMessage) -> None:
+    def send(self, address: str, message: AnyMessage, version: int = 0) -> None:
+        """`version`: of the table that the sender has; 0 where the reader cannot be behind."""
         socket = self._sockets.get(address)
         if socket is None:
             socket = self._sockets[address] = self._context.socket(zmq.PUSH)
             socket.set(zmq.SNDHWM, 0)
             socket.connect(address)
-        socket.send(messages.encode(message), zmq.NOBLOCK)
+        socket.send_multipart((_VERSION.pack(version), messages.encode(message)), zmq.NOBLOCK)
 
     def forget(self, address: str) -> None:
         socket = self._sockets.pop(address, None)

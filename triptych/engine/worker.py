@@ -33,7 +33,7 @@ def work(config: InstanceConfig, failures: Connection) -> None:
     _die_with(config.server_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the controller decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    set_up_logging(process=config.id)
+    set_up_logging(config.log_level, process=config.id)
     torch.set_num_threads(config.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:

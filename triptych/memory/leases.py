@@ -60,7 +60,9 @@ class Leases:
         if found is not None:
             found.take_back()
 
-    def release_reader(self, reader: InstanceId) -> None:
-        """The reader is confirmed dead: nothing will be pulled any more. As if it had declined everything."""
-        for lease in [lease for lease, held in self._leases.items() if held.reader == reader]:
-            self.decline(lease)
+    def release_reader(self, reader: InstanceId) -> list[object]:
+        """The reader is confirmed dead: nothing will be pulled any more. Returns what it was promised."""
+        lost = {lease: held.content for lease, held in self._leases.items() if held.reader == reader}
+        for lease in lost:
+            self.release(lease)
+        return list(lost.values())

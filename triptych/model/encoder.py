@@ -97,7 +97,7 @@ class EncodeRunner:
         try:
             return decode()
         except RequestError as error:
-            return error
+            return error.with_traceback(None)  # it is kept for the item's other units: not what the media code held
         except Exception:  # a request boundary: what a client sent goes through media code of others here
             logger.exception("the media code failed on %d bytes of %s", len(media.data), media.modality)
             return _encode_failed()

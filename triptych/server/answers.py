@@ -10,7 +10,7 @@ from typing import Protocol
 from msgspec import UNSET, Struct, UnsetType
 
 from triptych.core import TokenLogprobs
-from triptych.server.frontend import Generation
+from triptych.server.generation import Generation
 from triptych.server.output import Output
 from triptych.server.schema import (
     AnswerMessage,

@@ -1,28 +1,34 @@
 """The routes of generation: chat completions, completions, tokenize, detokenize, models."""
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 
 from triptych.config import ServerConfig
 from triptych.core import SamplingParams
 from triptych.errors import RequestError
 from triptych.server.answers import Answer, ChatAnswer, CompletionAnswer
-from triptych.server.frontend import Frontend, Generation, PreparedPrompt
+from triptych.server.frontend import Frontend
+from triptych.server.generation import Generation, PreparedPrompt
 from triptych.server.http import Exchange, encode_json
 from triptych.server.parsing import check_supported, decode_body, unsupported
 from triptych.server.prompts import MAX_PROMPTS, PromptBuilder
 from triptych.server.sampling import sampling_params, stop_strings
 from triptych.server.schema import (
+    ChatMessage,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     DetokenizeResponse,
     GenerateRequest,
+    MediaPart,
     ModelCard,
     ModelList,
     TokenizeRequest,
     TokenizeResponse,
 )
+from triptych.server.waiting import Kind
 
 _TOKEN_BYTES = 5  # of a token id in a message, at most
 _ORDERS_PER_BODY = 4  # bytes sent to instances for a request, as a multiple of the largest body
@@ -48,18 +54,20 @@ class Api:
         self._created = int(time.time())
 
     async def chat_completions(self, exchange: Exchange) -> None:
-        request = decode_body(await exchange.body(self._config.max_body_bytes), ChatRequest)
+        request = decode_body(await self._body(exchange), ChatRequest)
         check_supported(request)
         model = self._served_model(request.model)
         stop = self._checked_stops(request)
+        deadline = exchange.deadline(request.timeout)
         async with exchange.watched():
-            prompt = await self._prompts.chat(
-                request.messages,
-                add_generation_prompt=request.add_generation_prompt is not False,
-                continue_final_message=bool(request.continue_final_message),
-                template_variables=request.chat_template_kwargs or {},
-                media_options=request.media_io_kwargs,
-            )
+            async with self._admitted(_kind(request.messages), deadline):
+                prompt = await self._prompts.chat(
+                    request.messages,
+                    add_generation_prompt=request.add_generation_prompt is not False,
+                    continue_final_message=bool(request.continue_final_message),
+                    template_variables=request.chat_template_kwargs or {},
+                    media_options=request.media_io_kwargs,
+                )
             sampling = sampling_params(
                 request,
                 num_prompt_tokens=len(prompt.token_ids),
@@ -70,17 +78,19 @@ class Api:
                 prompt_field="messages",
             )
             answer = ChatAnswer(exchange.request_id, model, self._prompts, request.stream_options)
-            await self._answer(exchange, request, answer, [prompt], [sampling], stop)
+            await self._answer(exchange, request, answer, [prompt], [sampling], stop, deadline)
 
     async def completions(self, exchange: Exchange) -> None:
-        request = decode_body(await exchange.body(self._config.max_body_bytes), CompletionRequest)
+        request = decode_body(await self._body(exchange), CompletionRequest)
         check_supported(request)
         if request.best_of is not None and request.best_of != (request.n or 1):
             raise unsupported("best_of", "only the value of n is")
         model = self._served_model(request.model)
         stop = self._checked_stops(request)
+        deadline = exchange.deadline(request.timeout)
         async with exchange.watched():
-            prompts = await self._prompts.completion(request.prompt, request.add_special_tokens is not False)
+            async with self._admitted(Kind.TEXT, deadline):
+                prompts = await self._prompts.completion(request.prompt, request.add_special_tokens is not False)
             samplings = [
                 sampling_params(
                     request,
@@ -98,7 +108,7 @@ class Api:
             answer = CompletionAnswer(
                 exchange.request_id, model, self._prompts.token_text, request.stream_options, echo
             )
-            await self._answer(exchange, request, answer, prompts, samplings, stop)
+            await self._answer(exchange, request, answer, prompts, samplings, stop, deadline)
 
     async def tokenize(self, exchange: Exchange) -> None:
         request = decode_body(await exchange.body(self._config.max_body_bytes), TokenizeRequest)
@@ -140,15 +150,43 @@ class Api:
         prompts: Sequence[PreparedPrompt],
         samplings: Sequence[SamplingParams],
         stop: tuple[str, ...],
+        deadline: float | None,
     ) -> None:
         num_choices = request.n or 1
         self._check_order_size(prompts, num_choices)
-        async with self._frontend.generate(prompts, samplings, num_choices, stop) as generation:
+        async with self._frontend.generate(
+            prompts, samplings, num_choices, stop, arrived_at=exchange.arrived_at, deadline=deadline
+        ) as generation:
             if request.stream:
                 await _stream(exchange, generation, answer)
             else:
                 await generation.wait()
                 await exchange.json(answer.whole(generation))
+
+    async def _body(self, exchange: Exchange) -> bytes:
+        """Of a request for an answer, which is refused before it is read where none can be given."""
+        self._frontend.check_open()
+        async with self._in_time(exchange.deadline()):
+            return await exchange.body(self._config.max_body_bytes)
+
+    @asynccontextmanager
+    async def _admitted(self, kind: Kind, deadline: float | None) -> AsyncIterator[None]:
+        """Inside, the prompt of a request is made, which may take a while where media are fetched: only where it can be
+        answered afterwards, and in time."""
+        self._frontend.check_admission(kind, deadline)
+        async with self._in_time(deadline):
+            yield
+
+    @asynccontextmanager
+    async def _in_time(self, deadline: float | None) -> AsyncIterator[None]:
+        """Raises RequestError(504) at the deadline, whatever is waited for inside."""
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()) as limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self._frontend.too_late() from None
 
     def _checked_stops(self, request: GenerateRequest) -> tuple[str, ...]:
         """The stop strings. Raises RequestError for one, or for a stop token, that can never come."""
@@ -200,6 +238,11 @@ async def _stream(exchange: Exchange, generation: Generation, answer: Answer) ->
     last = answer.last_chunk(generation)
     usage = b"" if last is None else b"data: " + encode_json(last) + b"\n\n"
     await exchange.write(usage + b"data: [DONE]\n\n", more=False)
+
+
+def _kind(messages: Iterable[ChatMessage]) -> Kind:
+    parts = (part for message in messages if isinstance(message.content, list) for part in message.content)
+    return Kind.of(part.MODALITY for part in parts if isinstance(part, MediaPart))
 
 
 def _chat_logprobs(request: ChatRequest) -> int | None:

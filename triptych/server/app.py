@@ -19,9 +19,18 @@ from triptych.server.frontend import Frontend
 from triptych.server.http import ApiKey, Endpoint, Exchange, Handler, RequestIds, encode_json, error_body
 from triptych.server.media import MediaLoader
 from triptych.server.openapi import Operation, openapi_document
-from triptych.server.operations import Directory, Operations
+from triptych.server.operations import Control, Operations
 from triptych.server.prompts import PromptBuilder
 from triptych.telemetry import Telemetry
+
+CHANGE_PLACEMENT = (
+    "Change the placement while the server runs; answers when it is done. Instances are switched, started and stopped "
+    "in such an order that every stage is served at every moment. A change that is under way is waited for."
+)
+CHANGE_ROLE = (
+    "Change the role of one instance while the server runs; answers when it is done, with the seconds of each step. "
+    "Requests wait while nobody else serves a stage that it leaves. A change that is under way is waited for."
+)
 
 
 def create_app(
@@ -32,9 +41,10 @@ def create_app(
     *,
     max_model_len: int,
     model_root: str = "",
-    directory: Directory | None = None,
+    control: Control | None = None,
 ) -> Starlette:
-    """`max_model_len` bounds prompt and answer together, in tokens; `model_root` is shown by /v1/models.
+    """`max_model_len` bounds prompt and answer together, in tokens; `model_root` is shown by /v1/models. Without a
+    `control` the placement cannot be changed.
 
     Needs at least one served model name.
     """
@@ -42,7 +52,7 @@ def create_app(
     media = MediaLoader(config, processor.modalities)
     prompts = PromptBuilder(processor, media, max_model_len)
     api = Api(frontend, prompts, config, max_model_len=max_model_len, model_root=model_root)
-    routes = _routes(api, Operations(frontend, telemetry, directory))
+    routes = _routes(api, Operations(frontend, telemetry, control))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -85,7 +95,15 @@ def _routes(api: Api, operations: Operations) -> list[tuple[Operation, Handler]]
         (Operation("GET", "/ping", "200 while the server runs"), operations.ping),
         (Operation("GET", "/version", "Version of the server", None, s.VersionResponse), operations.version),
         (Operation("GET", "/metrics", "Metrics in Prometheus' text format"), operations.metrics),
-        (Operation("GET", "/cluster", "Instances, queues and pools", None, s.ClusterView), operations.cluster),
+        (Operation("GET", "/cluster", "Instances, queues, pools, events", None, s.ClusterView), operations.cluster),
+        (
+            Operation("POST", "/cluster/placement", CHANGE_PLACEMENT, s.PlacementRequest, s.PlacementResponse),
+            operations.set_placement,
+        ),
+        (
+            Operation("POST", "/cluster/instances/{id}/role", CHANGE_ROLE, s.RoleRequest, s.RoleResponse),
+            operations.set_role,
+        ),
     ]
     document = encode_json(openapi_document([operation for operation, _ in table]))
 

@@ -43,6 +43,10 @@ class Directory:
         while len(known) > MAX_BLOCKS:
             known.popitem(last=False)
 
+    def drop_blocks(self, instance: InstanceId, blocks: Sequence[BlockHash]) -> None:
+        for hash_ in blocks:
+            self._blocks[instance].pop(hash_, None)
+
     def drop_unit(self, unit: UnitHash, instance: InstanceId) -> None:
         holders = self._holders.get(unit)
         if holders is not None:
@@ -53,8 +57,7 @@ class Directory:
     def evicted(self, message: Evicted) -> None:
         for unit in message.units:
             self.drop_unit(unit, message.instance)
-        for hash_ in message.blocks:
-            self._blocks[message.instance].pop(hash_, None)
+        self.drop_blocks(message.instance, message.blocks)
 
     def forget(self, instance: InstanceId) -> None:
         """It is gone, with everything that it held."""

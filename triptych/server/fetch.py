@@ -6,8 +6,11 @@ server answers later cannot matter. TLS still verifies the name. Knows no reques
 
 import asyncio
 import ipaddress
+import socket
 import ssl
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import urljoin, urlsplit
 
 import httpcore
@@ -15,6 +18,7 @@ import httpcore
 from triptych.errors import RequestError
 
 MAX_REDIRECTS = 5
+_MAX_LOOKUPS = 32  # at the same time, and as many threads
 _REDIRECTS = {301, 302, 303, 307, 308}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
 
@@ -37,6 +41,11 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
     def __init__(self, is_allowed: Callable[[str], bool]) -> None:
         self._is_allowed = is_allowed
         self._network = httpcore.AnyIOBackend()
+        # Not the loop's own threads: names whose servers do not answer would keep all of them from reading headers.
+        self._resolver = ThreadPoolExecutor(_MAX_LOOKUPS, thread_name_prefix="resolver")
+
+    def close(self) -> None:
+        self._resolver.shutdown(wait=False, cancel_futures=True)
 
     async def connect_tcp(
         self,
@@ -68,7 +77,8 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
     async def _resolve(self, host: str, port: int) -> list[str]:
         """All addresses of the host. Raises RequestError if a single one of them must not be reached."""
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)  # SOCK_STREAM
+            look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().run_in_executor(self._resolver, look_up)
         except (OSError, ValueError) as error:
             raise RequestError(f"cannot resolve host {host!r}", code="media_unreachable") from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
@@ -86,11 +96,12 @@ class Fetcher:
     def __init__(self, *, max_bytes: int, timeout_s: float, is_allowed: Callable[[str], bool] = is_public) -> None:
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
+        self._network = CheckedNetwork(is_allowed)
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.create_default_context(),
             max_connections=64,
             max_keepalive_connections=0,  # a kept connection would skip the check of a later name
-            network_backend=CheckedNetwork(is_allowed),
+            network_backend=self._network,
         )
 
     async def get(self, url: str, count: Callable[[int], None], accept: str = "image/*") -> bytes:
@@ -114,6 +125,7 @@ class Fetcher:
 
     async def close(self) -> None:
         await self._pool.aclose()
+        self._network.close()
 
     async def _get_once(self, url: str, count: Callable[[int], None], accept: str) -> tuple[bytes, str | None]:
         """The body, or where a redirect points."""

@@ -1,6 +1,7 @@
-"""The frontend owns the truth about every request: what was asked, what was answered, who holds parts of it.
+"""The frontend owns the truth about every request: what was asked, what was answered, who works on it.
 
-It sends work orders to instances and turns their messages into text. Knows no HTTP, no sockets and no pixels.
+Requests wait here until instances may have them, and are taken up again when those are lost. Knows no HTTP, no sockets
+and no pixels.
 """
 
 import asyncio
@@ -8,151 +9,50 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Protocol, Self
+from collections.abc import Collection, Iterable, Sequence
 
-import msgspec
+from msgspec.structs import replace
 
-from triptych.config import KV_BLOCK_TOKENS
-from triptych.core import (
-    BlockHashes,
-    EncodeUnit,
-    InstanceId,
-    Media,
-    PositionArguments,
-    RequestId,
-    SamplingParams,
-    Span,
-    Stage,
-    UnitHash,
-    distinct,
-    units_behind,
-)
+from triptych.config import AdmissionConfig
+from triptych.core import InstanceId, RequestId, SamplingParams, Stage
 from triptych.errors import RequestError
-from triptych.memory.prefix import prompt_hashes
 from triptych.messages import (
     Abort,
     AnyMessage,
-    Encode,
     Evicted,
     Failed,
     Load,
     Located,
-    Submit,
     Table,
     Tokens,
     TokenUpdate,
     Wanted,
 )
 from triptych.model.processor import Processor
-from triptych.routing import RoutingTable, assign_units, pick
-from triptych.server.directory import Directory
+from triptych.routing import RoutingTable
+from triptych.server.admission import Admission, broken, deadline_exceeded, poisonous, shutting_down
+from triptych.server.attempts import Attempt, Task
+from triptych.server.backlog import Backlog
+from triptych.server.demand import AnswerTimes, Demand
+from triptych.server.dispatch import Dispatcher, Wire
+from triptych.server.generation import Generation, PreparedPrompt
 from triptych.server.output import Output
-from triptych.telemetry import Telemetry
+from triptych.server.waiting import Kind
+from triptych.telemetry import QueueSample, Telemetry
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN_PACE_S = 1e-4  # per token or row, of an instance that has not reported its own yet
-
-
-class Wire(Protocol):
-    """How messages leave. `send` never blocks and never raises for an instance that is gone."""
-
-    def send(self, instance: InstanceId, message: AnyMessage, /) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedPrompt:
-    """A prompt that is ready to be sent: tokens, and the units that its placeholders stand for.
-
-    `units` has one entry per occurrence; `media` and `fields` have one per distinct unit: the media item that it is a
-    part of, and the path of the content part that brought it.
-    """
-
-    token_ids: list[int]
-    units: tuple[EncodeUnit, ...] = ()
-    spans: tuple[Span, ...] = ()
-    media: dict[UnitHash, Media] = field(default_factory=dict)
-    fields: dict[UnitHash, str] = field(default_factory=dict)
-    position_arguments: PositionArguments = field(default_factory=dict)
-
-
-class Generation:
-    """The sequences that answer one client request. Leaving the `async with` block aborts what is unfinished."""
-
-    def __init__(self, frontend: "Frontend", prompts: Sequence[PreparedPrompt], started_at: float) -> None:
-        self.prompts = prompts
-        self.outputs: list[Output] = []
-        self.started_at = started_at
-        self._frontend = frontend
-        self._changed: dict[Output, None] = {}  # an ordered set
-        self._waiter: asyncio.Future[None] | None = None
-        self._error: RequestError | None = None
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return sum(len(prompt.token_ids) for prompt in self.prompts)
-
-    @property
-    def num_output_tokens(self) -> int:
-        return sum(output.num_tokens for output in self.outputs)
-
-    @property
-    def finished(self) -> bool:
-        return all(output.finish is not None for output in self.outputs)
-
-    def prompt_of(self, output: Output) -> PreparedPrompt:
-        return self.prompts[self.prompt_index(output)]
-
-    def prompt_index(self, output: Output) -> int:
-        """Every prompt has the same number of choices, one prompt after the other."""
-        return output.index * len(self.prompts) // len(self.outputs)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> list[Output]:
-        """The outputs that have something new, as soon as there is one; ends when all is finished and handed out.
-
-        Raises RequestError on failure.
-        """
-        while not self._changed and self._error is None:
-            if self.finished:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        if self._error is not None:
-            raise self._error
-        changed = list(self._changed)
-        self._changed.clear()
-        return changed
-
-    async def wait(self) -> None:
-        """Until every sequence is finished. Raises RequestError on failure."""
-        async for _ in self:
-            pass
-
-    def notify(self, output: Output) -> None:
-        self._changed[output] = None
-        self._wake()
-
-    def fail(self, error: RequestError) -> None:
-        self._error = self._error or error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._frontend.abort(self)
+MAX_FAILURES = 10  # of a sequence in a row, without a new token, after which it is tried again
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0  # after the second of these, and after the last ones
+MAX_BLAMES = 2  # crashes while a sequence was computed
+_RETRY_REASONS = {"moved": "moved", "unavailable": "unavailable"}  # by the code of `Failed`; all others: transfer
+_REFUSALS = {  # why requests are refused, by the code of the error
+    "overloaded": "overload",
+    "unavailable": "unavailable",
+    "deadline_exceeded": "deadline",
+    "poison": "poison",
+    "shutting_down": "shutting_down",
+}
 
 
 class Frontend:
@@ -168,22 +68,37 @@ class Frontend:
         wire: Wire,
         telemetry: Telemetry,
         *,
+        admission: AdmissionConfig | None = None,
         parallel_encode: bool = True,
         prefix_caching: bool = True,
     ) -> None:
         """`parallel_encode`: the units of a request are spread over all encode instances; else one encodes them all."""
-        self.table = RoutingTable()
-        self.loads: dict[InstanceId, Load] = {}
+        self._config = admission or AdmissionConfig()
         self._processor = processor
         self._wire = wire
         self._telemetry = telemetry
-        self._parallel_encode = parallel_encode
-        self._prefix_caching = prefix_caching
-        self._directory = Directory()
-        self._live: dict[RequestId, tuple[Output, Generation]] = {}
-        self._unreported_s: dict[InstanceId, float] = {}
+        self._dispatcher = Dispatcher(
+            wire, processor.identity, parallel_encode=parallel_encode, prefix_caching=prefix_caching
+        )
+        self._backlog = Backlog(self._config, self._dispatcher, telemetry, self._fail)
+        self._room, self._attempts = self._backlog.room, self._backlog.attempts
+        self._admission = Admission(self._config, self._room)
+        self._times = AnswerTimes()
+        self._open: dict[Generation, dict[Task, None]] = {}  # what is not answered yet
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
         self._id_prefix = secrets.token_hex(4)
         self._id_count = itertools.count()
+        telemetry.watch_queues(self._queue_samples)
+
+    @property
+    def table(self) -> RoutingTable:
+        return self._dispatcher.table
+
+    @property
+    def loads(self) -> dict[InstanceId, Load]:
+        return self._dispatcher.loads
 
     @property
     def ready(self) -> bool:
@@ -192,44 +107,105 @@ class Frontend:
 
     # ---- what clients ask for
 
+    def check_open(self) -> None:
+        """Raises RequestError(503) where no request at all is taken now. Costs nothing, so that it can be asked before
+        a request is even read."""
+        try:
+            if self._draining:
+                raise shutting_down()
+            self._admission.check_any(time.monotonic())
+        except RequestError as error:
+            self._count_refusal(error)
+            raise
+
+    def check_admission(self, kind: Kind, deadline: float | None = None, media_bytes: int = 0) -> None:
+        """Raises RequestError(503, 504) where a request of this kind would not be taken now."""
+        try:
+            if self._draining:
+                raise shutting_down()
+            self._admission.check(kind, media_bytes, deadline, time.monotonic())
+        except RequestError as error:
+            self._count_refusal(error)
+            raise
+
+    def too_late(self) -> RequestError:
+        """For a request whose time was up before it could be asked for."""
+        error = deadline_exceeded()
+        self._count_refusal(error)
+        return error
+
     def generate(
         self,
         prompts: Sequence[PreparedPrompt],
         samplings: Sequence[SamplingParams],
         n: int = 1,
         stop: tuple[str, ...] = (),
+        *,
+        arrived_at: float | None = None,
+        deadline: float | None = None,
     ) -> Generation:
-        """Starts `n` sequences for each prompt. Raises RequestError(503) if a stage that they need has no instance."""
-        self._require_stages(encode=any(prompt.units for prompt in prompts))
-        generation = Generation(self, prompts, time.monotonic())
-        for prompt, sampling in zip(prompts, samplings, strict=True):
-            hashes = self._hashes(prompt)
-            prefill = self._pick_prefill(prompt, hashes)
-            encoders, held = self._assign(prompt, prefill, hashes)
-            for choice in range(n):
-                output = Output(
-                    len(generation.outputs),
-                    self._new_id(),
-                    msgspec.structs.replace(sampling, choice=choice),
-                    stop,
-                    self._processor.token_stream(),
-                    prefill,
-                    {prefill, *encoders.values()},
-                )
-                generation.outputs.append(output)
-                self._live[output.request_id] = (output, generation)
-                # The other choices use what the first one ordered; if it is gone by then, they ask for it.
-                ordered = tuple(encoders) if choice == 0 else ()
-                self._submit(output, prompt, hashes, ordered, held if choice == 0 else {})
-            self._order_units(generation.outputs[-n].request_id, prompt, prefill, encoders)
+        """Starts `n` sequences for each prompt, or lets them wait for their turn. Times are those of `time.monotonic`.
+
+        Raises RequestError(503) if a stage that they need has no instance or if they would have to wait too long,
+        RequestError(504) if the deadline has passed.
+        """
+        now = time.monotonic()
+        generation = Generation(self, prompts, now if arrived_at is None else arrived_at, deadline)
+        kind = Kind.of(unit.modality for prompt in prompts for unit in prompt.units)
+        self.check_admission(kind, deadline, generation.media_bytes)
+        groups = [
+            self._new_tasks(generation, prompt, [replace(sampling, choice=choice) for choice in range(n)], stop, kind)
+            for prompt, sampling in zip(prompts, samplings, strict=True)
+        ]
+        self._open[generation] = dict.fromkeys(task for tasks in groups for task in tasks)
+        self._idle.clear()
+        self._admission.media_held_bytes += generation.media_bytes
+        if deadline is not None:
+            call_later = asyncio.get_running_loop().call_later
+            generation.timer = call_later(deadline - now, self._fail, generation, deadline_exceeded())
+        for tasks in groups:
+            if generation in self._open:  # else one of its sequences could not be sent
+                self._backlog.queue(tasks)
         return generation
 
     def abort(self, generation: Generation) -> None:
         """Takes every unfinished sequence back from all instances. Idempotent."""
-        for output in generation.outputs:
-            if self._live.pop(output.request_id, None) is not None:
-                self._abort_everywhere(output)
-                self._telemetry.aborted()
+        for _ in self._end(generation):
+            self._telemetry.aborted()
+        self._backlog.settle()
+
+    # ---- what operators ask for
+
+    def drain(self) -> None:
+        """From now on new requests are refused with 503."""
+        self._draining = True
+
+    async def drained(self) -> None:
+        """Returns when every sequence is answered, has failed or was aborted."""
+        while self._open:
+            await self._idle.wait()
+
+    def close(self) -> None:
+        """Ends everything with 503: the server stops."""
+        self._draining = True
+        self._fail_all(self._open, shutting_down())
+
+    def room(self) -> dict[InstanceId, int]:
+        """KV blocks that instances which decode could take, as they last said."""
+        return self._dispatcher.room()
+
+    def demand(self) -> Demand:
+        now, queued = time.monotonic(), self._room.queued()
+        ttft_slack_s, tpot_slack_s = self._times.slack_s(self._config)
+        return Demand(
+            {Stage.ENCODE: queued.encode_s, Stage.PREFILL: queued.prefill_s, Stage.DECODE: queued.decode_s},
+            {kind: self._room.num_waiting(kind) for kind in Kind},
+            {kind: self._room.predicted_wait_s(kind, now) for kind in Kind},
+            self._times.ttft_s,
+            self._times.tpot_s,
+            ttft_slack_s,
+            tpot_slack_s,
+        )
 
     # ---- what instances report
 
@@ -238,9 +214,23 @@ class Frontend:
             self._handle(message)
         except Exception:  # the boundary of a message: those that came with it are handled
             logger.exception("cannot take %s", type(message).__name__)
-            live = self._live.get(getattr(message, "request_id", RequestId("")))
-            if live is not None:
-                self._fail(live[1], RequestError("internal server error", status=500, code="internal_error"))
+            attempt = self._attempts.get(getattr(message, "request_id", RequestId("")))
+            if attempt is not None:
+                self._fail(attempt.task.generation, broken())
+
+    def instance_lost(self, instance: InstanceId, suspects: Collection[RequestId] = ()) -> None:
+        """Everything that cannot go on without it is taken up again. `suspects` are those that it was computing when it
+        ended by itself: they are tried one at a time, and what is computed in two crashes is refused."""
+        lost = {id: attempt for id, attempt in self._attempts.items() if instance in attempt.needs}
+        blamed = {id: self._attempts[id] for id in suspects if id in self._attempts}
+        for attempt in blamed.values():
+            attempt.task.num_blames += 1
+        guilty = [attempt.task.generation for attempt in blamed.values() if attempt.task.num_blames >= MAX_BLAMES]
+        for attempt in self._attempts.values():
+            attempt.holders.discard(instance)
+        self._fail_all(guilty, poisonous())
+        remaining = [attempt for id, attempt in (lost | blamed).items() if id in self._attempts]
+        self._backlog.retry(remaining, "instance_lost")
 
     def _handle(self, message: AnyMessage) -> None:
         match message:
@@ -251,260 +241,174 @@ class Frontend:
             case Wanted():
                 self._wanted(message)
             case Evicted():
-                self._directory.evicted(message)
+                self._dispatcher.take_evicted(message)
             case Failed():
                 self._failed(message)
             case Load():
-                if message.instance in self.table.peers:  # else its last words; a new one says it again soon
-                    self.loads[message.instance] = message
-                    self._unreported_s.pop(message.instance, None)
+                self._dispatcher.take_load(message)
             case Table():
                 self._table(message)
             case _:
                 logger.warning("frontend got %s, which is not for it", type(message).__name__)
 
-    def instance_lost(self, instance: InstanceId) -> None:
-        """Ends every request that the instance held a part of with 503."""
-        held = {id(generation): generation for output, generation in self._live.values() if instance in output.holders}
-        for generation in held.values():
-            self._fail(generation, _lost(instance))
-
-    def close(self) -> None:
-        """Ends everything with 503: the server stops."""
-        error = RequestError("the server is shutting down", status=503, code="shutting_down")
-        for generation in {id(generation): generation for _, generation in self._live.values()}.values():
-            self._fail(generation, error)
-
     def _tokens(self, message: Tokens) -> None:
         now = time.monotonic()
         for update in message.updates:
-            live = self._live.get(update.request_id)
-            if live is None:
+            attempt = self._attempts.get(update.request_id)
+            if attempt is None:
                 if update.finish is None:  # aborted, but that instance did not know yet that it held it
                     self._wire.send(message.instance, Abort(update.request_id))
                 continue
             try:
-                self._update(*live, update, message.instance, now)
+                self._update(attempt, update, message.instance, now)
             except Exception:  # the boundary of a request: the others of this step go on
                 logger.exception("%s: cannot take token %d", update.request_id, update.index)
-                self._fail(live[1], RequestError("internal server error", status=500, code="internal_error"))
+                self._fail(attempt.task.generation, broken())
 
-    def _update(
-        self, output: Output, generation: Generation, update: TokenUpdate, instance: InstanceId, now: float
-    ) -> None:
-        output.holders.add(instance)
+    def _update(self, attempt: Attempt, update: TokenUpdate, instance: InstanceId, now: float) -> None:
+        task, output = attempt.task, attempt.task.output
+        is_news = instance not in attempt.holders and update.index >= output.num_tokens
+        if is_news and not self._backlog.hand_over(attempt, instance):
+            return
         if update.index == 0:
             output.num_cached_tokens = update.num_cached
         for due in output.in_order(update):
             output.push(due)
-            self._observe(output, generation, now)
-            generation.notify(output)
+            self._observe(task, now)
+            task.generation.notify(output)
             if output.finish is not None:
-                self._finish(output, generation, by_instance=due.finish is not None, now=now)
+                self._finish(task, by_instance=due.finish is not None, now=now)
                 return
-        # A token behind the first one comes from the instance that decodes: it has pulled everything. Only once the
-        # first one is here too, or its loss on the way would never be noticed.
-        if update.index >= 1 and output.num_tokens > update.index and len(output.holders) > 1:
-            output.holders = {instance}
+        if attempt.work is not None and attempt.has_answered:
+            self._backlog.prefilled(attempt)
+        # A token behind the first one comes from the instance that decodes. Only once all before it are here too, or
+        # the loss of one on the way would never be noticed; and only the newest says where the sequence is now.
+        if attempt.decoder != instance and update.index > attempt.start and output.num_tokens == update.index + 1:
+            self._backlog.decodes(attempt, instance)
 
     def _table(self, message: Table) -> None:
-        if message.version <= self.table.version:
-            return
-        before, self.table = self.table, RoutingTable.of(message)
-        here = {(peer.id, peer.epoch) for peer in message.peers}
-        for peer in before.peers.values():
-            if (peer.id, peer.epoch) not in here:  # gone, or started anew with empty caches
-                self._directory.forget(peer.id)
-                self.loads.pop(peer.id, None)
-                self._unreported_s.pop(peer.id, None)
+        if self._dispatcher.take_table(message):
+            self._backlog.instances_changed()
 
     def _located(self, message: Located) -> None:
-        live = self._live.get(message.request_id)
-        if live is None:  # aborted while it was on its way there; if it is finished, this changes nothing
+        attempt = self._attempts.get(message.request_id)
+        if attempt is None:  # aborted while it was on its way there; if it is finished, this changes nothing
             self._wire.send(message.decode, Abort(message.request_id))
-            return
-        output, generation = live
-        output.holders.add(message.decode)
-        # Lost before this was known: `instance_lost` could not count the request among those that it held.
-        if self.table.version and message.decode not in self.table.peers:
-            self._fail(generation, _lost(message.decode))
+        else:
+            self._backlog.hand_over(attempt, message.decode, message.epoch)
 
     def _failed(self, message: Failed) -> None:
-        live = self._live.get(message.request_id)
-        if live is None:
+        attempt = self._attempts.get(message.request_id)
+        if attempt is None:
             return
-        output, generation = live
-        prompt = generation.prompt_of(output)
+        if message.retry:
+            self._failed_for_now(attempt, message)
+            return
         if message.unit is not None:
-            for instance in list(self._directory.holders(message.unit)):
-                self._directory.drop_unit(message.unit, instance)
-        if message.unit is not None and output.num_tokens:  # it went on without that unit
+            self._dispatcher.could_not_encode(message.unit)
+            if attempt.has_answered:  # it went on without that unit
+                return
+        param = None if message.unit is None else attempt.task.prompt.fields.get(message.unit)
+        error = RequestError(message.message, status=message.status, param=param, code=message.code)
+        self._fail(attempt.task.generation, error)
+
+    def _failed_for_now(self, attempt: Attempt, message: Failed) -> None:
+        """An instance could not go on with it, but another may, or the same one a little later."""
+        task = attempt.task
+        task.num_failures += 1
+        if task.num_failures > MAX_FAILURES:
+            self._fail(task.generation, RequestError(message.message, status=500, code=message.code))
             return
-        param = None if message.unit is None else prompt.fields.get(message.unit)
-        self._fail(generation, RequestError(message.message, status=message.status, param=param, code=message.code))
+        pause_s = min(FIRST_PAUSE_S * 2 ** (task.num_failures - 2), LONGEST_PAUSE_S) if task.num_failures > 1 else 0.0
+        self._backlog.retry([attempt], _RETRY_REASONS.get(message.code or "", "transfer"), pause_s)
 
     def _wanted(self, message: Wanted) -> None:
-        """Units that were thought to be somewhere have to be encoded after all."""
-        live = self._live.get(message.request_id)
-        if live is None or live[0].num_tokens:  # an answer that began needs no unit any more
+        attempt = self._attempts.get(message.request_id)
+        if attempt is not None and not attempt.has_answered:  # an answer that goes on needs no unit any more
+            self._backlog.want(attempt, message.units)
+
+    def _observe(self, task: Task, now: float) -> None:
+        output = task.output
+        if output.num_tokens == 1:
+            after_s = now - task.generation.arrived_at
+            self._telemetry.first_token(after_s, len(task.prompt.token_ids))
+            self._times.first(after_s)
+        else:
+            gap_s = now - output.last_token_at
+            self._telemetry.next_token(gap_s)
+            self._times.next(gap_s)
+        output.last_token_at = now
+
+    def _finish(self, task: Task, *, by_instance: bool, now: float) -> None:
+        """The last token is here. After a stop string the instances would go on."""
+        output = task.output
+        assert output.finish is not None
+        self._close(task, tell=not by_instance)
+        after_s = now - task.generation.arrived_at
+        self._telemetry.finished(output.finish, after_s, len(task.prompt.token_ids), output.num_tokens)
+        self._backlog.settle()
+
+    def _fail(self, generation: Generation, error: RequestError) -> None:
+        self._fail_all([generation], error)
+
+    def _fail_all(self, generations: Iterable[Generation], error: RequestError) -> None:
+        for generation in list(dict.fromkeys(generations)):
+            ended = self._end(generation)
+            for _ in ended:
+                self._telemetry.failed()
+            if ended:
+                self._count_refusal(error)
+            generation.fail(error)
+        self._backlog.settle()
+
+    def _end(self, generation: Generation) -> list[Task]:
+        """Nobody works on any part of it any more. Returns what was not answered."""
+        tasks = list(self._open.get(generation, ()))
+        for task in tasks:
+            self._close(task)
+        return tasks
+
+    def _close(self, task: Task, *, tell: bool = True) -> None:
+        """Nobody works on it any more, and what was kept for it is let go."""
+        self._backlog.drop(task, tell=tell)
+        generation = task.generation
+        del self._open[generation][task]
+        if self._open[generation]:
             return
-        output, generation = live
-        prompt = generation.prompt_of(output)
-        try:
-            encoders = self._assign_units([unit for unit in distinct(prompt.units) if unit.hash in message.units])
-        except RequestError as error:
-            self._fail(generation, error)
-            return
-        output.holders.update(encoders.values())
-        self._order_units(output.request_id, prompt, output.prefill, encoders)
+        del self._open[generation]
+        self._admission.media_held_bytes -= generation.media_bytes
+        if generation.timer is not None:
+            generation.timer.cancel()
+        if not self._open:
+            self._idle.set()
 
     # ---- inside
 
-    def _hashes(self, prompt: PreparedPrompt) -> BlockHashes:
-        if not self._prefix_caching:
-            return BlockHashes()
-        root = self._processor.identity
-        return prompt_hashes(root, prompt.token_ids, prompt.units, prompt.spans, KV_BLOCK_TOKENS)
+    def _count_refusal(self, error: RequestError) -> None:
+        reason = _REFUSALS.get(error.code or "")
+        if reason is not None:
+            self._telemetry.refused(reason)
 
-    def _pick_prefill(self, prompt: PreparedPrompt, hashes: BlockHashes) -> InstanceId:
-        """Who would have this prompt's KV first: busy with other work, less what its prefix cache saves."""
-        busy = self._busy_s()
-        for peer in self.table.serving(Stage.PREFILL):
-            num_cached = self._directory.num_cached_blocks(peer.id, hashes) * KV_BLOCK_TOKENS
-            busy[peer.id] += (len(prompt.token_ids) - num_cached) * self._pace_s(peer.id, Stage.PREFILL)
-        return pick(self.table, Stage.PREFILL, busy).id
+    def _queue_samples(self) -> dict[str, QueueSample]:
+        now = time.monotonic()
+        return {
+            kind.value: QueueSample(self._room.num_waiting(kind), self._room.predicted_wait_s(kind, now))
+            for kind in Kind
+        }
 
-    def _assign(
-        self, prompt: PreparedPrompt, prefill: InstanceId, hashes: BlockHashes
-    ) -> tuple[dict[UnitHash, InstanceId], dict[UnitHash, InstanceId]]:
-        """Who encodes which unit, and who that does not encode holds one; what the prefix or the cache of `prefill`
-        seems to have is in neither. Notes what everybody has to do now."""
-        num_cached = self._directory.num_cached_blocks(prefill, hashes) * KV_BLOCK_TOKENS
-        self._add_work(prefill, Stage.PREFILL, len(prompt.token_ids) - num_cached)
-        self._directory.add_blocks(prefill, hashes.blocks)
-        needed = units_behind(prompt.units, prompt.spans, num_cached)
-        missing: list[EncodeUnit] = []
-        held: dict[UnitHash, InstanceId] = {}
-        for hash_, unit in needed.items():
-            holders = self._directory.holders(hash_) & self.table.peers.keys()
-            if prefill in holders:
-                continue
-            if holders and not any(self.table.peers[holder].role.encodes for holder in holders):
-                held[hash_] = min(holders)
-            else:
-                missing.append(unit)
-        encoders = self._assign_units(missing)
-        for hash_ in needed:
-            self._directory.add_unit(hash_, prefill)
-        return encoders, held
-
-    def _assign_units(self, units: Sequence[EncodeUnit]) -> dict[UnitHash, InstanceId]:
-        if not units:
-            return {}
-        paces = [self._pace_s(peer.id, Stage.ENCODE) for peer in self.table.serving(Stage.ENCODE)]
-        encoders = assign_units(
-            self.table,
-            units,
-            self._busy_s(),
-            max(paces, default=UNKNOWN_PACE_S),
-            holders={unit.hash: self._directory.holders(unit.hash) for unit in units},
-            spread=self._parallel_encode,
-        )
-        for unit in units:
-            if encoders[unit.hash] not in self._directory.holders(unit.hash):
-                self._add_work(encoders[unit.hash], Stage.ENCODE, unit.num_tokens)
-            self._directory.add_unit(unit.hash, encoders[unit.hash])
-        return encoders
-
-    def _submit(
+    def _new_tasks(
         self,
-        output: Output,
+        generation: Generation,
         prompt: PreparedPrompt,
-        hashes: BlockHashes,
-        ordered: tuple[UnitHash, ...],
-        held: dict[UnitHash, InstanceId],
-    ) -> None:
-        order = Submit(
-            output.request_id,
-            prompt.token_ids,
-            len(prompt.token_ids),
-            prompt.units,
-            prompt.spans,
-            output.sampling,
-            prompt.position_arguments,
-            hashes,
-            ordered,
-            held,
-        )
-        self._wire.send(output.prefill, order)
-
-    def _order_units(
-        self, request_id: RequestId, prompt: PreparedPrompt, prefill: InstanceId, encoders: dict[UnitHash, InstanceId]
-    ) -> None:
-        """One order for the units of one item that one instance encodes, in the order of the prompt."""
-        orders: dict[tuple[InstanceId, bytes], list[EncodeUnit]] = {}
-        for unit in distinct(prompt.units):
-            if unit.hash in encoders:
-                orders.setdefault((encoders[unit.hash], prompt.media[unit.hash].hash), []).append(unit)
-        for (encoder, _), units in orders.items():
-            media = prompt.media[units[0].hash]
-            self._wire.send(encoder, Encode(request_id, media, tuple(units), prefill))
-
-    def _require_stages(self, *, encode: bool) -> None:
-        """Before anything is sent. Text alone needs no encode instance."""
-        for stage in Stage:
-            if not self.table.serving(stage) and (encode or stage is not Stage.ENCODE):
-                text = f"no instance serves {stage.name.lower()} at the moment"
-                raise RequestError(text, status=503, code="unavailable")
-
-    def _observe(self, output: Output, generation: Generation, now: float) -> None:
-        if output.num_tokens == 1:
-            self._telemetry.first_token(now - generation.started_at, len(generation.prompt_of(output).token_ids))
-        else:
-            self._telemetry.next_token(now - output.last_token_at)
-        output.last_token_at = now
-
-    def _finish(self, output: Output, generation: Generation, *, by_instance: bool, now: float) -> None:
-        del self._live[output.request_id]
-        if not by_instance:  # a stop string: the instances would go on
-            self._abort_everywhere(output)
-        assert output.finish is not None
-        self._telemetry.finished(
-            output.finish,
-            now - generation.started_at,
-            len(generation.prompt_of(output).token_ids),
-            output.num_tokens,
-        )
-
-    def _fail(self, generation: Generation, error: RequestError) -> None:
-        for output in generation.outputs:
-            if self._live.pop(output.request_id, None) is not None:
-                self._abort_everywhere(output)
-                self._telemetry.failed()
-        generation.fail(error)
-
-    def _abort_everywhere(self, output: Output) -> None:
-        for instance in output.holders:
-            self._wire.send(instance, Abort(output.request_id))
-
-    def _busy_s(self) -> dict[InstanceId, float]:
-        """Predicted work of each instance, all stages together (one loop does them all), with what it has not
-        reported yet."""
-        reported = {id: sum(load.work_s.values()) for id, load in self.loads.items()}
-        return {id: reported.get(id, 0.0) + self._unreported_s.get(id, 0.0) for id in self.table.peers}
-
-    def _pace_s(self, instance: InstanceId, stage: Stage) -> float:
-        """Never 0, which is what an instance reports before its first step: work that costs nothing is not spread."""
-        load = self.loads.get(instance)
-        return (load.pace_s.get(stage) if load is not None else None) or UNKNOWN_PACE_S
-
-    def _add_work(self, instance: InstanceId, stage: Stage, num_tokens: int) -> None:
-        seconds = num_tokens * self._pace_s(instance, stage)
-        self._unreported_s[instance] = self._unreported_s.get(instance, 0.0) + seconds
-
-    def _new_id(self) -> RequestId:
-        return RequestId(f"{self._id_prefix}-{next(self._id_count)}")
-
-
-def _lost(instance: InstanceId) -> RequestError:
-    return RequestError(f"instance {instance} was lost", status=503, code="instance_lost")
+        samplings: Sequence[SamplingParams],
+        stop: tuple[str, ...],
+        kind: Kind,
+    ) -> list[Task]:
+        """The choices of one prompt."""
+        hashes, tasks = self._dispatcher.hashes(prompt), []
+        for sampling in samplings:
+            id = RequestId(f"{self._id_prefix}-{next(self._id_count)}")
+            output = Output(len(generation.outputs), id, sampling, stop, self._processor.token_stream())
+            generation.outputs.append(output)
+            tasks.append(Task(output, generation, prompt, hashes, kind))
+        return tasks

@@ -3,22 +3,31 @@
 import asyncio
 import hmac
 import logging
+import math
+import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from triptych.errors import RequestError
-from triptych.server.schema import ErrorBody, ErrorResponse
+from triptych.server.schema import MAX_TIMEOUT_S, ErrorBody, ErrorResponse
 
 logger = logging.getLogger(__name__)
 
 encode_json = msgspec.json.Encoder().encode
 
 _JSON = [(b"content-type", b"application/json")]
+_TIMEOUT_HEADER = "x-request-timeout"
+_USUAL_RETRY_S = 1.0  # after a 503 that does not say when to ask again
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
+
+
+# A body has to come at this pace on the whole, after some seconds in which it need not: else 408.
+BODY_GRACE_S = 60.0
+BODY_BYTES_PER_S = 1000
 
 
 class ClientGoneError(Exception):
@@ -31,19 +40,33 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self.request_id: str = scope["state"]["request_id"]
+        self.arrived_at = time.monotonic()
         self._receive = receive
         self._send = send
         self._started = False
         self._complete = False
 
+    def deadline(self, timeout_s: float | None = None) -> float | None:
+        """When the request has to be answered, in `time.monotonic`: the sooner of what its body and its header say.
+        Raises RequestError(400) for a header that is no time."""
+        given = next((value for name, value in self.scope["headers"] if name == _TIMEOUT_HEADER.encode()), None)
+        limits_s = [timeout_s, None if given is None else _seconds(given)]
+        return min((self.arrived_at + limit_s for limit_s in limits_s if limit_s is not None), default=None)
+
     async def body(self, max_bytes: int) -> bytes:
-        """The whole body. Raises RequestError(413) as soon as it is known to be larger than `max_bytes`."""
+        """The whole body. Raises RequestError: 413 as soon as it is known to be larger than `max_bytes`, 408 when it
+        comes too slowly."""
         declared = dict(self.scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared) > max_bytes:
             raise _too_large(max_bytes)
         pieces, size = [], 0
+        latest = asyncio.get_running_loop().time() + BODY_GRACE_S
         while True:
-            message = await self._receive()
+            try:
+                async with asyncio.timeout_at(latest + size / BODY_BYTES_PER_S):
+                    message = await self._receive()
+            except TimeoutError:
+                raise _too_slow() from None
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
             piece = message.get("body", b"")
@@ -79,8 +102,8 @@ class Exchange:
         finally:
             watcher.cancel()
 
-    async def json(self, body: msgspec.Struct, status: int = 200) -> None:
-        await self.payload(encode_json(body), _JSON, status)
+    async def json(self, body: msgspec.Struct, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        await self.payload(encode_json(body), [*_JSON, *headers], status)
 
     async def payload(self, body: bytes, headers: list[tuple[bytes, bytes]], status: int = 200) -> None:
         self._started = self._complete = True
@@ -107,7 +130,10 @@ class Exchange:
         if self._started:
             await self.write(b"data: " + encode_json(body) + b"\n\n", more=False)
         else:
-            await self.json(body, error.status)
+            unread = (
+                [(b"connection", b"close")] if error.status == 408 else []
+            )  # the rest of the body is not waited for
+            await self.json(body, error.status, [*_retry_after(error), *unread])
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -177,6 +203,28 @@ class ApiKey:
 def error_body(error: RequestError) -> ErrorResponse:
     kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return ErrorResponse(ErrorBody(str(error), kind, error.param, error.code))
+
+
+def _seconds(given: bytes) -> float:
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        text = f"{_TIMEOUT_HEADER}: expected seconds (valid: more than 0 and at most {MAX_TIMEOUT_S})"
+        raise RequestError(text, param=_TIMEOUT_HEADER, code="invalid_value")
+    return seconds
+
+
+def _retry_after(error: RequestError) -> list[tuple[bytes, bytes]]:
+    """Whole seconds, rounded up."""
+    seconds = _USUAL_RETRY_S if error.retry_after_s is None and error.status == 503 else error.retry_after_s
+    return [] if seconds is None else [(b"retry-after", str(max(math.ceil(seconds), 1)).encode())]
+
+
+def _too_slow() -> RequestError:
+    text = f"the body comes too slowly: less than {BODY_BYTES_PER_S} bytes a second"
+    return RequestError(text, status=408, code="request_timeout")
 
 
 def _too_large(max_bytes: int) -> RequestError:

@@ -21,6 +21,9 @@ from triptych.server.schema import MediaIoKwargs, VideoIo
 
 T = TypeVar("T")
 
+# Bytes of a picture whose header is read without a thread: of a larger one a hostile header can take half a second.
+_SMALL = 32 << 10
+
 DEFAULT_LIMIT = 999  # items of a modality that the configuration does not name, as with vLLM
 
 
@@ -129,7 +132,7 @@ class MediaLoader:
 
     async def _header(self, source: MediaSource, data: bytes, options: VideoIo) -> Header:
         with blamed(source.field):
-            if source.modality == "image" and len(data) <= LARGE:
+            if source.modality == "image" and len(data) <= _SMALL:
                 return self._headers.read(source.modality, data, options)
             return await asyncio.to_thread(self._headers.read, source.modality, data, options)
 

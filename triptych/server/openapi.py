@@ -49,6 +49,6 @@ def _describe(op: Operation, references: References) -> Json:
         body = {"application/json": {"schema": references[op.request]}}
         described["requestBody"] = {"required": True, "content": body}
     if "{" in op.path:
-        name = op.path.partition("{")[2].partition(":")[0]
+        name = op.path.partition("{")[2].partition("}")[0].partition(":")[0]
         described["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]
     return described

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from triptych.core import FinishReason, InstanceId, RequestId, SamplingParams, TokenLogprobs
+from triptych.core import FinishReason, RequestId, SamplingParams, TokenLogprobs
 from triptych.messages import TokenUpdate
 from triptych.model.token_stream import TokenStream
 from triptych.server.stopping import StopFilter
@@ -20,15 +20,13 @@ class Output:
         "_stop_filter",
         "_token_stream",
         "finish",
-        "holders",
         "index",
         "last_token_at",
         "num_cached_tokens",
-        "num_tokens",
-        "prefill",
         "request_id",
         "sampling",
         "stop_reason",
+        "token_ids",
     )
 
     def __init__(
@@ -38,15 +36,11 @@ class Output:
         sampling: SamplingParams,
         stop: tuple[str, ...],
         token_stream: TokenStream,
-        prefill: InstanceId,
-        holders: set[InstanceId],
     ) -> None:
         self.index = index  # among all choices of the client's request
         self.request_id = request_id
         self.sampling = sampling
-        self.prefill = prefill
-        self.holders = holders  # every instance that may hold a part of it: where an abort goes
-        self.num_tokens = 0
+        self.token_ids: list[int] = []  # all that came: whoever takes the sequence up again begins behind them
         self.num_cached_tokens = 0  # of the prompt: whose KV was there already
         self.finish: FinishReason | None = None
         self.stop_reason: int | str | None = None  # the stop token or stop string, None for end-of-sequence
@@ -57,19 +51,27 @@ class Output:
         self._new_text: list[str] = []
         self._new_tokens: list[tuple[int, TokenLogprobs]] = []
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def restart(self) -> None:
+        """It is taken up again behind its last token: what came before its turn comes again."""
+        self._early.clear()
+
     def in_order(self, update: TokenUpdate) -> Iterator[TokenUpdate]:
         """The updates that can be pushed now that this one is here: none while an earlier one is missing.
 
         Decode's first token may overtake prefill's. One that was here before is dropped.
         """
-        if update.index >= self.num_tokens:
+        if update.index >= len(self.token_ids):
             self._early[update.index] = update
-        while self.num_tokens in self._early:
-            yield self._early.pop(self.num_tokens)
+        while len(self.token_ids) in self._early:
+            yield self._early.pop(len(self.token_ids))
 
     def push(self, update: TokenUpdate) -> None:
         """Takes one token. Sets `finish` when it is the last one, or when it completes a stop string."""
-        self.num_tokens += 1
+        self.token_ids.append(update.token_id)
         if update.logprobs is not None:
             self._new_tokens.append((update.token_id, update.logprobs))
         if update.finish is FinishReason.STOP:

@@ -36,6 +36,8 @@ def decode_body(body: bytes, kind: type[T]) -> T:
         if path is not None:
             raise _out_of_range(path, "JSON knows no NaN and no Infinity", kind) from error
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+    except RecursionError as error:
+        raise RequestError("the body is nested too deeply", code="invalid_json") from error
 
 
 def _decoded(body: bytes, kind: type[T]) -> T:
@@ -85,8 +87,9 @@ def blamed(field: str) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        param = error.param or field
-        raise RequestError(f"{param}: {error}", status=error.status, param=param, code=error.code) from error
+        if error.param is not None:
+            raise
+        raise RequestError(f"{field}: {error}", status=error.status, param=field, code=error.code) from error
 
 
 def unsupported(field: str, hint: str = "") -> RequestError:
@@ -178,10 +181,9 @@ def _bounds(kind: Type) -> str:
 def _non_finite_field(body: bytes) -> str | None:
     """The path of the first NaN or Infinity in a body that is JSON but for those, else None."""
     try:
-        tree = json.loads(body)
+        return next(_non_finite_paths(json.loads(body), ""), None)
     except (ValueError, RecursionError):
         return None
-    return next(_non_finite_paths(tree, ""), None)
 
 
 def _non_finite_paths(node: object, path: str) -> Iterator[str]:

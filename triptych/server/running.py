@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from triptych.server.connections import Connection
+
 
 class HttpServer(uvicorn.Server):
     """Leaves signals to whoever started it: set `should_exit` to end `serve(sockets=[...])`."""
@@ -20,7 +22,7 @@ def make_http_server(app: ASGIApp, *, shutdown_s: int = 2) -> HttpServer:
     """Requests that are still running `shutdown_s` after the server was told to exit are cancelled."""
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,

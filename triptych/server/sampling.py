@@ -6,6 +6,10 @@ from triptych.core import SamplingParams
 from triptych.errors import RequestError
 from triptych.server.schema import MAX_SEED, GenerateRequest
 
+# Text of every token is compared with each of them, and with each beginning of each of them.
+MAX_STOPS = 128
+MAX_STOP_CHARACTERS = 16_384  # of all together
+
 _GREEDY_BELOW = 1e-5  # dividing logits by less overflows in half precision; vLLM draws the line at the same place
 
 
@@ -63,8 +67,11 @@ def sampling_params(
 
 
 def stop_strings(request: GenerateRequest) -> tuple[str, ...]:
-    """Raises RequestError for an empty one, which would stop everything."""
+    """Raises RequestError for an empty one, which would stop everything, and for more than can be looked for."""
     stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    if len(stops) > MAX_STOPS or sum(map(len, stops)) > MAX_STOP_CHARACTERS:
+        text = f"stop: at most {MAX_STOPS} texts, and {MAX_STOP_CHARACTERS} characters together"
+        raise RequestError(text, param="stop", code="invalid_value")
     for index, stop in enumerate(stops):
         if not stop:
             field = "stop" if isinstance(request.stop, str) else f"stop[{index}]"

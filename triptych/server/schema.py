@@ -17,6 +17,7 @@ Logprobs = Annotated[int, Meta(ge=0, le=20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 AudioFormat = Literal["wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "mp4", "webm", "aiff"]
 Uuid = Annotated[str, Meta(min_length=1, max_length=1024)]
+MAX_TIMEOUT_S = 86_400
 MAX_STOP_TOKENS = 1024  # every sampled token is compared with each of them
 
 
@@ -95,6 +96,7 @@ class GenerateRequest(Refused, kw_only=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
+    timeout: Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_S, description="Seconds, from the arrival on.")] | None = None
     user: str | None = None
 
 
@@ -220,6 +222,14 @@ class TokenizeRequest(Struct, kw_only=True):
 class DetokenizeRequest(Struct, kw_only=True):
     tokens: list[TokenId]
     model: str | None = None
+
+
+class RoleRequest(Struct, kw_only=True):
+    role: Annotated[str, Meta(description="e, p, d, ep, pd, ed or epd")]
+
+
+class PlacementRequest(Struct, kw_only=True):
+    placement: Annotated[str, Meta(description="Counts and roles, such as 2e1p1d; every stage needs an instance.")]
 
 
 # ---- responses
@@ -360,21 +370,83 @@ class PoolView(Struct, frozen=True):
     cached: int
 
 
+class SwitchView(Struct, frozen=True, kw_only=True):
+    """A change of an instance's role; `after` is null where it is to end. Times are in seconds, `at` since 1970."""
+
+    before: str
+    after: str | None
+    at: float
+    state: Literal["running", "done", "failed"]
+    steps_s: dict[str, float]
+    error: str | None
+
+
 class InstanceView(Struct, frozen=True, kw_only=True):
-    """One instance as `GET /cluster` shows it. Cached blocks are reusable: neither used nor leaked."""
+    """One instance as `GET /cluster` shows it. Cached blocks are reusable: neither used nor leaked.
+
+    starting: loading; active: takes work; leaving: finishes what it has, to change its role or to end; restarting: was
+    lost, and waits to be started again. `started_at` is in seconds since 1970, `switch` the newest change of its role.
+    """
 
     id: str
     pid: int | None
     role: str
     state: str
+    epoch: str | None
+    restarts: int
+    last_failure: str | None
+    started_at: float | None
+    uptime_s: float | None
+    switch: SwitchView | None
     queues: dict[str, int]
     pools: dict[str, PoolView]
     counters: dict[str, float]
 
 
-class ClusterView(Struct, frozen=True):
+class EventView(Struct, frozen=True, kw_only=True):
+    """What happened to the cluster or to one instance. `at` is in seconds since 1970."""
+
+    at: float
+    what: str
+    instance: str | None
+    text: str
+    numbers: dict[str, float]
+
+
+class ClusterView(Struct, frozen=True, kw_only=True):
+    """`events` are the newest of each sort, in order; `draining` while the server finishes what it has before it stops;
+    `decision` is the latest about roles that follow the load, with its numbers."""
+
     placement: str
+    draining: bool
     instances: list[InstanceView]
+    decision: dict[str, Any] | None
+    events: list[EventView]
+
+
+class RoleResponse(Struct, frozen=True, kw_only=True):
+    """Seconds of each step; none if the instance had that role already."""
+
+    id: str
+    role: str
+    steps_s: dict[str, float]
+
+
+class ChangeView(Struct, frozen=True, kw_only=True):
+    """What was done to one instance: `before` is null for a new one, `after` for one that ended."""
+
+    id: str
+    before: str | None
+    after: str | None
+    steps_s: dict[str, float]
+
+
+class PlacementResponse(Struct, frozen=True, kw_only=True):
+    """The changes in the order in which they were made."""
+
+    placement: str
+    changes: list[ChangeView]
+    total_s: float
 
 
 class ErrorBody(Struct, frozen=True):

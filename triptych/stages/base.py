@@ -23,6 +23,7 @@ from triptych.messages import (
     Embedded,
     Encode,
     Failed,
+    Located,
     Prefilled,
     Prefilling,
     Release,
@@ -100,6 +101,8 @@ class Surroundings:
     decode_loads: dict[InstanceId, float] = field(default_factory=dict)  # seconds of work; last report + sent since
     decode_pace_s: float = 0.0  # predicted seconds per decoded token, as the decode instances report it
     out: Outbox = field(default_factory=Outbox)
+    gone_from_prefill: Gone = field(default_factory=Gone)  # also while it has another role: much comes late
+    gone_from_decode: Gone = field(default_factory=Gone)
 
     def serves_here(self, stage: Stage) -> bool:
         """Whether this instance itself does, also while it leaves that role."""
@@ -108,6 +111,11 @@ class Surroundings:
 
     def ticket(self, lease: LeaseId, region: str, blocks: list[int], num_tokens: int) -> Ticket:
         return Ticket(self.instance, self.epoch, lease, region, blocks, num_tokens)
+
+    def located(self, request_id: RequestId, decode: InstanceId) -> Located:
+        """To tell the frontend that the request goes on to that instance, as this one knows it."""
+        peer = self.table.peers.get(decode)
+        return Located(request_id, decode, peer.epoch if peer is not None else "")
 
     def is_stale(self, ticket: Ticket) -> bool:
         """Whether the holder died or was restarted since: pulling from it is pointless."""
@@ -147,6 +155,13 @@ def turn_away(near: Surroundings, message: AnyMessage) -> bool:
         case _:
             return False
     return True
+
+
+def reader_lost(near: Surroundings, leases: Leases, reader: InstanceId) -> None:
+    """An instance is gone, with all that it was to go on with. The frontend may not know that it had been handed on."""
+    for content in leases.release_reader(reader):
+        if isinstance(content, Sequence):
+            near.out.retry(content.request_id, f"instance {reader} was lost", "instance_lost")
 
 
 def foreseen_tokens(sequence: Sequence) -> int:

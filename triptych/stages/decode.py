@@ -8,8 +8,8 @@ from msgspec.structs import replace
 from triptych.core import Chunk, InstanceId, RequestId, SampledToken, SamplingParams, Sequence, Stage, Status
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import FRONTEND, Located, Prefilled, Prefilling, Ticket
-from triptych.stages.base import Gone, Pull, Surroundings, foreseen_tokens, token_update
+from triptych.messages import FRONTEND, Prefilled, Prefilling, Ticket
+from triptych.stages.base import Pull, Surroundings, foreseen_tokens, token_update
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class DecodeStage:
         self._here: deque[Sequence] = deque()  # KV complete, waiting for a place in the batch
         self._running: dict[RequestId, Sequence] = {}  # in the order of arrival
         self._offloaded: deque[Sequence] = deque()  # oldest first
-        self._gone = Gone()  # aborted, perhaps before their KV was handed over
+        self._gone = near.gone_from_decode  # aborted, perhaps before their KV was handed over
         self._leaving = False
         self._room: dict[InstanceId, int] = {}  # KV blocks that others could still take
         self._num_handed_over = 0  # sequences whose KV waits here for somebody else
@@ -99,7 +99,8 @@ class DecodeStage:
 
     def admit(self, order: Prefilled) -> None:
         ticket = order.ticket
-        if order.request_id in self._gone:
+        if order.request_id in self._gone:  # if only prefill took it back for a while, it is needed
+            self._near.out.retry(order.request_id, "the request was given up here", "moved")
             self._near.out.release(ticket)
             return
         if ticket.holder == self._near.instance:
@@ -112,6 +113,7 @@ class DecodeStage:
             self._near.out.retry(
                 order.request_id, f"the KV of the request was lost with {ticket.holder}", "instance_lost"
             )
+            self._near.out.release(ticket)
         elif arrival is not None:
             self._take_over(arrival.sequence, order)
             arrival.handed_over = True
@@ -251,7 +253,7 @@ class DecodeStage:
             target, sequence, lambda: self._let_go(sequence), lambda: self._take_back(sequence, target)
         )
         ticket = near.ticket(lease, "kv", self._kv.computed_blocks(sequence), sequence.num_computed)
-        near.out.send(FRONTEND, Located(sequence.request_id, target))
+        near.out.send(FRONTEND, near.located(sequence.request_id, target))
         near.out.send(
             target,
             Prefilled(

@@ -21,9 +21,9 @@ from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import FRONTEND, Abort, Embedded, Located, Prefilled, Prefilling, Share, Submit, Wanted
+from triptych.messages import FRONTEND, Abort, Embedded, Prefilled, Prefilling, Share, Submit, Wanted
 from triptych.routing import pick_decode
-from triptych.stages.base import Gone, Pull, Surroundings, announcement, foreseen_tokens, token_update, turn_away
+from triptych.stages.base import Pull, Surroundings, announcement, foreseen_tokens, token_update, turn_away
 
 
 @dataclass(slots=True)
@@ -42,6 +42,7 @@ class PrefillJob:
     num_cached: int = 0  # leading tokens whose KV was found
     decode: InstanceId | None = None  # where the KV goes, once that is decided
     num_sent_ahead: int = 0  # leading blocks that it was told of
+    told: set[InstanceId] = field(default_factory=set)  # who was told of any, also those that leave their role since
 
 
 class PrefillStage:
@@ -82,7 +83,7 @@ class PrefillStage:
         self._started: dict[RequestId, PrefillJob] = {}  # in arrival order
         self._early: dict[RequestId, list[Embedded | Wanted]] = {}  # came before their request was submitted
         self._pulling: dict[UnitHash, Embedded] = {}
-        self._gone = Gone()
+        self._gone = near.gone_from_prefill
         self._leaving = False
         self.num_units: Counter[str] = Counter()  # of prefilled requests: cached, transferred, prefix
         self.num_prompt_tokens = 0  # of prefilled requests
@@ -278,9 +279,9 @@ class PrefillStage:
 
     def _start_waiting(self) -> None:
         while self._waiting and len(self._started) < self._max_num_seqs:
+            self._hold_kv()  # first: it may put a started request back to the front
             job = self._waiting[0]
             sequence = job.sequence
-            self._hold_kv()
             found = self._found_prefix(sequence)
             # Who waits for KV here waits for decodes, for readers, or for requests that started before: they all go on.
             if found and (
@@ -532,13 +533,18 @@ class PrefillStage:
         sequence.token_ids.append(token.token_id)
         finish = self._near.finish_of(sequence)
         self._near.out.tokens.append(token_update(sequence, finish, token.logprobs, job.num_cached))
+        self._recall(job, None if finish is not None else self._decode_of(job))
         if finish is None:
             self._hand_on(job)
         else:
-            if job.num_sent_ahead and job.decode is not None:
-                self._near.out.send(job.decode, Abort(sequence.request_id))  # it has no use for what it was sent
             self._kv.free(sequence)
             sequence.status = Status.FINISHED
+
+    def _recall(self, job: PrefillJob, decode: InstanceId | None) -> None:
+        """All but `decode` have no use for what they were sent ahead. Not said before the end: who encodes, too, would
+        take it for the end of the request."""
+        for instance in sorted(job.told & self._near.table.peers.keys() - {decode}):
+            self._near.out.send(instance, Abort(job.sequence.request_id))
 
     def _send_ahead(self, job: PrefillJob) -> None:
         """Tells decode of the blocks that are full by now: only the tail is left to move after the last chunk."""
@@ -550,8 +556,9 @@ class PrefillStage:
             return
         assert job.decode is not None
         if not job.num_sent_ahead:
-            near.out.send(FRONTEND, Located(sequence.request_id, job.decode))
+            near.out.send(FRONTEND, near.located(sequence.request_id, job.decode))
         job.num_sent_ahead = num_full
+        job.told.add(job.decode)
         blocks = sequence.block_table[:num_full]
         self._kv.refer(blocks)  # the reader's: an abort must not free what is being read
         lease = self._leases.grant(job.decode, sequence.request_id, lambda: self._kv.give_back(blocks))
@@ -587,7 +594,7 @@ class PrefillStage:
         lease = self._leases.grant(decode, sequence, lambda: self._kv.free(sequence), lambda: self._take_back(sequence))
         ticket = near.ticket(lease, "kv", sequence.block_table, sequence.num_computed)
         if not job.num_sent_ahead:
-            near.out.send(FRONTEND, Located(sequence.request_id, decode))
+            near.out.send(FRONTEND, near.located(sequence.request_id, decode))
         near.out.send(
             decode,
             Prefilled(

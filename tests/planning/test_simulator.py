@@ -1,0 +1,219 @@
+"""The simulator does what can be computed by hand, answers everything, and gives every block back."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triptych.core import InstanceId, Placement, Role
+from triptych.planning.cost_model import Costs
+from triptych.planning.instance import Sizes
+from triptych.planning.simulator import Record, Simulation
+from triptych.planning.workload import Demand, Phase, poisson
+
+PLAIN = Costs(  # every number has its own decimal place, so that a sum says what is in it
+    encode_row=0.1, prefill_token=0.01, decode_step=0.001, decode_sequence=0.0001, message=0.0, transfer=0.00001
+)
+WHOLE = Sizes(streamed_prefill=False)
+TEXT = Demand(0.0, text_tokens=4, output_tokens=3)
+PICTURE = Demand(0.0, media=((8,),), text_tokens=4, output_tokens=3)
+
+
+def simulate(
+    placement: str, *demands: Demand, costs: Costs = PLAIN, sizes: Sizes = WHOLE, **options: object
+) -> list[Record]:
+    return Simulation(Placement.parse(placement), costs, sizes, **options).run(demands)
+
+
+def seen(records: list[Record]) -> list[tuple[float | None, float | None, int]]:
+    return [(record.first_token_s, record.finished_s, record.num_tokens) for record in records]
+
+
+# ---- by hand
+
+
+def test_text_on_one_instance_takes_its_prefill_and_two_decode_steps():
+    (record,) = simulate("1epd", TEXT)
+    assert record.ttft_s == pytest.approx(0.04)
+    assert record.latency_s == pytest.approx(0.04 + 2 * 0.0011)
+    assert record.tpot_s == pytest.approx(0.0011)
+    assert record.num_tokens == 3
+
+
+def test_a_picture_on_three_instances_is_encoded_moved_prefilled_moved_and_decoded():
+    (record,) = simulate("1e1p1d", PICTURE)
+    assert record.ttft_s == pytest.approx(0.8 + 0.00001 + 0.12)
+    assert record.latency_s == pytest.approx(0.8 + 0.00001 + 0.12 + 0.00001 + 2 * 0.0011)
+
+
+def test_inside_one_instance_nothing_moves():
+    (record,) = simulate("1epd", PICTURE)
+    assert record.latency_s == pytest.approx(0.8 + 0.12 + 2 * 0.0011)
+
+
+def test_streamed_prefill_runs_the_text_before_the_picture_is_there():
+    (record,) = simulate("1e1p1d", PICTURE, sizes=Sizes())
+    assert record.ttft_s == pytest.approx(0.8 + 0.00001 + 0.08)
+
+
+def test_two_encoders_halve_two_equal_units_and_their_rows_come_one_after_the_other():
+    halves = Demand(0.0, media=((8, 8),), text_tokens=4, output_tokens=1)
+    (one,), (two,) = simulate("1e1p1d", halves), simulate("2e1p1d", halves)
+    assert one.ttft_s == pytest.approx(1.6 + 2 * 0.00001 + 0.2)
+    assert two.ttft_s == pytest.approx(0.8 + 2 * 0.00001 + 0.2)
+    (serial,) = simulate("2e1p1d", halves, parallel_encode=False)
+    assert serial.ttft_s == pytest.approx(one.ttft_s)
+
+
+def test_bytes_take_time():
+    costs = Costs(prefill_token=0.01, message=0.0, kv_token_bytes=1000, bytes_per_second=1e6, transfer=0.5)
+    (record,) = simulate("1e1p1d", Demand(0.0, text_tokens=4, output_tokens=2), costs=costs)
+    assert record.latency_s == pytest.approx(0.04 + 0.5 + 4 * 0.001)
+
+
+def test_every_message_takes_its_time():
+    costs = Costs(prefill_token=0.01, message=1.0, transfer=0.0)
+    (record,) = simulate("1e1p1d", Demand(0.0, text_tokens=4, output_tokens=2), costs=costs)
+    assert record.ttft_s == pytest.approx(1.0 + 0.04 + 1.0)  # there and back
+    assert record.latency_s == pytest.approx(1.0 + 0.04 + 1.0 + 1.0)  # from prefill to decode, and back from there
+
+
+def test_sequences_that_decode_together_share_the_steps():
+    pair = [Demand(0.0, text_tokens=4, output_tokens=101)] * 2
+    first, second = simulate("1epd", *pair)
+    assert first.finished_s == second.finished_s == pytest.approx(0.08 + 100 * 0.0012)
+
+
+def test_a_request_that_arrives_while_others_decode_joins_after_the_step_that_runs():
+    long, late = Demand(0.0, text_tokens=4, output_tokens=1001), Demand(0.1, text_tokens=4, output_tokens=2)
+    _, record = simulate("1epd", long, late)
+    num_steps = -(-(0.1 - 0.04) // 0.0011)
+    assert record.first_token_s == pytest.approx(0.04 + num_steps * 0.0011 + 0.001 + 0.0001 + 0.04)
+
+
+def test_what_happens_before_dispatch_delays_the_first_token():
+    (record,) = simulate("1epd", TEXT, costs=Costs(arrival=2.0, prefill_token=0.01, message=0.0))
+    assert record.ttft_s == pytest.approx(2.04)
+
+
+# ---- in general
+
+
+@st.composite
+def demands(draw: st.DrawFn) -> list[Demand]:
+    one = st.builds(
+        Demand,
+        at_s=st.floats(0.0, 2.0),
+        media=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple), max_size=2).map(tuple),
+        text_tokens=st.integers(1, 60),
+        output_tokens=st.integers(1, 40),
+    )
+    return sorted(draw(st.lists(one, min_size=1, max_size=15)), key=lambda demand: demand.at_s)
+
+
+placements = st.sampled_from("1epd 2epd 1e1pd 1ep1d 1e1p1d 2e1p2d 2e2pd 1e1p1d1epd 1ed1p 2ep1pd".split())
+SMALL = Sizes(num_kv_blocks=30, num_embedding_blocks=40, max_num_seqs=4, max_num_batched_tokens=64, heartbeat_s=0.01)
+
+
+@settings(deadline=None)
+@given(demands(), placements, st.integers(0, 3))
+def test_every_request_is_answered_and_every_block_given_back_while_roles_change(asked, placement, seed):
+    """`run` checks the books of every instance at the end."""
+    simulation = Simulation(Placement.parse(placement), PLAIN, SMALL)
+    rng = random.Random(seed)
+
+    def change_a_role() -> None:
+        roles = simulation.roles()
+        id, role = rng.choice(sorted(roles)), rng.choice(list(Role))
+        left = {stage for other in roles if other != id for stage in roles[other].stages}
+        if len(left) == 3 and role != roles[id]:
+            simulation.switch_role(id, role, lambda steps_s: None)
+
+    simulation.every(0.1, change_a_role)
+    records = simulation.run(asked)
+    assert [record.num_tokens for record in records] == [demand.output_tokens for demand in asked]
+    for record in records:
+        assert record.demand.at_s <= record.first_token_s <= record.finished_s
+
+
+@settings(deadline=None, max_examples=30)
+@given(demands(), placements)
+def test_equal_simulations_have_equal_outcomes(asked, placement):
+    assert seen(simulate(placement, *asked, sizes=SMALL)) == seen(simulate(placement, *asked, sizes=SMALL))
+
+
+@settings(deadline=None, max_examples=30)
+@given(demands(), st.sampled_from(["1epd", "1e1pd", "1ep1d", "1e1p1d"]), st.sampled_from([WHOLE, SMALL]))
+def test_decode_steps_in_a_row_have_the_outcome_of_single_steps(asked, placement, sizes):
+    """With one instance of a stage reports change nothing; one that is due at once ends every row after a step."""
+    rows, single = (simulate(placement, *asked, sizes=replace(sizes, heartbeat_s=s)) for s in (1000.0, 0.0))
+    for one, other in zip(rows, single, strict=True):
+        assert one.first_token_s == pytest.approx(other.first_token_s)
+        assert one.finished_s == pytest.approx(other.finished_s)
+
+
+def test_a_request_waits_at_the_frontend_while_the_instances_have_enough():
+    simulation = Simulation(Placement.parse("1e1p1d"), PLAIN, WHOLE, dispatch_s=0.5)
+    waiting: list[float] = []
+    simulation.every(1.0, lambda: waiting.append(sum(simulation.queued_s().values())))
+    later = Demand(5.0, media=((8,),), text_tokens=4)  # the first one tells how long a row takes
+    simulation.run([PICTURE] + [later] * 20)
+    assert waiting[5] > waiting[10] > 0.0 and waiting[-1] == 0.0
+
+
+# ---- role switches
+
+
+def switched(before: str, id: str, role: Role, asked: list[Demand], at_s: float, sizes: Sizes = WHOLE) -> Simulation:
+    simulation = Simulation(Placement.parse(before), PLAIN, sizes)
+    simulation.clock.at(at_s, simulation.switch_role, InstanceId(id), role, lambda steps_s: None)
+    simulation.run(asked)
+    return simulation
+
+
+def test_an_idle_instance_switches_in_the_time_that_its_weights_take():
+    simulation = switched("2e1p1d", "i1", Role.D, [Demand(0.0, output_tokens=5000)], at_s=1.0)
+    (switch,) = simulation.switches
+    assert (switch.before, switch.after, switch.steps_s["switch"]) == (Role.E, Role.D, PLAIN.switch_weights)
+    assert switch.steps_s["drain"] == pytest.approx(0.0)
+    assert str(simulation.placement()) == "1e1p2d"
+
+
+def test_prefill_and_decode_keep_their_weights():
+    simulation = switched("1e2p1d", "i1", Role.D, [Demand(0.0, output_tokens=5000)], at_s=1.0)
+    assert simulation.switches[0].steps_s["switch"] == pytest.approx(PLAIN.switch_books)
+
+
+def test_what_an_encoder_has_not_begun_is_encoded_by_another():
+    asked = [Demand(0.0, media=((8,),) * 6, text_tokens=4, output_tokens=1)]
+    simulation = switched("2e1p1d", "i1", Role.D, asked, at_s=0.1)
+    assert simulation.switches[0].steps_s["drain"] < 3.0, "it ends its batch and no more"
+    assert simulation.records[0].num_tokens == 1
+
+
+def test_sequences_of_a_decode_instance_go_on_elsewhere():
+    """Two instances decode two sequences each; the one that leaves hands its two over at once."""
+    asked = [Demand(0.0, text_tokens=4, output_tokens=2000)] * 4
+    simulation = switched("1e1p2d", "i3", Role.P, asked, at_s=1.0)
+    assert simulation.switches[0].steps_s["drain"] < 0.01
+    assert all(record.num_tokens == 2000 and record.num_attempts == 1 for record in simulation.records)
+
+
+def test_what_prefill_has_not_begun_is_taken_up_again_by_another():
+    asked = [Demand(0.0, text_tokens=400, output_tokens=2)] * 6
+    simulation = switched("1e2p1d", "i2", Role.D, asked, at_s=0.1, sizes=Sizes(max_num_seqs=2))
+    assert max(record.num_attempts for record in simulation.records) == 2
+    assert all(record.num_tokens == 2 for record in simulation.records)
+
+
+# ---- workloads
+
+
+def test_a_poisson_workload_has_its_phases_and_its_rate():
+    asked = poisson([Phase(1000, 5), Phase(1000, 7, ((3,),), 9)], rate=4.0, seed=1)
+    assert [demand.output_tokens for demand in asked] == [5] * 1000 + [7] * 1000
+    assert asked[-1].media == ((3,),) and asked[-1].text_tokens == 9
+    assert asked[-1].at_s == pytest.approx(500.0, rel=0.1)
+    assert asked == poisson([Phase(1000, 5), Phase(1000, 7, ((3,),), 9)], rate=4.0, seed=1)

@@ -1,0 +1,85 @@
+"""Looks after instances that serve or start, and kills those that hang. What follows a kill is not its business."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+from triptych.control.instances import Instance, State, Worker
+from triptych.control.liveness import TICK_S, Liveness
+from triptych.core import InstanceId
+from triptych.messages import Alive, Unreachable
+
+logger = logging.getLogger(__name__)
+
+KILL_GRACE_S = 2.0  # for a killed process to end; one that hangs in the kernel is given up then
+
+
+class Watch:
+    """`run` keeps it going."""
+
+    def __init__(
+        self,
+        instances: Mapping[InstanceId, Instance],
+        gone: Callable[[Instance, Worker], None],
+        start_timeout_s: float,
+    ) -> None:
+        """`gone` is told of a process that was killed and should have ended by now, whether it has or not."""
+        self._instances = instances
+        self._gone = gone
+        self._start_timeout_s = start_timeout_s
+        self._liveness = Liveness()
+
+    def begin(self, instance: Instance) -> None:
+        """It serves from now on, so it has to say that it is alive."""
+        self._liveness.watch(instance.id)
+
+    def end(self, instance: Instance) -> None:
+        self._liveness.forget(instance.id)
+
+    def alive(self, message: Alive) -> None:
+        instance = self._instances.get(message.instance)
+        if instance is not None and instance.config is not None and instance.config.epoch == message.epoch:
+            self._liveness.alive(message.instance, message.turning_s)
+
+    def unreachable(self, message: Unreachable) -> None:
+        """Complaints about an incarnation that is gone, or of which somebody is being killed, are no news."""
+        reader, holder = self._instances.get(message.reader), self._instances.get(message.holder)
+        if holder is None or holder.peer is None or holder.peer.epoch != message.epoch or reader is None:
+            return
+        text = f"{message.reader} cannot read from {message.holder}: {message.error}"
+        logger.warning("%s", text)
+        if holder.accusation is not None or reader.accusation is not None:
+            return
+        blamed = self._liveness.unreachable(message.reader, message.holder)
+        if blamed is not None:
+            self._instances[blamed].is_out_of_reach = True
+            self.accuse(self._instances[blamed], text)
+
+    def accuse(self, instance: Instance, reason: str) -> None:
+        """Kills it; what follows is the same as if it had died by itself."""
+        assert instance.worker is not None, f"instance {instance.id} has no process to kill"
+        if instance.accusation is not None:
+            return
+        instance.accusation = reason
+        logger.error("instance %s (pid %d): %s; killing it", instance.id, instance.worker.pid, reason)
+        asyncio.get_running_loop().call_later(KILL_GRACE_S, self._gone, instance, instance.worker)
+        instance.worker.kill()
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self._tick()
+            except Exception:  # the boundary of a tick: the next one may find what this one could not
+                logger.exception("a look at the instances failed")
+
+    def _tick(self) -> None:
+        leaving = {id for id, instance in self._instances.items() if instance.state is State.LEAVING}
+        for id, reason in self._liveness.tick(may_take_long=leaving).items():
+            self.accuse(self._instances[id], reason)
+        now = time.monotonic()
+        for instance in list(self._instances.values()):
+            loads = instance.state is State.STARTING and instance.worker is not None
+            if loads and now - instance.since > self._start_timeout_s:
+                self.accuse(instance, f"not ready after {self._start_timeout_s:g} s")

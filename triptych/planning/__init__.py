@@ -1,0 +1,1 @@
+"""What would happen: simulated time over the real stages, estimates of load, and which placement suits them."""

@@ -1,0 +1,47 @@
+"""Simulated time: events in the order of their times, equal times in the order in which they were made."""
+
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(slots=True, eq=False)
+class Event:
+    action: Callable[..., None] | None  # None: cancelled
+    arguments: tuple[Any, ...]
+
+    def cancel(self) -> None:
+        self.action = None
+
+
+class Clock:
+    """Seconds since the beginning of the simulation; only `run` moves them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.num_events = 0
+        self._heap: list[tuple[float, int, Event]] = []
+        self._order = itertools.count()
+
+    def at(self, time_s: float, action: Callable[..., None], *arguments: Any) -> Event:
+        assert time_s >= self.now, f"an event at {time_s} s, it is {self.now} s already"
+        event = Event(action, arguments)
+        heapq.heappush(self._heap, (time_s, next(self._order), event))
+        return event
+
+    def after(self, seconds: float, action: Callable[..., None], *arguments: Any) -> Event:
+        return self.at(self.now + seconds, action, *arguments)
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Until it says so, asked after each event, or until nothing is left to happen."""
+        while self._heap:
+            time_s, _, event = heapq.heappop(self._heap)
+            if event.action is None:
+                continue
+            self.now = time_s
+            self.num_events += 1
+            event.action(*event.arguments)
+            if until():
+                return

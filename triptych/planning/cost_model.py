@@ -1,0 +1,58 @@
+"""How long things take on one instance, as few coefficients: what stands in for `runner.run` and for the links."""
+
+from dataclasses import dataclass
+
+from triptych.core import Chunk, EncodeWork, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Seconds unless the name says otherwise. A step takes its fixed part and so much for each of what is in it."""
+
+    encode_step: float = 0.0
+    encode_unit: float = 0.0
+    encode_row: float = 0.0
+    prefill_step: float = 0.0
+    prefill_token: float = 0.0
+    prefill_pair: float = 0.0  # of a token with one that it looks at
+    decode_step: float = 0.0
+    decode_sequence: float = 0.0
+    decode_context: float = 0.0  # for each token of context of each sequence
+    arrival: float = 0.0  # before a request is dispatched: HTTP, fetching media, preprocessing
+    message: float = 0.0005
+    transfer: float = 0.001  # of a pull without its bytes
+    bytes_per_second: float = 10e9  # into one instance
+    kv_token_bytes: int = 0
+    embedding_row_bytes: int = 0
+    switch_weights: float = 0.7  # a role switch that changes which half of the model is loaded
+    switch_books: float = 0.05  # one that keeps it
+
+    def encode_s(self, works: list[EncodeWork]) -> float:
+        rows = sum(work.unit.num_tokens for work in works)
+        return self.encode_step + len(works) * self.encode_unit + rows * self.encode_row
+
+    def language_s(self, decodes: list[Chunk], chunks: list[Chunk]) -> float:
+        """One forward over both: the larger of the fixed parts, and the sum of the others."""
+        seconds = max(self.decode_step if decodes else 0.0, self.prefill_step if chunks else 0.0)
+        context = sum(chunk.start for chunk in decodes)
+        seconds += len(decodes) * self.decode_sequence + context * self.decode_context
+        for chunk in chunks:
+            pairs = chunk.length * (chunk.start + 0.5 * chunk.length)
+            seconds += chunk.length * self.prefill_token + pairs * self.prefill_pair
+        return seconds
+
+    def decodes_s(self, num_sequences: int, context: int, num_steps: int) -> float:
+        """Steps in a row over the same sequences, of `context` tokens together before the first one."""
+        looked_at = num_steps * context + num_sequences * num_steps * (num_steps - 1) // 2
+        fixed = self.decode_step + num_sequences * self.decode_sequence
+        return num_steps * fixed + looked_at * self.decode_context
+
+    def pull_s(self, region: str, num_tokens: int) -> float:
+        token_bytes = self.kv_token_bytes if region == "kv" else self.embedding_row_bytes
+        return self.transfer + num_tokens * token_bytes / self.bytes_per_second
+
+    def switch_s(self, before: Role, after: Role) -> float:
+        """Without the drain. Halves that the new role does not need are dropped, which takes no time."""
+        loads_encoder = after.encodes and not before.encodes
+        loads_language = after.has_language_model and not before.has_language_model
+        return self.switch_weights if loads_encoder or loads_language else self.switch_books

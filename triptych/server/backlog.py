@@ -1,0 +1,215 @@
+"""Everything that is not answered yet: what of it waits and for what, what is with the instances, and how it is taken
+up again when these are lost. Knows predicted work and attempts; no tokens, no clients."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from triptych.config import AdmissionConfig
+from triptych.core import InstanceId, RequestId, Stage, UnitHash
+from triptych.errors import RequestError
+from triptych.server.admission import broken, unavailable
+from triptych.server.attempts import Attempt, Task
+from triptych.server.dispatch import Dispatcher, Plan
+from triptych.server.generation import Generation
+from triptych.server.quarantine import Quarantine
+from triptych.server.waiting import NO_WORK, Waiter, WaitingRoom
+from triptych.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+
+class Backlog:
+    """Tasks from the moment they are asked for until they are dropped. `attempts` are those with the instances."""
+
+    def __init__(
+        self,
+        config: AdmissionConfig,
+        dispatcher: Dispatcher,
+        telemetry: Telemetry,
+        fail: Callable[[Generation, RequestError], None],
+    ) -> None:
+        """`fail` ends a generation, which drops all that is left of it here."""
+        self.room: WaitingRoom[list[Task]] = WaitingRoom(config)
+        self.attempts: dict[RequestId, Attempt] = {}
+        self._recovery_timeout_s = config.recovery_timeout_s
+        self._dispatcher = dispatcher
+        self._telemetry = telemetry
+        self._fail = fail
+        self._quarantine = Quarantine()
+        self._wanting: dict[Attempt, float] = {}  # those that miss units while nobody encodes, and since when
+        self._recovery: asyncio.TimerHandle | None = None
+
+    def queue(self, tasks: list[Task]) -> None:
+        """They go to the instances together as soon as it is their turn: at once, if nothing is before them."""
+        now, first = time.monotonic(), tasks[0]
+        plan = self._dispatcher.plan(first, len(tasks))
+        arrived_at, deadline = first.generation.arrived_at, first.generation.deadline
+        waiter = Waiter(tasks, first.kind, len(tasks), plan.work, arrived_at, now, deadline)
+        for task in tasks:
+            task.waiter = waiter
+        self.room.add(waiter, now)
+        self._pump(waiter, plan)
+        if waiter.is_waiting:
+            self._watch_stalled()
+
+    def drop(self, task: Task, *, tell: bool = True) -> None:
+        """Nobody works on it any more. `tell` the instances, unless they have ended it by themselves. Then `settle`."""
+        self._withdraw(task, tell=tell)
+        self._quarantine.discard(task)
+
+    def settle(self) -> None:
+        """Something left: others may have their turn."""
+        suspect = self._quarantine.next()
+        if suspect is not None:
+            self._queue_again(suspect)
+        self._pump()
+
+    def retry(self, attempts: Iterable[Attempt], reason: str, pause_s: float = 0.0) -> None:
+        """Takes attempts back, then begins with new ones, in the order in which clients asked."""
+        tasks = sorted((attempt.task for attempt in attempts), key=lambda task: task.generation.arrived_at)
+        for task in tasks:
+            assert task.attempt is not None, f"{task.output.request_id} is not with the instances"
+            self._dispatcher.forget_orders(task.attempt)
+            self._withdraw(task)
+            task.output.restart()
+            self._telemetry.retried(reason)
+            logger.info("%s: %s, goes on behind token %d", task.output.request_id, reason, task.output.num_tokens)
+        for task in tasks:
+            if task.num_blames and not self._quarantine.is_out(task):
+                self._quarantine.add(task)
+            elif pause_s:
+                task.timer = asyncio.get_running_loop().call_later(pause_s, self._queue_again, task)
+            else:
+                self._queue_again(task)
+        self.settle()
+
+    # ---- what is heard of attempts
+
+    def hand_over(self, attempt: Attempt, decode: InstanceId, epoch: str = "") -> bool:
+        """An attempt goes on at an instance. False if that was lost before this was known: `instance_lost` could not
+        count it among those that it held."""
+        if self._dispatcher.has_reached(decode, attempt, epoch):
+            attempt.handed_to(decode)
+            return True
+        self.retry([attempt], "instance_lost")
+        return False
+
+    def want(self, attempt: Attempt, units: Iterable[UnitHash]) -> None:
+        """Units that were thought to be somewhere have to be encoded for it after all."""
+        attempt.wanted.update(units)
+        self._encode(attempt)
+
+    def prefilled(self, attempt: Attempt) -> None:
+        """It is past prefill: something else may go there."""
+        attempt.prefilled()
+        attempt.task.num_failures = 0
+        self._wanting.pop(attempt, None)
+        self._release(attempt, done=True)
+        self._pump()
+
+    def decodes(self, attempt: Attempt, instance: InstanceId) -> None:
+        """A token came from the instance that decodes it: a suspect got past where an instance ended with it."""
+        attempt.decodes_at(instance)
+        task = attempt.task
+        if task.num_blames:
+            task.num_blames = 0
+            self._quarantine.discard(task)
+            self.settle()
+
+    # ---- sending
+
+    def _pump(self, newest: Waiter[list[Task]] | None = None, plan: Plan | None = None) -> None:
+        """Sends all that may go now. `plan` is that of the `newest`, made just now."""
+        while (waiter := self.room.take(time.monotonic())) is not None:
+            try:
+                self._send(waiter, plan if waiter is newest else None)
+            except Exception:  # the boundary of a request: others go on
+                logger.exception("%s: cannot be sent", waiter.what[0].output.request_id)
+                self._unsend(waiter)
+                self._fail(waiter.what[0].generation, broken())
+
+    def _send(self, waiter: Waiter[list[Task]], plan: Plan | None) -> None:
+        tasks = waiter.what
+        for task in tasks:
+            task.waiter = None
+        attempts = self._dispatcher.send(tasks, plan or self._dispatcher.plan(tasks[0], len(tasks)))
+        for attempt in attempts:  # the first one stands for the work of all, which is that of their prompt
+            attempt.work = waiter.work if attempt is attempts[0] else NO_WORK
+            self.attempts[attempt.request_id] = attempt
+
+    def _unsend(self, waiter: Waiter[list[Task]]) -> None:
+        """Of one that could not be sent: nothing of it counts for the window of its kind."""
+        now = time.monotonic()
+        for task in waiter.what:
+            task.attempt = None
+            self.room.release(waiter.kind, waiter.work if task is waiter.what[0] else NO_WORK, now, done=False)
+
+    def _encode(self, attempt: Attempt) -> None:
+        """Orders what an attempt wants; without anybody who encodes it goes on wanting."""
+        if not self._dispatcher.table.serving(Stage.ENCODE):
+            self._wanting.setdefault(attempt, time.monotonic())
+            self._watch_stalled()
+            return
+        units, attempt.wanted = attempt.wanted, set()
+        self._wanting.pop(attempt, None)
+        self._dispatcher.encode(attempt, units)
+
+    def _queue_again(self, task: Task) -> None:
+        task.timer = None
+        self.queue([task])
+
+    def _release(self, attempt: Attempt, *, done: bool) -> None:
+        """It does not count for the window of its kind any more. Idempotent."""
+        if attempt.work is not None:
+            work, attempt.work = attempt.work, None
+            self.room.release(attempt.task.kind, work, time.monotonic(), done=done)
+
+    def _withdraw(self, task: Task, *, tell: bool = True) -> None:
+        """From wherever it waits, or from the instances."""
+        if task.timer is not None:
+            task.timer.cancel()
+            task.timer = None
+        if task.waiter is not None:
+            self.room.remove(task.waiter, time.monotonic())
+            task.waiter = None
+        attempt, task.attempt = task.attempt, None
+        if attempt is not None:
+            del self.attempts[attempt.request_id]
+            self._wanting.pop(attempt, None)
+            self._release(attempt, done=task.output.finish is not None)
+            if tell:
+                self._dispatcher.withdraw(attempt)
+
+    # ---- instances that come and go
+
+    def instances_changed(self) -> None:
+        """Somebody came, went, or takes no more new work."""
+        self.room.set_instances(self._dispatcher.num_serving(), time.monotonic())
+        for attempt in list(self._wanting):
+            self._encode(attempt)
+        self._pump()
+        self._watch_stalled()
+
+    def _watch_stalled(self) -> None:
+        """Sees to it that what waits for a stage without an instance does not wait for ever."""
+        if self._recovery is None:
+            since = min((since for _, _, since in self._stalled()), default=None)
+            if since is not None:
+                wait_s = since + self._recovery_timeout_s - time.monotonic()
+                self._recovery = asyncio.get_running_loop().call_later(wait_s, self._give_up_stalled)
+
+    def _give_up_stalled(self) -> None:
+        self._recovery = None
+        overdue = time.monotonic() - self._recovery_timeout_s
+        for generation, stage, since in list(self._stalled()):
+            if since <= overdue:
+                self._fail(generation, unavailable(stage))
+        self._watch_stalled()
+
+    def _stalled(self) -> Iterable[tuple[Generation, Stage, float]]:
+        for waiter, stage, since in self.room.stalled():
+            yield waiter.what[0].generation, stage, since
+        for attempt, since in self._wanting.items():
+            yield attempt.task.generation, Stage.ENCODE, since
