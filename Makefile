@@ -25,10 +25,12 @@ serve: setup
 test: setup
 	$(BIN)/pytest
 
-# Everything that fails in every way at every moment, then 2,000 requests: about half an hour.
+# Everything that fails in every way at every moment, 10,000 hostile requests and as many messages, then 2,000 requests
+# with kills and role switches: about half an hour.
 soak: setup
 	TRIPTYCH_SOAK=1 $(BIN)/pytest tests/faults
-	$(BIN)/python benchmarks/soak.py
+	TRIPTYCH_FUZZ=10000 $(BIN)/pytest tests/fuzz
+	$(BIN)/python benchmarks/soak.py --json benchmarks/results/soak-$$(date -u +%F).json
 
 check: setup
 	$(BIN)/ruff check .

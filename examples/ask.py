@@ -13,6 +13,8 @@ def image_part(path: str) -> dict[str, object]:
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     question, *paths = sys.argv[1:]
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     content = [*map(image_part, paths), {"type": "text", "text": question}]

@@ -1,11 +1,13 @@
 """Placements, roles, chunks."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import make_sampling
-from triptych.core import Chunk, Placement, RequestId, Role, Sequence, Stage
+from triptych.core import MOST_INSTANCES, Chunk, Placement, RequestId, Role, Sequence, Stage
 from triptych.errors import ConfigError
 
 
@@ -35,6 +37,41 @@ def test_text_that_is_no_placement_is_refused_with_an_example(text):
 def test_a_placement_without_a_stage_names_the_stage(text, missing):
     with pytest.raises(ConfigError, match=f"no instance serves {missing}"):
         Placement.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("9999999e1p1d", f"10000001 instances, at most {MOST_INSTANCES}"),
+        ("999999999999999999epd", f"at most {MOST_INSTANCES}"),
+        ("1e1p1d" * 400, f"1200 instances, at most {MOST_INSTANCES}"),
+        ("9" * 10_000 + "epd", "expected counts and roles"),
+        ("9" * 60_000, "expected counts and roles"),
+    ],
+)
+def test_an_absurd_placement_is_refused_before_anything_is_made_of_it(text, said):
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=said) as refused:
+        Placement.parse(text)
+    assert time.process_time() - began < 0.2
+    assert len(str(refused.value)) < 300
+
+
+def test_the_largest_placement_is_one():
+    assert len(Placement.parse(f"{MOST_INSTANCES}epd").roles) == MOST_INSTANCES
+
+
+def test_instances_that_are_there_are_spelled_in_the_order_of_the_data():
+    assert str(Placement.of([Role.D, Role.PD, Role.E, Role.D])) == "1e2d1pd"
+    assert str(Placement.of([])) == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "number"),
+    [(Role.E, Role.P, 1), (Role.P, Role.D, 0), (Role.P, Role.EPD, 1), (Role.EPD, Role.E, 0), (Role.E, Role.E, 0)],
+)
+def test_only_the_half_of_the_model_that_is_missing_has_to_be_loaded(before, after, number):
+    assert before.num_halves_to_load(after) == number
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from(Role)), min_size=1, max_size=5))

@@ -215,8 +215,8 @@ def serve(
             AdmissionConfig,
             schedule=schedule,
             max_queue_s=_finite("--max-queue-s", max_queue_s),
-            slo_ttft_ms=slo_ttft_ms,
-            slo_tpot_ms=slo_tpot_ms,
+            slo_ttft_ms=_finite_if_given("--slo-ttft-ms", slo_ttft_ms),
+            slo_tpot_ms=_finite_if_given("--slo-tpot-ms", slo_tpot_ms),
             recovery_timeout_s=_finite("--recovery-timeout-s", recovery_timeout_s),
             max_media_held_bytes=max_media_held_mib << 20,
         ),
@@ -319,9 +319,12 @@ def _finite(flag: str, number: float) -> float:
     return number
 
 
+def _finite_if_given(flag: str, number: float | None) -> float | None:
+    return None if number is None else _finite(flag, number)
+
+
 def _bytes(flag: str, gib: float | None) -> int | None:
-    require(gib is None or math.isfinite(gib), flag, f"{gib} is not a finite number above 0")
-    return None if gib is None else int(gib * GIB)
+    return None if gib is None else int(_finite(flag, gib) * GIB)
 
 
 def _say(error: TriptychError, code: int) -> int:

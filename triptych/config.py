@@ -92,7 +92,7 @@ class AdmissionConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     schedule: Schedule = "fcfs"  # sjf: least work first; slo: least slack to `slo_ttft_ms` or to its deadline first
     max_queue_s: Seconds = 300.0  # a request that would have to wait longer gets 503 with Retry-After
-    dispatch_s: Seconds = 1.0  # work of one class (text, image, video, audio) that an instance is given in advance
+    dispatch_s: Seconds = 1.0  # work of one kind (text, image, video, audio) that an instance is given in advance
     slo_ttft_ms: Seconds | None = None
     slo_tpot_ms: Seconds | None = None
     recovery_timeout_s: Seconds = 30.0  # how long requests wait for a stage that lost its last instance

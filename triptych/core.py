@@ -18,6 +18,7 @@ LeaseId = NewType("LeaseId", int)
 BlockHash = NewType("BlockHash", bytes)  # 16 bytes, see BlockHashes
 
 HASH_BYTES = 16  # of every hash of content: 128 bits of BLAKE2b
+MOST_INSTANCES = 1024  # of a placement: what is beyond is a slip of the pen, and must not cost its length in memory
 
 
 class Stage(enum.StrEnum):
@@ -51,8 +52,18 @@ class Role(enum.StrEnum):
     def has_language_model(self) -> bool:
         return Stage.PREFILL in self.stages or Stage.DECODE in self.stages
 
+    def num_halves_to_load(self, after: "Role") -> int:
+        """Halves of the model, encoder and language model, that an instance has to load to become `after`."""
+        return (after.encodes and not self.encodes) + (after.has_language_model and not self.has_language_model)
+
 
 _STAGES = {role: tuple(Stage(letter) for letter in role.value) for role in Role}
+
+
+def unserved(roles: Iterable[Role]) -> list[Stage]:
+    """The stages that nobody among `roles` serves."""
+    served = {stage for role in roles for stage in role.stages}
+    return [stage for stage in Stage if stage not in served]
 
 
 @dataclass(frozen=True)
@@ -63,18 +74,28 @@ class Placement:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises ConfigError for text that is no placement, or that leaves a stage without an instance."""
-        parts = re.findall(r"(\d+)([a-z]+)", text)
+        """Raises ConfigError for text that is no placement, that leaves a stage without an instance, or that asks for
+        more than `MOST_INSTANCES`."""
+        parts = re.findall(r"([0-9]{1,18})([a-z]{1,3})", text)
         valid = {role.value for role in Role}
         if not parts or "".join(n + r for n, r in parts) != text or any(r not in valid for _, r in parts):
             raise ConfigError(
-                f"placement {text!r}: expected counts and roles such as 1e1p1d or 2e1pd; roles are {', '.join(Role)}"
+                f"placement {text[:100]!r}: expected counts and roles such as 1e1p1d or 2e1pd; "
+                f"roles are {', '.join(Role)}"
             )
+        number = sum(int(n) for n, _ in parts)
+        if number > MOST_INSTANCES:
+            raise ConfigError(f"placement {text[:100]!r}: {number} instances, at most {MOST_INSTANCES}")
         roles = tuple(Role(r) for n, r in parts for _ in range(int(n)))
-        missing = [stage.name.lower() for stage in Stage if not any(stage in role.stages for role in roles)]
+        missing = [stage.name.lower() for stage in unserved(roles)]
         if missing:
-            raise ConfigError(f"placement {text!r}: no instance serves {' or '.join(missing)}")
+            raise ConfigError(f"placement {text[:100]!r}: no instance serves {' or '.join(missing)}")
         return cls(roles)
+
+    @classmethod
+    def of(cls, roles: Iterable[Role]) -> Self:
+        """Of instances that are there, whatever they serve: in the order of `Role`."""
+        return cls(tuple(sorted(roles, key=list(Role).index)))
 
     def __str__(self) -> str:
         return "".join(f"{count}{role}" for role, count in Counter(self.roles).items())

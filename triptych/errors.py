@@ -29,6 +29,10 @@ class RequestError(TriptychError):
         self.retry_after_s = retry_after_s
 
 
+def shutting_down() -> RequestError:
+    return RequestError("the server is shutting down", status=503, code="shutting_down", retry_after_s=2)
+
+
 class ConfigError(TriptychError):
     """The server cannot start as asked: a bad flag, or a checkpoint that cannot be served exactly. Exit code 2."""
 

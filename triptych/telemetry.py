@@ -170,7 +170,7 @@ class _InstanceCollector(Collector):
         return family
 
     def _at_frontend(self, samples: Mapping[str, QueueSample]) -> Iterator[Metric]:
-        labels = ["model_name", "class"]
+        labels = ["model_name", "kind"]
         waiting = GaugeMetricFamily(
             "triptych:requests_waiting", "Sequences at the frontend, by modality", labels=labels
         )

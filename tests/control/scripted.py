@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -54,13 +55,16 @@ class ScriptedWorker:
 
 
 class ScriptedCluster:
-    """`refusals` are raised, one by one, instead of starting a process."""
+    """`refusals` are raised, one by one, instead of starting a process. While `hangs`, nothing comes back."""
 
     def __init__(self) -> None:
         self.started: list[ScriptedWorker] = []
         self.refusals: list[Exception] = []
+        self.hangs = False
 
     def start(self, config: InstanceConfig) -> ScriptedWorker:
+        while self.hangs:
+            time.sleep(0.001)
         if self.refusals:
             raise self.refusals.pop(0)
         self.started.append(ScriptedWorker(100 + len(self.started), config))

@@ -1,6 +1,7 @@
 """Role switches and placements on request: who is told what, in which order, and what happens when they fail."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,47 @@ def test_an_instance_that_does_not_even_stay_is_killed(tmp_path: Path, monkeypat
         assert deaf.was_killed
         await scene.restarted("i1")
         assert scene.table["i1"] == "p"
+
+    run(tmp_path, scenario, switch_timeout_s=0.05)
+
+
+def test_an_instance_that_dies_right_after_its_answer_comes_back_in_its_old_role(tmp_path: Path) -> None:
+    """Both are heard of in the same turn of the loop."""
+
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e2p1d")
+        task = switching(scene, "i1", Role.D)
+        await scene.ordered("i1")
+        scene.carry_out("i1")
+        scene.worker("i1").end(-9)
+        with pytest.raises(RequestError, match=r"i1 was lost meanwhile .* as p: killed by SIGKILL") as failed:
+            await task
+        assert (failed.value.status, failed.value.code) == (500, "instance_lost")
+        assert scene.instance("i1").peer is None
+        await scene.restarted("i1")
+        assert scene.worker("i1").config.role is Role.P
+        assert scene.table["i1"] == "p"
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("to_end", [False, True])
+def test_an_instance_that_dies_as_it_runs_out_of_time_is_not_asked_to_stay(tmp_path: Path, to_end: bool) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e2p1d")
+        task = placing(scene, "1e1p1d") if to_end else switching(scene, "i2", Role.D)
+        await scene.ordered("i2")
+        asyncio.get_running_loop().call_later(0.05, scene.worker("i2").end, -9)  # due behind the timeout ...
+        time.sleep(0.07)  # ... and in the same turn
+        async with asyncio.timeout(1):
+            if to_end:
+                await task
+                assert list(scene.controller.instances) == ["i0", "i1", "i3"]
+                return
+            with pytest.raises(RequestError, match=r"i2 was lost meanwhile .* as p: killed by SIGKILL"):
+                await task
+        await scene.restarted("i2")
+        assert len(scene.orders()) == 1
 
     run(tmp_path, scenario, switch_timeout_s=0.05)
 

@@ -7,9 +7,9 @@ import pytest
 
 from tests.builders import make_peer
 from tests.control.scripted import Scene, run
-from triptych.control import watch
+from triptych.control import fleet, watch
 from triptych.control.instances import Instance, State
-from triptych.control.liveness import SILENT_TICKS
+from triptych.control.liveness import LOADING_SILENT_TICKS, SILENT_TICKS
 from triptych.core import InstanceId, Role
 from triptych.engine.black_box import BlackBox
 from triptych.errors import ConfigError, InstanceError
@@ -181,13 +181,51 @@ def test_an_instance_that_keeps_failing_is_tried_again_ever_later(tmp_path: Path
     run(tmp_path, scenario)
 
 
-def test_a_host_that_can_make_no_process_now_is_asked_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [OSError("no more processes"), RuntimeError("can't start new thread")], ids=repr)
+def test_a_host_that_can_make_no_process_now_is_asked_again(tmp_path: Path, error: Exception) -> None:
     async def scenario(scene: Scene) -> None:
         await scene.begun("1e1pd")
-        scene.cluster.refusals = [OSError("no more processes")]
+        scene.cluster.refusals = [error]
         scene.worker("i1").end(-9)
         await scene.restarted("i1")
-        assert scene.instance("i1").last_failure == "cannot start a process: OSError: no more processes"
+        assert scene.instance("i1").last_failure == f"cannot start a process: {type(error).__name__}: {error}"
+
+    run(tmp_path, scenario)
+
+
+def test_a_host_that_hangs_while_it_makes_a_process_is_asked_again(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        scene.cluster.hangs = True
+        scene.worker("i1").end(-9)
+        await scene.until(lambda: scene.instance("i1").state is State.STARTING)
+        await scene.until(lambda: scene.instance("i1").state is State.RESTARTING)
+        assert scene.instance("i1").last_failure == "cannot start a process: InstanceError: no process after 0.05 s"
+        scene.cluster.hangs = False
+        await scene.until(lambda: scene.num_processes("i1") == 2)
+        late = scene.worker("i1")
+        await scene.until(lambda: late.was_killed)
+        await scene.restarted("i1", 3)
+
+    run(tmp_path, scenario, start_timeout_s=0.05)
+
+
+def test_a_server_stops_while_a_process_is_being_made_that_never_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "STOP_GRACE_S", 0.05)
+
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        scene.cluster.hangs = True
+        scene.worker("i1").end(-9)
+        await scene.until(lambda: scene.instance("i1").state is State.STARTING)
+        async with asyncio.timeout(1):
+            await scene.controller.stop()
+        scene.cluster.hangs = False
+        await scene.until(lambda: scene.num_processes("i1") == 2)
+        late = scene.worker("i1")
+        await scene.until(lambda: late.was_killed)
 
     run(tmp_path, scenario)
 
@@ -248,6 +286,28 @@ def test_an_instance_that_is_loading_is_not_expected_to_say_anything(tmp_path: P
 
 
 @pytest.mark.usefixtures("_fast_ticks")
+def test_an_instance_that_falls_silent_while_it_loads_is_killed_long_before_the_start_is_given_up(
+    tmp_path: Path,
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1pd")
+        living = asyncio.ensure_future(keep_alive(scene, "i0"))
+        stale = Alive(InstanceId("i1"), scene.worker("i1").config.epoch, 0.0)
+        scene.worker("i1").end(-9)
+        await scene.until(lambda: scene.num_processes("i1") == 2)
+        await scene.until(lambda: scene.instance("i1").worker is not None)
+        hung = scene.worker("i1")
+        scene.controller.handle(stale)
+        scene.alive("i1")
+        await scene.until(lambda: hung.was_killed)
+        assert scene.instance("i1").last_failure == f"no sign of life for {LOADING_SILENT_TICKS * 0.25:g} s"
+        await scene.restarted("i1", 3)
+        living.cancel()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("_fast_ticks")
 def test_a_process_that_even_a_kill_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "KILL_GRACE_S", 0.02)
 
@@ -275,6 +335,34 @@ def test_an_instance_that_nobody_can_read_from_is_killed(tmp_path: Path) -> None
         for _ in range(2):  # about the incarnation that is gone already
             scene.controller.handle(Unreachable(InstanceId("i3"), InstanceId("i1"), epoch, "timed out"))
         assert scene.lost == ["i1"]
+
+    run(tmp_path, scenario)
+
+
+def test_what_an_instance_was_working_on_is_not_suspected_of_its_broken_transport(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1p2d")
+        config = scene.worker("i1").config
+        assert config.black_box is not None
+        BlackBox(config.black_box).record(["r1.1"])  # type: ignore[list-item]
+        for reader in ("i2", "i3"):
+            complaint = Unreachable(InstanceId(reader), InstanceId("i1"), config.epoch, "timed out")
+            scene.controller.handle(complaint)
+        assert scene.heard[-1] == ("i1", ())
+
+    run(tmp_path, scenario)
+
+
+def test_complaints_about_one_that_is_being_killed_do_not_count_against_who_makes_them(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1p2d")
+        config = scene.worker("i1").config
+        scene.worker("i1").survives_kill = True  # it takes its time
+        complaint = Unreachable(InstanceId("i2"), InstanceId("i1"), config.epoch, "timed out")
+        for _ in range(6):
+            scene.controller.handle(complaint)
+        assert scene.worker("i1").was_killed
+        assert not scene.worker("i2").was_killed
 
     run(tmp_path, scenario)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from triptych.control.liveness import SILENT_TICKS, STRIKE_TICKS, STUCK_S, Liveness
+from triptych.control.liveness import LOADING_SILENT_TICKS, SILENT_TICKS, STRIKE_TICKS, STUCK_S, Liveness
 from triptych.core import InstanceId
 
 A, B, C = InstanceId("a"), InstanceId("b"), InstanceId("c")
@@ -95,3 +95,38 @@ def test_complaints_count_for_half_a_minute(ticks: int, blamed: InstanceId | Non
     liveness.unreachable(reader=A, holder=B)
     tick(liveness, ticks, alive=(A, B))
     assert liveness.unreachable(reader=A, holder=B) == blamed
+
+
+def test_who_was_right_about_somebody_is_not_to_blame_for_one_more_failure_elsewhere() -> None:
+    liveness = watching(A, B, C)
+    assert liveness.unreachable(reader=A, holder=C) is None
+    assert liveness.unreachable(reader=A, holder=C) == C
+    liveness.forget(C)
+    assert liveness.unreachable(reader=A, holder=B) is None
+    assert liveness.unreachable(reader=A, holder=B) == B
+
+
+def test_who_could_not_read_from_one_that_died_by_itself_is_not_to_blame_either() -> None:
+    liveness = watching(A, B, C)
+    liveness.unreachable(reader=A, holder=C)
+    liveness.forget(C)
+    assert liveness.unreachable(reader=A, holder=B) is None
+
+
+def test_who_cannot_read_from_the_next_incarnation_either_is_to_blame() -> None:
+    """Otherwise a broken reader would have its only holder killed again and again."""
+    liveness = watching(A, B)
+    liveness.unreachable(reader=A, holder=B)
+    assert liveness.unreachable(reader=A, holder=B) == B
+    liveness.forget(B)
+    liveness.watch(B)
+    assert liveness.unreachable(reader=A, holder=B) == A
+
+
+def test_one_that_loads_may_be_silent_for_longer() -> None:
+    liveness = watching(B)
+    liveness.watch(A, loads=True)
+    assert tick(liveness, LOADING_SILENT_TICKS - 1, alive=(B,)) == {}
+    assert tick(liveness, 1, alive=(B,)) == {A: "no sign of life for 15 s"}
+    liveness.watch(A)
+    assert A in tick(liveness, SILENT_TICKS, alive=(B,))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.control.placing import Move, Start, Stop, Switch, plan, unserved
-from triptych.core import InstanceId, Placement, Role
+from triptych.control.placing import Move, Start, Stop, Switch, plan
+from triptych.core import InstanceId, Placement, Role, unserved
 
 complete = st.lists(st.sampled_from(Role), min_size=1, max_size=8).filter(lambda roles: not unserved(roles))
 

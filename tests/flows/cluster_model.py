@@ -549,7 +549,7 @@ class Cluster:
         if answer.finish is not None:
             del self.attempts[update.request_id]
             answer.attempt = None
-        elif answer.num_before < update.index < len(answer.tokens):  # who decodes it has pulled everything
+        elif answer.num_before < update.index == len(answer.tokens) - 1:  # who decodes it has pulled everything
             answer.holders = {instance}
 
     # ---- oracles

@@ -13,7 +13,7 @@ import zmq
 from msgspec.structs import replace
 
 from tests.builders import BLOCK_TOKENS, make_config, make_media
-from triptych.config import InstanceConfig
+from triptych.config import InstanceConfig, SchedulingConfig
 from triptych.core import Chunk, EncodeUnit, EncodeWork, InstanceId, Role, SampledToken, Sequence, Stage
 from triptych.engine.engine import Engine
 from triptych.engine.equipment import Equipment, Runners, Stages
@@ -159,7 +159,7 @@ class Hops:
         """What a controller does first; `room` in blocks of other instances that decode. None: drain and end."""
         self._order += 1
         self.publish(leaving=name)
-        config = None if role is None else make_config(name, role)
+        config = None if role is None else self._config(name, role)
         blocks = {InstanceId(other): count for other, count in (room or {}).items()}
         self.send(name, SwitchRole(self._order, config, blocks))
 
@@ -241,15 +241,16 @@ class Hops:
 
         return Engine(
             near,
-            equip(near, slab, transfers, make_config(name, role)),
+            equip(near, slab, transfers, self._config(name, role)),
             Inbox(self._context, f"ipc://{self._folder}/{name}"),
             Post(self._context),
-            frontend=self._inbox.address,
-            max_num_batched_tokens=16,
-            max_encode_tokens=64,
-            heartbeat_s=60.0,
             refit=refit,
         )
+
+    def _config(self, name: str, role: Role | str) -> InstanceConfig:
+        scheduling = SchedulingConfig(max_num_seqs=8, max_num_batched_tokens=16, max_encode_tokens=64)
+        config = make_config(name, role)
+        return replace(config, frontend=self._inbox.address, heartbeat_s=60.0, scheduling=scheduling)
 
 
 def equip(near: Surroundings, slab: Slab, transfers: Transfers, config: InstanceConfig) -> Equipment:

@@ -48,7 +48,13 @@ def served(folder: Path, placement: str, *more: object) -> Iterator[tuple[subpro
     """The process of `triptych serve` and its address, once it is ready."""
     arguments = (folder, "--placement", placement, "--port", 0, "--kv-cache-gib", 0.05, "--max-model-len", 512)
     environment = os.environ | {"TMPDIR": str(temporary(folder))}
-    process = subprocess.Popen(command("serve", *arguments, *more), stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command("serve", *arguments, *more),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,  # a process group of its own, as under systemd
+    )
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
@@ -251,6 +257,19 @@ def test_what_runs_is_finished_before_the_server_ends_and_nothing_new_begins(fol
         assert process.wait(STOP_S) == 0
 
 
+def test_a_signal_to_the_whole_process_group_lets_what_runs_finish_too(folder: Path) -> None:
+    before = left_behind(temporary(folder))
+    with served(folder, "1e1p1d", *LONG) as (process, url), streaming(url, max_tokens=1200) as lines:
+        children = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        os.killpg(process.pid, signal.SIGTERM)
+        said = [line for line in lines if line]
+        assert said[-1] == "data: [DONE]"
+        assert json.loads(said[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 1200
+        assert process.wait(STOP_S) == 0
+        assert gone(children, STOP_S)
+    assert left_behind(temporary(folder)) <= before
+
+
 @pytest.mark.parametrize("again", [True, False], ids=["a second signal", "the timeout"])
 def test_what_takes_too_long_is_not_waited_for(folder: Path, again: bool) -> None:
     timeout = () if again else ("--drain-timeout-s", 0.5)
@@ -290,6 +309,9 @@ def test_an_unknown_choice_is_refused_with_the_valid_ones(folder: Path) -> None:
         ("--max-queue-s", "0", "max_queue_s: Expected `float` > 0.0, got 0"),
         ("--slo-ttft-ms", "-5", "slo_ttft_ms"),
         ("--slo-tpot-ms", "0", "slo_tpot_ms"),
+        ("--slo-ttft-ms", "inf", "--slo-ttft-ms: inf is not a finite number above 0"),
+        ("--slo-tpot-ms", "nan", "--slo-tpot-ms: nan is not a finite number above 0"),
+        ("--placement", "9999999e1p1d", "10000001 instances, at most 1024"),
         ("--recovery-timeout-s", "-1", "recovery_timeout_s"),
         ("--max-media-held-mib", "0", "max_media_held_bytes"),
         ("--switch-timeout-s", "inf", "--switch-timeout-s: inf is not a finite number above 0"),

@@ -6,6 +6,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.planning.loads import make_load, make_observation
 from triptych.core import Stage
@@ -78,6 +79,14 @@ def test_a_new_slab_is_no_new_start():
     before = [make_observation(t, make_load("e0", Stage.ENCODE, done=1000.0 * t)) for t in range(3)]
     after = [make_observation(t, make_load("e0", Stage.ENCODE, done=2000.0, epoch="1.2")) for t in range(3, 60)]
     assert play(*before, *after).stages[Stage.ENCODE].demand < 0.5
+
+
+def test_books_that_begin_anew_with_a_role_are_no_new_start():
+    """Totals of pools and stages go back to 0 with every role, what was computed does not."""
+    load = make_load("e0", Stage.ENCODE, done=2000.0)
+    hits = [replace(load, counters=load.counters | {"embedding_hits": count}) for count in (50.0, 0.0)]
+    estimate = play(*(make_observation(t, hits[t > 10]) for t in range(30)))
+    assert estimate.stages[Stage.ENCODE].demand == pytest.approx(0.0, abs=1e-6)
 
 
 @settings(deadline=None)

@@ -382,10 +382,10 @@ def test_metrics_show_who_waits() -> None:
     make_busy(frontend)
     start(frontend, n=3)
     text = frontend._telemetry.exposition().decode()
-    assert 'triptych:requests_waiting{class="text",model_name="m"} 3.0' in text
-    assert 'triptych:requests_waiting{class="video",model_name="m"} 0.0' in text
+    assert 'triptych:requests_waiting{kind="text",model_name="m"} 3.0' in text
+    assert 'triptych:requests_waiting{kind="video",model_name="m"} 0.0' in text
     assert 'vllm:num_requests_waiting{model_name="m"} 3.0' in text
-    (line,) = [line for line in text.splitlines() if line.startswith('triptych:predicted_wait_seconds{class="text"')]
+    (line,) = [line for line in text.splitlines() if line.startswith('triptych:predicted_wait_seconds{kind="text"')]
     assert float(line.split()[-1]) == pytest.approx(10.0, rel=0.1)
 
 

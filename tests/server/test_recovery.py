@@ -331,6 +331,53 @@ def test_but_not_for_ever() -> None:
     on_loop(scenario)
 
 
+def test_nobody_waits_longer_because_others_are_tried_one_at_a_time_before() -> None:
+    async def play() -> None:
+        frontend, _ = make_frontend(admission=AdmissionConfig(recovery_timeout_s=0.2))
+        generations = [start(frontend) for _ in range(5)]
+        attempts = [attempt_of(generation) for generation in generations]
+        lose(frontend, P, suspects=attempts)
+        async with asyncio.timeout(0.4):  # one after the other it would take 1 s
+            for generation in generations:
+                with pytest.raises(RequestError) as failed:
+                    await generation.wait()
+                assert failed.value.status == 503
+        assert num_live(frontend) == 0
+
+    on_loop(play)
+
+
+def test_a_stage_of_an_instance_that_changes_its_role_is_waited_for_by_newcomers_too() -> None:
+    async def play() -> None:
+        frontend, wire = make_frontend()
+        publish(frontend, (E, Role.E), (P, Role.P), (D, Role.D), leaving=P)
+        generation = start(frontend)
+        assert num_attempts(wire, generation) == 0
+        publish(frontend, (E, Role.E), (P, Role.PD), (D, Role.D))
+        assert num_attempts(wire, generation) == 1
+
+    on_loop(play)
+
+
+def test_a_sequence_that_loses_one_instance_after_the_other_is_given_up_some_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def play() -> None:
+        monkeypatch.setattr(frontend_module, "MAX_LOSSES", 3)
+        frontend, _ = make_frontend(*TWO_OF_EACH)
+        generation = start(frontend)
+        for _ in range(4):
+            (gone,) = {attempt.prefill for attempt in frontend._attempts.values()}
+            lose(frontend, gone)
+            publish(frontend, *TWO_OF_EACH)
+        with pytest.raises(RequestError) as failed:
+            await generation.wait()
+        assert failed.value.status == 503
+        assert failed.value.retry_after_s is not None
+
+    on_loop(play)
+
+
 def test_a_unit_that_is_wanted_while_nobody_encodes_is_ordered_when_somebody_does() -> None:
     async def scenario() -> None:
         frontend, wire = make_frontend()

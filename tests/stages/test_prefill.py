@@ -367,16 +367,15 @@ def test_media_that_can_never_fit_are_refused_with_both_numbers_and_equal_ones_c
     assert "has 4" in failed.message
 
 
-def test_a_request_without_space_for_its_embeddings_waits_and_so_do_those_behind_it():
-    stage, _pools = make_prefill(embedding_blocks=4)
-    first, second = make_request("first", num_images=2), make_request("second", num_images=1)
-    for request in (first, second):
-        stage.admit(request)
+def test_a_request_without_space_for_its_embeddings_waits_and_so_do_those_with_media_behind_it():
+    stage, _pools = make_prefill(embedding_blocks=6)
+    for name, num_images in (("first", 2), ("second", 2), ("third", 1)):
+        stage.admit(make_request(name, num_images=num_images))
     stage.admit(make_request("text"))
-    run(stage)
+    assert [name for name, *_ in lengths(run(stage))] == ["first", "text"], "text waits for nobody's embeddings"
     assert stage.queues == {"prefill_waiting": 2, "prefill_running": 1}
     stage.abort(RequestId("first"))
-    assert [name for name, *_ in lengths(run(stage))] == ["second", "text"]
+    assert [name for name, *_ in lengths(run(stage))] == ["second", "third"]
 
 
 def test_the_oldest_request_that_is_ready_waits_for_kv_before_younger_ones():

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -73,6 +74,7 @@ class Adaptive:
         self._clock = clock
         self._estimator = Estimator(max_num_seqs)
         self._allocator = Allocator(policy, PURE | {peer.role for peer in frontend.table.peers.values()})
+        self._noted: tuple[object, ...] | None = None  # what the newest note is about
         self._task: asyncio.Task[None] | None = None
         self._switching: asyncio.Task[None] | None = None
 
@@ -101,10 +103,14 @@ class Adaptive:
         if self._switching is not None or not seen.roles:
             return
         decision = self.latest = self._allocator.decide(estimate, seen)
-        logger.debug("%s", decision.line())
         if decision.switch is not None:
-            self._note("adapt", decision.switch, decision.line(), _numbers(decision))
+            self._note("adapt", decision.switch.instance, decision.line(), _numbers(decision))
             self._switching = asyncio.get_running_loop().create_task(self._switch(decision.switch))
+        elif _gist(decision) != self._noted:
+            self._note("considered", None, decision.line(), _numbers(decision))
+        else:
+            logger.debug("%s", decision.line())
+        self._noted = _gist(decision)
 
     async def _switch(self, made: Candidate) -> None:
         try:
@@ -112,7 +118,7 @@ class Adaptive:
             self._allocator.switched(made, steps_s, self._clock())
         except (RequestError, InstanceError) as error:
             self._allocator.failed(self._clock())
-            self._note("adapt_failed", made, f"{made.before} stays: {error}", {})
+            self._note("adapt_failed", made.instance, f"{made.before} stays: {error}", {})
         except Exception:  # the boundary of a switch: roles stay as they are for a while
             self._allocator.failed(self._clock())
             logger.exception("%s did not become %s", made.instance, made.after)
@@ -131,8 +137,8 @@ class Adaptive:
             tpot_slack=_share(demand.tpot_slack_s, demand.tpot_s),
         )
 
-    def _note(self, what: str, made: Candidate, text: str, numbers: dict[str, float]) -> None:
-        self._controller.note(Event(what=what, instance=made.instance, text=text, numbers=numbers))
+    def _note(self, what: str, instance: InstanceId | None, text: str, numbers: dict[str, float]) -> None:
+        self._controller.note(Event(what=what, instance=instance, text=text, numbers=numbers))
 
 
 def _share(slack_s: float | None, mean_s: float | None) -> float | None:
@@ -142,15 +148,19 @@ def _share(slack_s: float | None, mean_s: float | None) -> float | None:
     return slack_s / (slack_s + mean_s)
 
 
+def _gist(decision: Decision) -> tuple[object, ...]:
+    """What has to differ for a decision to be news: the kind of its reason, and the best switch. Numbers always do."""
+    best = decision.candidates[0] if decision.candidates else None
+    kind = re.sub(r"[0-9.]+", "", decision.reason.partition(":")[0])
+    return kind, best and (best.before, best.after)
+
+
 def _numbers(decision: Decision) -> dict[str, float]:
-    made = decision.switch
-    assert made is not None
+    best = decision.candidates[0] if decision.candidates else None  # the one that is made, if any is
     stages = decision.estimate.stages.items()
     return {
         "clear_s": decision.clear_s,
-        "gain_s": made.gain_s,
-        "cost_s": made.cost_s,
-        "needed_s": made.needed_s,
+        **({} if best is None else {"gain_s": best.gain_s, "cost_s": best.cost_s, "needed_s": best.needed_s}),
         **{f"demand_{stage}": of.demand for stage, of in stages},
         **{f"backlog_{stage}_s": of.backlog_s for stage, of in stages},
     }

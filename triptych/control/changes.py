@@ -14,17 +14,16 @@ from triptych.config import InstanceConfig
 from triptych.control.events import Event
 from triptych.control.fleet import Fleet
 from triptych.control.instances import Instance, State, SwitchRecord
-from triptych.control.placing import Move, Start, Stop, Switch, plan, unserved
-from triptych.core import InstanceId, Placement, Role
+from triptych.control.placing import Move, Start, Stop, Switch, plan
+from triptych.core import InstanceId, Placement, Role, unserved
 from triptych.errors import InstanceError, RequestError
 from triptych.messages import Switched, SwitchRole
 
 logger = logging.getLogger(__name__)
 
 MAX_INSTANCES = 32  # of a placement that is asked for while the server runs
-STAY_TIMEOUT_S = (
-    120.0  # for the answer to an order to stay; it may be reading weights for the role that it shall not get
-)
+# For the answer to an order to stay: it may be reading weights for the role that it shall not get.
+STAY_TIMEOUT_S = 120.0
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +84,9 @@ class Changes:
             with self._in_time("every instance to be active"):
                 async with asyncio.timeout(self._timeout_s):
                     await self._fleet.until(self._all_active)
-            for moves in _together(plan(self._fleet.serving(), placement.roles)):
+            # A large change takes up to a second to plan, which streams would notice.
+            moves_to_make = await asyncio.to_thread(plan, self._fleet.serving(), placement.roles)
+            for moves in _together(moves_to_make):
                 results = await asyncio.gather(*map(self._carry_out, moves), return_exceptions=True)
                 done += [result for result in results if isinstance(result, Change)]
                 for error in (result for result in results if isinstance(result, BaseException)):
@@ -182,21 +183,31 @@ class Changes:
         try:
             return await self._order(instance, instance.config, STAY_TIMEOUT_S)
         except TimeoutError:
+            self._require_serving(instance)
             reason = f"no answer to an order for {STAY_TIMEOUT_S:g} s"
             self._fleet.watch.accuse(instance, reason)
             raise _LostError(instance, reason) from None
 
     async def _order(self, instance: Instance, config: InstanceConfig | None, timeout_s: float) -> Switched:
+        """The answer of one that serves still: a loss may come in the same turn of the loop as the answer, or as the
+        timeout of the order before."""
+        self._require_serving(instance)
         instance.order = next(self._orders)
         instance.answer = asyncio.get_running_loop().create_future()
         self._fleet.send(instance.id, SwitchRole(instance.order, config, self._fleet.room()))
         try:
             async with asyncio.timeout(timeout_s):
-                return await instance.answer
+                switched = await instance.answer
         except InstanceError as error:
             raise _LostError(instance, str(error)) from error
+        self._require_serving(instance)
+        return switched
 
     # ---- conditions
+
+    def _require_serving(self, instance: Instance) -> None:
+        if not instance.serves:
+            raise _LostError(instance, str(instance.last_failure))
 
     def _require_known(self, id: InstanceId) -> Instance:
         instance = self._fleet.instances.get(id)

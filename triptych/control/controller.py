@@ -13,7 +13,7 @@ from triptych.control.fleet import Configure, Fleet, Observer
 from triptych.control.instances import Cluster, Instance
 from triptych.core import InstanceId, Placement, Role
 from triptych.engine.sockets import Post
-from triptych.errors import RequestError
+from triptych.errors import RequestError, shutting_down
 from triptych.messages import Alive, AnyMessage, Ready, Switched, Unreachable
 from triptych.planning.allocator import Decision
 
@@ -127,7 +127,7 @@ class Controller:
         stops."""
         if self.draining:
             change.close()
-            raise _shutting_down()
+            raise shutting_down()
         task = asyncio.get_running_loop().create_task(change)
         self._under_way.add(task)
         task.add_done_callback(self._over)
@@ -135,14 +135,10 @@ class Controller:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if task.cancelled():
-                raise _shutting_down() from None
+                raise shutting_down() from None
             raise
 
     def _over(self, task: asyncio.Task[Any]) -> None:
         self._under_way.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, RequestError):
             logger.error("a change failed", exc_info=error)
-
-
-def _shutting_down() -> RequestError:
-    return RequestError("the server is shutting down", status=503, code="shutting_down", retry_after_s=5)

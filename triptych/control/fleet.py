@@ -16,6 +16,7 @@ import msgspec
 from triptych.config import InstanceConfig
 from triptych.control.events import Event, EventLog
 from triptych.control.instances import Cluster, Instance, State, Worker
+from triptych.control.launch import launch
 from triptych.control.remains import cause_of_death, remove_files, suspects
 from triptych.control.watch import Watch
 from triptych.core import InstanceId, RequestId, Role
@@ -93,8 +94,13 @@ class Fleet:
     async def stop(self) -> None:
         """Asks every worker to end, and kills those that do not."""
         self._stopping = True
-        async with self._launching:  # a process that is being started right now has to be known before it can be ended
-            pass
+        # A process that is being made right now has to be known before it can be ended. One that takes longer than
+        # that, because the fork server hangs, ends by itself when it finds its server gone.
+        try:
+            async with asyncio.timeout(STOP_GRACE_S), self._launching:
+                pass
+        except TimeoutError:
+            logger.warning("stopping while a process is still being started")
         for task in self._tasks:
             task.cancel()
         for instance in self.instances.values():
@@ -157,9 +163,9 @@ class Fleet:
     def arrived(self, instance: Instance, peer: Peer) -> None:
         """It serves `peer.role` from now on."""
         assert instance.config is not None
+        instance.move_to(State.ACTIVE)
         instance.peer, instance.role = peer, peer.role
         instance.config = msgspec.structs.replace(instance.config, role=peer.role)
-        instance.move_to(State.ACTIVE)
         self.publish()
         self._notify()
 
@@ -178,6 +184,7 @@ class Fleet:
         assert instance.peer is None, f"instance {instance.id} is {instance.state}"
         instance.disposable = True
         instance.move_to(State.DEAD)
+        self.watch.end(instance)
         del self.instances[instance.id]
         if instance.worker is not None:
             instance.worker.kill()
@@ -216,25 +223,32 @@ class Fleet:
         return instance
 
     async def _launch(self, instance: Instance) -> None:
-        """Raises OSError, EOFError or ConfigError where no process can be made."""
-        async with self._launching:
-            if self._stopping:
-                return
-            roles = [other.role for other in self.instances.values()]
-            config = instance.config = self._configure(instance.id, instance.slot, instance.role, roles)
-            instance.accusation, instance.is_out_of_reach, instance.started_at = None, False, time.time()
-            worker = await asyncio.to_thread(self._cluster.start, config)  # the first one waits for the fork server
-            instance.worker = worker
-            worker.watch(partial(self._exited, instance, worker))
-            if instance.state is State.DEAD:  # dismissed meanwhile
-                worker.kill()
+        """Raises InstanceError if it took too long, and whatever else kept a process from being made."""
+        try:
+            async with asyncio.timeout(self._start_timeout_s), self._launching:
+                await self._make_process(instance)
+        except TimeoutError:
+            raise InstanceError(f"no process after {self._start_timeout_s:g} s") from None
+
+    async def _make_process(self, instance: Instance) -> None:
+        if self._stopping:
+            return
+        roles = [other.role for other in self.instances.values()]
+        config = instance.config = self._configure(instance.id, instance.slot, instance.role, roles)
+        instance.accusation, instance.is_out_of_reach, instance.started_at = None, False, time.time()
+        worker = await launch(self._cluster, config)  # the first one waits for the fork server
+        instance.worker = worker
+        worker.watch(partial(self._exited, instance, worker))
+        if instance.state is State.DEAD or self._stopping:  # dismissed meanwhile
+            worker.kill()
 
     async def _try_launch(self, instance: Instance) -> None:
         try:
             await self._launch(instance)
-        except (OSError, EOFError, ConfigError) as error:  # no memory, no process numbers, the fork server died, ...
+        except Exception as error:  # a process boundary: no memory, no process numbers, the fork server died, ...
             if instance.state is State.DEAD:  # dismissed meanwhile
                 return
+            logger.exception("cannot start a process for instance %s", instance.id)
             self._lost(instance, f"cannot start a process: {type(error).__name__}: {error}", [])
 
     async def _restart(self, instance: Instance, wait_s: float) -> None:

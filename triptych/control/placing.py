@@ -5,11 +5,11 @@ each stage.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from triptych.core import InstanceId, Role, Stage
+from triptych.core import InstanceId, Role, unserved
 
 Roles = tuple[Role, ...]  # sorted: a multiset
 
@@ -33,12 +33,6 @@ class Stop:
 Move = Switch | Start | Stop
 
 
-def unserved(roles: Iterable[Role]) -> list[Stage]:
-    """The stages that nobody among `roles` serves."""
-    served = {stage for role in roles for stage in role.stages}
-    return [stage for stage in Stage if stage not in served]
-
-
 def plan(current: Mapping[InstanceId, Role], wanted: Sequence[Role]) -> list[Move]:
     """Moves that make the instances' roles equal `wanted`, as multisets, which has to serve every stage.
 
@@ -56,7 +50,7 @@ def plan(current: Mapping[InstanceId, Role], wanted: Sequence[Role]) -> list[Mov
         for started in _choices(lacking, num_starts):
             switches = _order(surplus, _without(lacking, started), frozenset(kept + started))
             if switches is not None:
-                plans.append((sum(_loads(*switch) for switch in switches), started, switches))
+                plans.append((sum(role.num_halves_to_load(target) for role, target in switches), started, switches))
         if plans:
             _, started, switches = min(plans)
             return _named(current, surplus, started, switches)
@@ -72,7 +66,7 @@ def _order(surplus: Roles, lacking: Roles, others: frozenset[Role]) -> tuple[tup
         if not lacking:
             return ()
         pairs = {(role, target) for role in surplus for target in lacking}
-        for role, target in sorted(pairs, key=lambda pair: (_loads(*pair), pair)):
+        for role, target in sorted(pairs, key=lambda pair: (pair[0].num_halves_to_load(pair[1]), pair)):
             remaining = _without(surplus, (role,))
             if unserved({*remaining, *others}):
                 continue
@@ -95,11 +89,6 @@ def _named(
     moves += [Switch(free[role].pop(), target) for role, target in switches]
     stopped = _without(surplus, tuple(role for role, _ in switches))
     return moves + [Stop(free[role].pop()) for role in stopped]
-
-
-def _loads(before: Role, after: Role) -> int:
-    """Halves of the model that have to be loaded."""
-    return (after.encodes and not before.encodes) + (after.has_language_model and not before.has_language_model)
 
 
 def _choices(roles: Roles, number: int) -> list[Roles]:

@@ -38,9 +38,14 @@ class Watch:
         self._liveness.forget(instance.id)
 
     def alive(self, message: Alive) -> None:
+        """One that loads has to go on as soon as it has begun: before that it imports libraries for as long as it
+        takes."""
         instance = self._instances.get(message.instance)
-        if instance is not None and instance.config is not None and instance.config.epoch == message.epoch:
-            self._liveness.alive(message.instance, message.turning_s)
+        if instance is None or instance.config is None or instance.config.epoch != message.epoch:
+            return
+        if _loads(instance) and not self._liveness.is_watched(instance.id):
+            self._liveness.watch(instance.id, loads=True)
+        self._liveness.alive(message.instance, message.turning_s)
 
     def unreachable(self, message: Unreachable) -> None:
         """Complaints about an incarnation that is gone, or of which somebody is being killed, are no news."""
@@ -80,6 +85,10 @@ class Watch:
             self.accuse(self._instances[id], reason)
         now = time.monotonic()
         for instance in list(self._instances.values()):
-            loads = instance.state is State.STARTING and instance.worker is not None
-            if loads and now - instance.since > self._start_timeout_s:
+            if _loads(instance) and now - instance.since > self._start_timeout_s:
                 self.accuse(instance, f"not ready after {self._start_timeout_s:g} s")
+
+
+def _loads(instance: Instance) -> bool:
+    """While its process is being made there is nobody to watch; that has a limit of its own."""
+    return instance.state is State.STARTING and instance.worker is not None

@@ -21,11 +21,6 @@ def build(config: InstanceConfig, context: zmq.Context[zmq.Socket[bytes]]) -> En
         equipment,
         Inbox(context, config.inbox),
         Post(context),
-        frontend=config.frontend,
-        max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
-        max_encode_tokens=config.scheduling.max_encode_tokens,
-        heartbeat_s=config.heartbeat_s,
-        decode_interval_s=(config.scheduling.decode_interval_ms or 0.0) / 1e3,
         black_box=None if config.black_box is None else BlackBox(config.black_box),
         refit=fitter.fit,
     )

@@ -1,10 +1,11 @@
 """The loop inside a worker: take messages, schedule, run, commit, send. One `step` serves every role."""
 
+import contextlib
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import zmq
@@ -15,6 +16,7 @@ from triptych.engine.black_box import BlackBox
 from triptych.engine.equipment import Equipment, Runners, Stages
 from triptych.engine.pace import Metronome, Pace
 from triptych.engine.reports import load_of
+from triptych.engine.screening import contradiction
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import InstanceError
 from triptych.messages import (
@@ -25,6 +27,7 @@ from triptych.messages import (
     Embedded,
     Encode,
     Evicted,
+    Failed,
     Load,
     Peer,
     Prefilled,
@@ -70,27 +73,15 @@ class Engine:
         inbox: Inbox,
         post: Post,
         *,
-        frontend: str,
-        max_num_batched_tokens: int,
-        max_encode_tokens: int,
-        heartbeat_s: float,
-        decode_interval_s: float = 0.0,
         black_box: BlackBox | None = None,
         refit: Callable[[InstanceConfig], Equipment] = _cannot_refit,
     ) -> None:
-        """`frontend` is the address of the frontend's inbox. `refit` makes the equipment of another role.
-
-        While a request here waits for encoders that share the cores, answers keep to a pace of `decode_interval_s` per
-        token (see `Metronome`): each step that is not made is time for them.
-        """
+        """`refit` makes the equipment of another role."""
         self._near = near
         self._inbox = inbox
         self._post = post
-        self._addresses = {FRONTEND: frontend}
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_encode_tokens = max_encode_tokens
-        self._heartbeat_s = heartbeat_s
-        self._metronome = Metronome(decode_interval_s)
+        self._addresses = {FRONTEND: equipment.config.frontend}
+        self._heartbeat_s = equipment.config.heartbeat_s
         self._black_box = black_box
         self._refit = refit
         self._leave: _Leave | None = None
@@ -151,6 +142,21 @@ class Engine:
         return bool(results or messages or local)
 
     def _handle(self, message: AnyMessage) -> None:
+        request_id: RequestId | None = getattr(message, "request_id", None)
+        fault = contradiction(message)
+        if fault is not None:
+            self._refuse(message, request_id, fault)
+            return
+        with self._recorded(() if request_id is None else (request_id,)):
+            self._dispatch(message)
+
+    def _refuse(self, message: AnyMessage, request_id: RequestId | None, fault: str) -> None:
+        """A bug of the sender's: one request suffers, and the instance does not."""
+        logger.error("%s: a %s %s: %s", self._near.instance, type(message).__name__, request_id or "", fault)
+        if request_id is not None:
+            self._send(FRONTEND, Failed(request_id, "internal server error", status=500, code="internal_error"))
+
+    def _dispatch(self, message: AnyMessage) -> None:
         handler = self._handlers.get(type(message))
         if handler is not None:
             handler(message)
@@ -239,6 +245,10 @@ class Engine:
         self._equipment = equipment
         self._pools, self._stages, self._runners = equipment.pools, equipment.stages, equipment.runners
         self._transfers, self._set_threads = equipment.transfers, equipment.set_threads
+        self._scheduling = equipment.config.scheduling
+        # While a request here waits for encoders that share the cores, answers keep to a pace: each step that is not
+        # made is time for them.
+        self._metronome = Metronome((self._scheduling.decode_interval_ms or 0.0) / 1e3)
         self._poller = zmq.Poller()
         self._poller.register(self._inbox.socket, zmq.POLLIN)
         self._poller.register(self._transfers.wake_fd, zmq.POLLIN)
@@ -343,19 +353,24 @@ class Engine:
             return False
         assert self._runners.encode is not None
         self._flush()  # what is known already need not wait for the forward
-        self._record(self._stages.encode.running_requests)
-        began = time.perf_counter()
-        errors = self._runners.encode.run(works)
-        self._record(())
-        num_tokens = sum(work.unit.num_tokens for work in works)
-        self._pace.observe(Stage.ENCODE, num_tokens, time.perf_counter() - began)
-        self._stages.encode.commit(works, errors)
+        with self._recorded(self._stages.encode.running_requests):
+            began = time.perf_counter()
+            errors = self._runners.encode.run(works)
+            num_tokens = sum(work.unit.num_tokens for work in works)
+            self._pace.observe(Stage.ENCODE, num_tokens, time.perf_counter() - began)
+            self._stages.encode.commit(works, errors)
         return True
 
-    def _record(self, requests: Iterable[RequestId]) -> None:
-        """Should the step that begins now kill this process, whoever comes after knows what it was working on."""
-        if self._black_box is not None:
-            self._black_box.record(requests)
+    @contextlib.contextmanager
+    def _recorded(self, requests: Iterable[RequestId]) -> Iterator[None]:
+        """Should what happens inside end this process, whoever comes after knows what it was working on: so the record
+        stays when an exception passes."""
+        if self._black_box is None:
+            yield
+            return
+        self._black_box.record(requests)
+        yield
+        self._black_box.record(())
 
     def _encode_budget(self) -> int:
         """Embedding rows of the next encode step: as many as take a quarter of the time that all that is waiting takes.
@@ -367,28 +382,26 @@ class Engine:
         step_s = SHORT_ENCODE_STEP_S
         if self._stages.decode is None or not self._stages.decode.num_running:
             step_s = max(step_s, 0.25 * self._stages.encode.queued_tokens * self._pace.of(Stage.ENCODE))
-        return min(self._max_encode_tokens, int(step_s / max(self._pace.of(Stage.ENCODE), 1e-9)))
+        return min(self._scheduling.max_encode_tokens, int(step_s / max(self._pace.of(Stage.ENCODE), 1e-9)))
 
     def _step_language(self) -> bool:
         """Decodes and prefill chunks of all sequences in one forward; decodes come first, chunks fill the budget."""
         decodes = self._schedule_decode()
-        chunks = (
-            self._stages.prefill.schedule(self._max_num_batched_tokens - len(decodes)) if self._stages.prefill else []
-        )
+        budget = self._scheduling.max_num_batched_tokens - len(decodes)
+        chunks = self._stages.prefill.schedule(budget) if self._stages.prefill is not None else []
         if not decodes and not chunks:
             return False
         assert self._runners.language is not None
         self._flush()  # pulls among it: their blocks are free, also those that were offloaded just now
         self._set_threads(self._awaits_embeddings)
-        self._record(chunk.sequence.request_id for chunk in [*decodes, *chunks])
-        began = time.perf_counter()
-        sampled = self._runners.language.run(decodes + chunks)
-        self._record(())
-        self._observe_language(decodes, chunks, time.perf_counter() - began)
-        if self._stages.decode is not None:
-            self._stages.decode.commit(decodes, sampled[: len(decodes)])
-        if self._stages.prefill is not None:
-            self._stages.prefill.commit(chunks, sampled[len(decodes) :])
+        with self._recorded(chunk.sequence.request_id for chunk in [*decodes, *chunks]):
+            began = time.perf_counter()
+            sampled = self._runners.language.run(decodes + chunks)
+            self._observe_language(decodes, chunks, time.perf_counter() - began)
+            if self._stages.decode is not None:
+                self._stages.decode.commit(decodes, sampled[: len(decodes)])
+            if self._stages.prefill is not None:
+                self._stages.prefill.commit(chunks, sampled[len(decodes) :])
         self._num_steps += 1
         return True
 
@@ -399,11 +412,12 @@ class Engine:
         self._metronome.stepped((chunk.sequence.request_id for chunk in plan.chunks), time.monotonic())
         if plan.offloads or plan.restores:
             assert self._runners.language is not None
-            for sequence, blocks in plan.offloads:
-                sequence.offloaded = self._runners.language.offload(blocks)
-            for sequence, blocks in plan.restores:
-                self._runners.language.restore(sequence.offloaded, blocks)
-                sequence.offloaded = None
+            with self._recorded(sequence.request_id for sequence, _ in [*plan.offloads, *plan.restores]):
+                for sequence, blocks in plan.offloads:
+                    sequence.offloaded = self._runners.language.offload(blocks)
+                for sequence, blocks in plan.restores:
+                    self._runners.language.restore(sequence.offloaded, blocks)
+                    sequence.offloaded = None
         return plan.chunks
 
     def _decode_wait_s(self) -> float:

@@ -10,7 +10,6 @@ import msgspec
 import zmq
 
 from triptych import messages
-from triptych.engine.screening import contradiction
 from triptych.errors import TriptychError
 from triptych.messages import AnyMessage
 
@@ -27,8 +26,7 @@ class Inbox:
     waits until the reader knows as much. What the same sender says later has no older version, and waits as well.
 
     Only processes of the same user can reach it (the socket lies in a folder of mode 0700), so that whoever sends is
-    trusted to mean well, not to be whole: a frame that is no message, or one that contradicts itself, is logged and
-    dropped, and ends nothing.
+    trusted to mean well, not to be whole: a frame that is no message is logged and dropped, and ends nothing.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
@@ -76,11 +74,6 @@ class Inbox:
             shown = frames[0][:_SHOWN_BYTES].hex()
             total = sum(map(len, frames))
             logger.error("%s: dropped %d bytes that are no message (%s): %s", self.address, total, error, shown)
-            return None
-        fault = contradiction(message)
-        if fault is not None:
-            request_id = getattr(message, "request_id", "")
-            logger.error("%s: dropped a %s %s: %s", self.address, type(message).__name__, request_id, fault)
             return None
         return version, message
 

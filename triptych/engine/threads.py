@@ -10,6 +10,8 @@ from triptych.config import InstanceConfig
 
 logger = logging.getLogger(__name__)
 
+INHERITED_NICENESS = os.getpriority(os.PRIO_PROCESS, 0)  # of all processes of this server, unless they change it
+
 
 def thread_setter(config: InstanceConfig) -> Callable[[bool], None]:
     """Sets the threads of the next step, where their number changes at all."""
@@ -33,5 +35,17 @@ def set_niceness(niceness: int) -> None:
         except ProcessLookupError:  # it ended meanwhile
             continue
         except PermissionError:
-            logger.info("the niceness of this instance stays at %d", os.getpriority(os.PRIO_PROCESS, thread))
+            _say_that_it_stays(os.getpriority(os.PRIO_PROCESS, thread))
             return
+
+
+def _say_that_it_stays(niceness: int) -> None:
+    if niceness <= INHERITED_NICENESS:
+        logger.info("the niceness of this instance stays at %d", niceness)
+        return
+    logger.warning(
+        "the niceness of this instance stays at %d, because to lower it takes a right that this user does not have: "
+        "until it is started again, it comes behind instances with %d wherever they share cores",
+        niceness,
+        INHERITED_NICENESS,
+    )

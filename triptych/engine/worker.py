@@ -31,8 +31,8 @@ def work(config: InstanceConfig, failures: Connection) -> None:
     """Runs one instance. What ends it early goes through `failures` as text; the exit code tells which kind it was."""
     began = time.monotonic()
     _die_with(config.server_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the controller decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group; the controller decides
+        signal.signal(number, signal.SIG_IGN)
     set_up_logging(config.log_level, process=config.id)
     torch.set_num_threads(config.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -50,11 +50,11 @@ def work(config: InstanceConfig, failures: Connection) -> None:
 
 
 def _run(config: InstanceConfig, began: float) -> None:
+    alive = _Alive(config)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    engine = build(config, context)
+    engine = alive.engine = build(config, context)
     post = Post(context)
     post.send(config.frontend, Ready(engine.peer, time.monotonic() - began))
-    threading.Thread(target=_say_alive, args=(config, engine), name="alive", daemon=True).start()
     logger.info("instance %s serves %s on %d thread(s)", config.id, config.role, config.threads)
     with torch.inference_mode():
         engine.run()
@@ -63,12 +63,21 @@ def _run(config: InstanceConfig, began: float) -> None:
     context.term()
 
 
-def _say_alive(config: InstanceConfig, engine: Engine) -> None:
-    """For as long as the process lives, whatever its engine is doing. A daemon: the process does not wait for it."""
-    post = Post(zmq.Context())
-    while True:
-        post.send(config.frontend, Alive(config.id, config.epoch, time.monotonic() - engine.turn_began))
-        time.sleep(config.alive_interval_s)
+class _Alive:
+    """Says that it is, for as long as the process lives, whatever its engine is doing or whether there is one yet. On a
+    daemon thread: the process does not wait for it."""
+
+    def __init__(self, config: InstanceConfig) -> None:
+        self.engine: Engine | None = None
+        self._config = config
+        threading.Thread(target=self._run, name="alive", daemon=True).start()
+
+    def _run(self) -> None:
+        config, post = self._config, Post(zmq.Context())
+        while True:
+            turning_s = 0.0 if self.engine is None else time.monotonic() - self.engine.turn_began
+            post.send(config.frontend, Alive(config.id, config.epoch, turning_s))
+            time.sleep(config.alive_interval_s)
 
 
 def _die_with(server_pid: int) -> None:

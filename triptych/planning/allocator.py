@@ -13,7 +13,7 @@ from itertools import combinations
 
 import msgspec
 
-from triptych.core import InstanceId, Role, Stage
+from triptych.core import InstanceId, Placement, Role, Stage, unserved
 from triptych.messages import Load
 from triptych.planning.estimator import Estimate, Observation
 
@@ -88,7 +88,7 @@ class Allocator:
     def decide(self, estimate: Estimate, seen: Observation) -> Decision:
         """Whoever makes the switch says how it went."""
         counts = Counter(seen.roles.values())
-        is_complete = _serves_all(counts)  # else an instance was lost, and is restarted
+        is_complete = not unserved(counts)  # else an instance was lost, and is restarted
         clear_s = self._clear_s(self._work_s(estimate), counts) if is_complete else math.inf
         candidates = self._candidates(estimate, seen) if is_complete else []
         best = candidates[0] if candidates else None
@@ -103,7 +103,7 @@ class Allocator:
         return Decision(
             at_s=seen.at_s,
             reason=reason,
-            placement=_spelled(counts),
+            placement=str(Placement.of(seen.roles.values())),
             clear_s=clear_s,
             estimate=estimate,
             candidates=candidates,
@@ -128,7 +128,7 @@ class Allocator:
         drain_s = steps_s.get("drain", 0.0)
         total_s = steps_s.get("total", sum(steps_s.values()))
         self._measure(("drain", made.before), drain_s)
-        self._measure(("switch", _loads_weights(made.before, made.after)), total_s - drain_s)
+        self._measure(("switch", made.before.num_halves_to_load(made.after) > 0), total_s - drain_s)
         self._last, self._last_at_s = made, at_s
         self._rests_until_s = at_s + self._policy.cool_down_s
 
@@ -147,7 +147,7 @@ class Allocator:
         for before in counts:
             instance = min((id for id in roles if roles[id] == before), key=lambda id: _held_s(loads.get(id)))
             for after in self._roles:
-                if after != before and _serves_all(_moved(counts, before, after)):
+                if after != before and not unserved(_moved(counts, before, after)):
                     found.append(self._candidate(instance, before, after, estimate, counts, seen.at_s))
         return sorted(found, key=lambda one: (one.cost_s - one.gain_s, one.before, one.after))
 
@@ -221,7 +221,7 @@ class Allocator:
         return drain_s
 
     def _change_s(self, before: Role, after: Role) -> float:
-        weights = _loads_weights(before, after)
+        weights = before.num_halves_to_load(after) > 0
         default = self._policy.switch_weights_s if weights else self._policy.switch_books_s
         return self._measured_s.get(("switch", weights), default)
 
@@ -239,16 +239,3 @@ def _held_s(load: Load | None) -> float:
 
 def _moved(counts: Counter[Role], before: Role, after: Role) -> Counter[Role]:
     return counts - Counter([before]) + Counter([after])
-
-
-def _serves_all(counts: Counter[Role]) -> bool:
-    return {stage for role in counts for stage in role.stages} == set(Stage)
-
-
-def _loads_weights(before: Role, after: Role) -> bool:
-    encoder = after.encodes and not before.encodes
-    return encoder or (after.has_language_model and not before.has_language_model)
-
-
-def _spelled(counts: Counter[Role]) -> str:
-    return "".join(f"{counts[role]}{role}" for role in Role if counts[role])

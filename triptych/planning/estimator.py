@@ -17,6 +17,7 @@ MEMORY_S = 12.0  # time constant of the arrival rates: how fast a shift is belie
 STEP_MEMORY_S = 60.0  # of what is known about decode steps, which only the hardware changes
 LEAST_SAMPLES = 5  # before anything is said about noise
 SEEN_ENOUGH = 0.3  # share of the KV blocks in use from which on they tell how many sequences would fill the pool
+PACE_COUNTERS = {f"{stage.name.lower()}_{what}" for stage in Stage for what in ("steps", "tokens", "busy_s")}
 BATCH_RIDGE = 0.25  # sequences^2: a spread of batch sizes below that says nothing about their cost
 
 
@@ -126,15 +127,16 @@ class Estimator:
         steps: list[tuple[float, float, float]] = []
         for id, load in loads.items():
             before = self._counters.get(id, {})
-            if any(value < before.get(name, 0.0) for name, value in load.counters.items()):
-                before = {}  # it was started anew; a new epoch alone may also be a new slab
-            new = {name: value - before.get(name, 0.0) for name, value in load.counters.items()}
+            counters = {name: value for name, value in load.counters.items() if name in PACE_COUNTERS}
+            if any(value < before.get(name, 0.0) for name, value in counters.items()):
+                before = {}  # a new process; a switch of roles keeps these counters, and no others
+            new = {name: value - before.get(name, 0.0) for name, value in counters.items()}
             for stage in Stage:
                 done[stage] += new.get(f"{stage.name.lower()}_tokens", 0.0)
             num_steps = new.get("decode_steps", 0.0)
             if num_steps > 0:
                 steps.append((new["decode_tokens"] / num_steps, new["decode_busy_s"] / num_steps, num_steps))
-            self._counters[id] = load.counters
+            self._counters[id] = counters
         return done, steps
 
     def _learn_paces(self, loads: Mapping[InstanceId, Load]) -> None:

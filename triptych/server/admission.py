@@ -3,18 +3,13 @@
 from typing import Any
 
 from triptych.config import AdmissionConfig
-from triptych.core import Stage
+from triptych.core import InstanceId, Stage
 from triptych.errors import RequestError
 from triptych.server.waiting import Kind, WaitingRoom
 
 MAX_WAITING = 10_000  # sequences, of all kinds: what they hold has to fit into this process
 UNAVAILABLE_RETRY_S = 2.0  # about the time in which a lost instance is started again
 BUSY_RETRY_S = 1.0  # where nothing can be predicted
-
-
-def shutting_down() -> RequestError:
-    text = "the server is shutting down"
-    return RequestError(text, status=503, code="shutting_down", retry_after_s=UNAVAILABLE_RETRY_S)
 
 
 def unavailable(stage: Stage) -> RequestError:
@@ -29,6 +24,11 @@ def deadline_exceeded() -> RequestError:
 def poisonous() -> RequestError:
     text = "an instance ended while it worked on this request, for the second time: it is not tried again"
     return RequestError(text, status=500, code="poison")
+
+
+def lost_too_often(instance: InstanceId) -> RequestError:
+    text = f"instance {instance} was lost, as others before it that worked on this request"
+    return RequestError(text, status=503, code="instance_lost", retry_after_s=UNAVAILABLE_RETRY_S)
 
 
 def broken() -> RequestError:
@@ -46,7 +46,7 @@ class Admission:
     def check_any(self, now: float) -> None:
         """Before it is known what a request is: raises RequestError(503) where every one would be refused."""
         missing = self._room.missing_stage(Kind.TEXT)
-        if missing is not None:
+        if missing is not None and missing not in self._room.returning:
             raise unavailable(missing)
         waits_s = {kind: self._room.predicted_wait_s(kind, now) for kind in Kind}
         if self._room.num_waiting() >= MAX_WAITING:
@@ -61,7 +61,7 @@ class Admission:
             raise deadline_exceeded()
         self.check_any(now)
         missing = self._room.missing_stage(kind)
-        if missing is not None:
+        if missing is not None and missing not in self._room.returning:
             raise unavailable(missing)
         wait_s = self._room.predicted_wait_s(kind, now)
         limit_s = self._config.max_queue_s if deadline is None else min(self._config.max_queue_s, deadline - now)

@@ -27,6 +27,8 @@ class Task:
     num_attempts: int = 0
     num_failures: int = 0  # attempts that failed in a row without a new token
     num_blames: int = 0  # crashes while it was computed, since it last got past such a point
+    num_losses: int = 0  # instances that it lost in a row, without a decoded token in between
+    suspected_at: float | None = None  # when it came into quarantine, in `time.monotonic`
 
     @property
     def num_tokens(self) -> int:

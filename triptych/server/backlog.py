@@ -46,7 +46,8 @@ class Backlog:
         now, first = time.monotonic(), tasks[0]
         plan = self._dispatcher.plan(first, len(tasks))
         arrived_at, deadline = first.generation.arrived_at, first.generation.deadline
-        waiter = Waiter(tasks, first.kind, len(tasks), plan.work, arrived_at, now, deadline)
+        queued_at = now if first.suspected_at is None else first.suspected_at
+        waiter = Waiter(tasks, first.kind, len(tasks), plan.work, arrived_at, queued_at, deadline)
         for task in tasks:
             task.waiter = waiter
         self.room.add(waiter, now)
@@ -77,7 +78,10 @@ class Backlog:
             self._telemetry.retried(reason)
             logger.info("%s: %s, goes on behind token %d", task.output.request_id, reason, task.output.num_tokens)
         for task in tasks:
+            if task.generation.failed:  # because another choice of it could not be sent, just now
+                continue
             if task.num_blames and not self._quarantine.is_out(task):
+                task.suspected_at = task.suspected_at or time.monotonic()
                 self._quarantine.add(task)
             elif pause_s:
                 task.timer = asyncio.get_running_loop().call_later(pause_s, self._queue_again, task)
@@ -113,8 +117,9 @@ class Backlog:
         """A token came from the instance that decodes it: a suspect got past where an instance ended with it."""
         attempt.decodes_at(instance)
         task = attempt.task
+        task.num_losses = 0
         if task.num_blames:
-            task.num_blames = 0
+            task.num_blames, task.suspected_at = 0, None
             self._quarantine.discard(task)
             self.settle()
 
@@ -187,6 +192,7 @@ class Backlog:
     def instances_changed(self) -> None:
         """Somebody came, went, or takes no more new work."""
         self.room.set_instances(self._dispatcher.num_serving(), time.monotonic())
+        self.room.returning = self._dispatcher.returning_stages()
         for attempt in list(self._wanting):
             self._encode(attempt)
         self._pump()
@@ -213,3 +219,7 @@ class Backlog:
             yield waiter.what[0].generation, stage, since
         for attempt, since in self._wanting.items():
             yield attempt.task.generation, Stage.ENCODE, since
+        for task in self._quarantine.waiting():
+            missing = self.room.missing_stage(task.kind)
+            if missing is not None and task.suspected_at is not None:
+                yield task.generation, missing, max(task.suspected_at, self.room.absent_since(missing))

@@ -95,6 +95,10 @@ class Dispatcher:
     def num_serving(self) -> dict[Stage, int]:
         return {stage: len(self.table.serving(stage)) for stage in Stage}
 
+    def returning_stages(self) -> frozenset[Stage]:
+        """Of instances that change their role just now: whoever is to serve these stages then, serves them soon."""
+        return frozenset(stage for peer in self.table.peers.values() if peer.leaving for stage in peer.role.stages)
+
     def has_reached(self, instance: InstanceId, attempt: Attempt, epoch: str = "") -> bool:
         """Whether what was handed to an instance for an attempt is sure to have come to its present incarnation: that
         of `epoch`, if the sender said so."""

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, RequestId, SamplingParams, Stage
-from triptych.errors import RequestError
+from triptych.errors import RequestError, shutting_down
 from triptych.messages import (
     Abort,
     AnyMessage,
@@ -30,7 +30,7 @@ from triptych.messages import (
 )
 from triptych.model.processor import Processor
 from triptych.routing import RoutingTable
-from triptych.server.admission import Admission, broken, deadline_exceeded, poisonous, shutting_down
+from triptych.server.admission import Admission, broken, deadline_exceeded, lost_too_often, poisonous
 from triptych.server.attempts import Attempt, Task
 from triptych.server.backlog import Backlog
 from triptych.server.demand import AnswerTimes, Demand
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES = 10  # of a sequence in a row, without a new token, after which it is tried again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0  # after the second of these, and after the last ones
 MAX_BLAMES = 2  # crashes while a sequence was computed
+MAX_LOSSES = 10  # instances that a sequence may lose in a row, without a decoded token in between
 _RETRY_REASONS = {"moved": "moved", "unavailable": "unavailable"}  # by the code of `Failed`; all others: transfer
 _REFUSALS = {  # why requests are refused, by the code of the error
     "overloaded": "overload",
@@ -229,6 +230,10 @@ class Frontend:
         for attempt in self._attempts.values():
             attempt.holders.discard(instance)
         self._fail_all(guilty, poisonous())
+        for attempt in (lost | blamed).values():
+            attempt.task.num_losses += 1
+        often = [attempt.task.generation for attempt in lost.values() if attempt.task.num_losses > MAX_LOSSES]
+        self._fail_all(often, lost_too_often(instance))
         remaining = [attempt for id, attempt in (lost | blamed).items() if id in self._attempts]
         self._backlog.retry(remaining, "instance_lost")
 

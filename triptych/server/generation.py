@@ -71,6 +71,10 @@ class Generation:
     def finished(self) -> bool:
         return all(output.finish is not None for output in self.outputs)
 
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
     def prompt_index(self, output: Output) -> int:
         """Every prompt has the same number of choices, one prompt after the other."""
         return output.index * len(self.prompts) // len(self.outputs)

@@ -21,6 +21,7 @@ encode_json = msgspec.json.Encoder().encode
 
 _JSON = [(b"content-type", b"application/json")]
 _TIMEOUT_HEADER = "x-request-timeout"
+UNREAD_TIMEOUT_S = 60.0  # for which a client may read nothing of its answer
 _USUAL_RETRY_S = 1.0  # after a 503 that does not say when to ask again
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
 
@@ -121,8 +122,13 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
+        """Raises ClientGoneError for one that reads nothing for a minute."""
         self._complete = not more
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        try:
+            async with asyncio.timeout(UNREAD_TIMEOUT_S):
+                await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            raise ClientGoneError from None
 
     async def error(self, error: RequestError) -> None:
         """As a response, or as the last event of a stream that has begun."""

@@ -1,7 +1,6 @@
 """The routes of operation: health, version, metrics, the state of the cluster, and what changes it."""
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -12,7 +11,7 @@ from triptych.control.changes import Change
 from triptych.control.events import Event
 from triptych.control.instances import Instance, State, SwitchRecord
 from triptych.core import InstanceId, Placement, Role
-from triptych.errors import ConfigError, RequestError
+from triptych.errors import ConfigError, RequestError, shutting_down
 from triptych.messages import Load
 from triptych.planning.allocator import Decision
 from triptych.server.frontend import Frontend
@@ -61,7 +60,7 @@ class Operations:
     async def health(self, exchange: Exchange) -> None:
         """200 only while every stage has an active instance, and the server is not about to stop."""
         if self._control is not None and self._control.draining:
-            raise RequestError("the server is shutting down", status=503, code="shutting_down", retry_after_s=5)
+            raise shutting_down()
         if not self._frontend.ready:
             text = "not every stage has an active instance"
             raise RequestError(text, status=503, code="unavailable", retry_after_s=1)
@@ -123,8 +122,7 @@ class Operations:
         return self._control
 
     def _placement(self) -> str:
-        counts = Counter(instance.role for instance in self._instances().values() if instance.state is not State.DEAD)
-        return "".join(f"{counts[role]}{role}" for role in Role if counts[role])
+        return str(Placement.of(i.role for i in self._instances().values() if i.state is not State.DEAD))
 
     def _instances(self) -> Mapping[InstanceId, Instance]:
         if self._control is not None:

@@ -1,6 +1,7 @@
 """Which sequences were computed when an instance crashed. One of them may be to blame, so they go one at a time."""
 
 from collections import deque
+from collections.abc import Iterator
 
 from triptych.server.attempts import Task
 
@@ -14,6 +15,9 @@ class Quarantine:
 
     def is_out(self, task: Task) -> bool:
         return task is self._out
+
+    def waiting(self) -> Iterator[Task]:
+        return iter(self._waiting)
 
     def add(self, task: Task) -> None:
         self._waiting.append(task)

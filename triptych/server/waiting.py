@@ -97,6 +97,7 @@ class WaitingRoom(Generic[T]):
         self._lines: dict[Kind, _Line[T]] = {kind: _Line() for kind in Kind}
         self._instances: dict[Stage, int] = dict.fromkeys(Stage, 0)
         self._absent_since: dict[Stage, float] = dict.fromkeys(Stage, 0.0)
+        self.returning: frozenset[Stage] = frozenset()  # served again soon: by whoever is changing its role
         self._count = itertools.count()
 
     def set_instances(self, instances: Mapping[Stage, int], now: float) -> None:
@@ -113,6 +114,10 @@ class WaitingRoom(Generic[T]):
     def missing_stage(self, kind: Kind) -> Stage | None:
         """One that requests of this kind need and that has no instance."""
         return next((stage for stage in kind.stages if not self._instances[stage]), None)
+
+    def absent_since(self, stage: Stage) -> float:
+        """Of a stage that has no instance."""
+        return self._absent_since[stage]
 
     # ---- in and out
 

@@ -49,7 +49,7 @@ class PrefillStage:
     """FCFS. A request starts when it holds space for all embeddings that it needs; then it takes KV blocks for its
     whole prompt. Both in arrival order, the order of the encode instances too: what the oldest request waits for is
     never held by one that waits for it. Requests that miss embeddings give their KV up to decodes of this instance and
-    to older requests that miss none.
+    to older requests that miss none; those that wait for space for them are passed by text.
 
     What a prefix that is here covers is neither computed nor encoded nor transferred: a request that begins with one
     takes all its blocks when it starts.
@@ -278,23 +278,34 @@ class PrefillStage:
         return next((job for job in self._waiting if job.sequence.request_id == request_id), None)
 
     def _start_waiting(self) -> None:
+        """In arrival order, but those without media pass those that wait for space for embeddings: they wait for no
+        encoder, so that whoever waits for them does not wait for ever."""
         while self._waiting and len(self._started) < self._max_num_seqs:
             self._hold_kv()  # first: it may put a started request back to the front
             job = self._waiting[0]
-            sequence = job.sequence
-            found = self._found_prefix(sequence)
-            # Who waits for KV here waits for decodes, for readers, or for requests that started before: they all go on.
-            if found and (
-                self._is_short_of_kv or not self._kv.make_room_for_new(sequence, len(sequence.token_ids), found)
-            ):
+            found = self._found_prefix(job.sequence)
+            if not self._can_begin_with(found, job):
                 break
-            needed = units_behind(sequence.units, sequence.spans, len(found) * self._kv.block_tokens)
+            needed = units_behind(job.sequence.units, job.sequence.spans, len(found) * self._kv.block_tokens)
             if not self._embeddings.can_hold(list(needed.values())):
-                break
-            self._waiting.popleft()
+                passing = next((other for other in self._waiting if not other.sequence.units), None)
+                if passing is None:
+                    break
+                job, found, needed = passing, self._found_prefix(passing.sequence), {}
+                if not self._can_begin_with(found, job):
+                    break
+            self._waiting.remove(job)
             if found:
                 self._take_kv(job, found)
             self._start(job, needed)
+
+    def _can_begin_with(self, found: list[int], job: PrefillJob) -> bool:
+        """Whether there is KV space behind a prefix that is here; without one it is taken later. Who waits for it here
+        waits for decodes, for readers, or for requests that started before: they all go on."""
+        sequence = job.sequence
+        if not found:
+            return True
+        return not self._is_short_of_kv and self._kv.make_room_for_new(sequence, len(sequence.token_ids), found)
 
     def _start(self, job: PrefillJob, needed: dict[UnitHash, EncodeUnit]) -> None:
         sequence = job.sequence
