@@ -151,13 +151,13 @@ class _InstanceCollector(Collector):
         waiting = sum(queue.num_waiting for queue in at_frontend.values())
         running, used, total = 0, 0, 0
         for sample in self.samples.values():
-            running += sum(count for name, count in sample.queues.items() if name.endswith("running"))
-            waiting += sum(count for name, count in sample.queues.items() if name.endswith("waiting"))
+            running += sample.queues.get("prefill_running", 0) + sample.queues.get("decode_running", 0)
+            waiting += sample.queues.get("prefill_waiting", 0) + sample.queues.get("decode_waiting", 0)
             if "kv" in sample.pools:
                 pool = sample.pools["kv"]
                 total, used = total + pool[0], used + pool[2]
-        yield self._gauge("vllm:num_requests_running", "Sequences and units in batches, all instances", running)
-        yield self._gauge("vllm:num_requests_waiting", "Sequences and units in all queues", waiting)
+        yield self._gauge("vllm:num_requests_running", "Sequences in batches, all instances", running)
+        yield self._gauge("vllm:num_requests_waiting", "Sequences in all queues", waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Used share of all KV blocks (0 to 1)", used / max(total, 1))
         yield from self._at_frontend(at_frontend)
         yield from self._summed()
