@@ -36,6 +36,8 @@ class ScriptedWorker:
 
     def watch(self, on_exit: Callable[[], None]) -> None:
         self._on_exit = on_exit
+        if self.exit_code is not None:  # it was faster
+            asyncio.get_running_loop().call_soon(on_exit)
 
     def end(self, exit_code: int, failure: str | None = None) -> None:
         self.exit_code, self.failure = exit_code, failure

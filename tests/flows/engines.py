@@ -4,6 +4,7 @@ An encoded unit is its hash byte by byte; the KV of a token is its id; the next 
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,6 +145,18 @@ class Hops:
     def refuse_to_fit(self, name: str, role: Role) -> None:
         """From now on there is no memory for that role."""
         self._unfit.add((name, role))
+
+    def hold_up(self, name: str, seconds: float) -> None:
+        """Each of its steps takes at least that long from now on."""
+        engine = self._by_name[InstanceId(name)]
+        step = engine.step
+
+        def slow() -> bool:
+            busy = step()
+            time.sleep(seconds)
+            return busy
+
+        engine.step = slow  # type: ignore[method-assign]
 
     def has_ended(self, name: str) -> bool:
         return self._by_name[InstanceId(name)].has_ended

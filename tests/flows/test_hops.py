@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from tests.builders import make_order, make_request, make_unit
 from tests.flows.engines import UNDECODABLE, expected_answer, hops
 from triptych.core import FinishReason, InstanceId
-from triptych.messages import Abort, Located, Tokens, Wanted
+from triptych.messages import Abort, Located, Tokens, Unreachable, Wanted
 
 APART = {"e0": "e", "p0": "p", "d0": "d"}
 
@@ -210,3 +210,16 @@ def test_an_instance_that_does_not_hold_what_it_is_asked_for_has_it_encoded(tmp_
         cluster.send("e0", make_order("r", unit, "p1"))
         cluster.settle()
         assert cluster.tokens_of(order) == expected_answer(order)
+
+
+def test_a_step_that_takes_long_accuses_nobody_whose_bytes_came_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hops(tmp_path, **APART) as cluster:
+        monkeypatch.setattr("triptych.transfer.select.PULL_DEADLINE_S", 0.05)
+        order = make_request("r", num_images=2, max_tokens=4)
+        cluster.ask(order, prefill="p0", encode="e0")
+        cluster.hold_up("p0", 0.1)  # every step of it
+        cluster.settle()
+        assert cluster.tokens_of(order) == expected_answer(order)
+        assert not [message for message in cluster.received if isinstance(message, Unreachable)]

@@ -112,7 +112,6 @@ class Engine:
         received = self._receive(wait_s)
         busy = self.step()
         self._report(busy or self._holds_decode_back)
-        self._complain()
         if self._leave is not None and self._is_drained:
             self._carry_out(self._leave)
         return busy or received
@@ -134,6 +133,7 @@ class Engine:
         results, messages = self._transfers.completed(), self._inbox.receive(self._near.table.version)
         for result in results:
             self._pulled(result.key, result.error)
+        self._complain()  # here, because what settled during a long step is known only now
         for message in messages:
             self._handle(message)
         local = len(self._to_self)

@@ -154,7 +154,8 @@ class Transfers:
         return [key for key, asked in self._under_way.items() if asked.at < limit]
 
     def complaints(self) -> list[Complaint]:
-        """About connected peers, since the last call: each pull that failed or is late, once."""
+        """About connected peers, since the last call: each pull that failed or is late, once. To be asked right after
+        `completed`: what that has not delivered counts as late, even if it settled while nobody looked."""
         now = time.monotonic()
         for asked in self._under_way.values():
             if not asked.was_late and now - asked.at > PULL_DEADLINE_S + asked.nbytes / SLOW_LINK_BYTES_PER_S:
