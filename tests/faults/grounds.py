@@ -25,8 +25,8 @@ from tests.flows.servers import cluster, running, wait_until_idle
 from triptych.cluster.local import LocalCluster
 from triptych.control import back_off
 from triptych.core import InstanceId
+from triptych.router.generation import Generation
 from triptych.server.frontend import Frontend
-from triptych.server.generation import Generation
 
 RECOVERY_S = 20.0
 FOUND_S = 5.0  # on a machine that does other things as well

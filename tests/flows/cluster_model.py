@@ -53,8 +53,8 @@ from triptych.messages import (
     Tokens,
     Wanted,
 )
+from triptych.router.directory import Directory
 from triptych.routing import RoutingTable, assign_units, pick
-from triptych.server.directory import Directory
 from triptych.stages.base import Pull
 
 SLOW = 80  # events that something takes at most: to notice a death, to start again, to give a message up

@@ -31,9 +31,9 @@ from triptych.messages import (
     Tokens,
     TokenUpdate,
 )
+from triptych.router.generation import Generation, PreparedPrompt
+from triptych.router.output import Output
 from triptych.server.frontend import Frontend
-from triptych.server.generation import Generation, PreparedPrompt
-from triptych.server.output import Output
 from triptych.telemetry import Telemetry
 
 M = TypeVar("M")

@@ -44,7 +44,7 @@ from triptych.messages import (
     Tokens,
     Wanted,
 )
-from triptych.server.generation import PreparedPrompt
+from triptych.router.generation import PreparedPrompt
 
 
 def test_tokens_that_overtake_each_other_are_put_in_order_and_repeated_ones_dropped() -> None:

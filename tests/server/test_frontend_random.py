@@ -27,9 +27,9 @@ from triptych.messages import (
     TokenUpdate,
     Wanted,
 )
+from triptych.router.generation import Generation, PreparedPrompt
 from triptych.server import frontend as frontend_module
 from triptych.server.frontend import Frontend
-from triptych.server.generation import Generation, PreparedPrompt
 from triptych.telemetry import Telemetry
 
 FRONTEND = InstanceId("frontend")

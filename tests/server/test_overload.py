@@ -14,7 +14,7 @@ from tests.server.test_leaving import on_loop, wait_until
 from triptych.config import AdmissionConfig
 from triptych.core import Role
 from triptych.messages import Load
-from triptych.server.waiting import MIN_SEQUENCES
+from triptych.router.waiting import MIN_SEQUENCES
 
 LONG = ids("abc ") * 100
 

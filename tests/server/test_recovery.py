@@ -29,10 +29,10 @@ from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, Role, SamplingParams, TokenLogprobs
 from triptych.errors import RequestError
 from triptych.messages import Abort, Evicted, Failed, Located, Submit, Tokens, TokenUpdate, Wanted
+from triptych.router.generation import Generation
 from triptych.server import frontend as frontend_module
 from triptych.server.answers import usage_of
 from triptych.server.frontend import Frontend
-from triptych.server.generation import Generation
 
 E1, P1, D1 = InstanceId("e1"), InstanceId("p1"), InstanceId("d1")
 TWO_OF_EACH = ((E, Role.E), (E1, Role.E), (P, Role.P), (P1, Role.P), (D, Role.D), (D1, Role.D))

@@ -8,31 +8,17 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from triptych.control.events import Event
-from triptych.core import InstanceId, Role, Stage
+from triptych.core import InstanceId, Role
 from triptych.errors import InstanceError, RequestError
 from triptych.messages import Load
 from triptych.planning.allocator import PURE, Allocator, Candidate, Decision, Policy
 from triptych.planning.estimator import Estimator, Observation
+from triptych.router.demand import Demand
 from triptych.routing import RoutingTable
 
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
-
-
-class Demanded(Protocol):
-    """What is asked of the server; `server.demand.Demand` is one."""
-
-    @property
-    def queued_s(self) -> Mapping[Stage, float]: ...
-    @property
-    def ttft_s(self) -> float | None: ...
-    @property
-    def tpot_s(self) -> float | None: ...
-    @property
-    def ttft_slack_s(self) -> float | None: ...
-    @property
-    def tpot_slack_s(self) -> float | None: ...
 
 
 class Watched(Protocol):
@@ -42,7 +28,7 @@ class Watched(Protocol):
     def table(self) -> RoutingTable: ...
     @property
     def loads(self) -> Mapping[InstanceId, Load]: ...
-    def demand(self) -> Demanded: ...
+    def demand(self) -> Demand: ...
 
 
 class Controls(Protocol):

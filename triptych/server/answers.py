@@ -10,8 +10,8 @@ from typing import Protocol
 from msgspec import UNSET, Struct, UnsetType
 
 from triptych.core import TokenLogprobs
-from triptych.server.generation import Generation
-from triptych.server.output import Output
+from triptych.router.generation import Generation
+from triptych.router.output import Output
 from triptych.server.schema import (
     AnswerMessage,
     ChatChoice,

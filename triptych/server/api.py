@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 from triptych.config import ServerConfig
 from triptych.core import SamplingParams
 from triptych.errors import RequestError
+from triptych.router.generation import Generation, PreparedPrompt
+from triptych.router.waiting import Kind
 from triptych.server.answers import Answer, ChatAnswer, CompletionAnswer
 from triptych.server.frontend import Frontend
-from triptych.server.generation import Generation, PreparedPrompt
 from triptych.server.http import Exchange, encode_json
 from triptych.server.parsing import check_supported, decode_body, unsupported
 from triptych.server.prompts import MAX_PROMPTS, PromptBuilder
@@ -28,7 +29,6 @@ from triptych.server.schema import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from triptych.server.waiting import Kind
 
 _TOKEN_BYTES = 5  # of a token id in a message, at most
 _ORDERS_PER_BODY = 4  # bytes sent to instances for a request, as a multiple of the largest body

@@ -8,7 +8,6 @@ import asyncio
 import itertools
 import logging
 import secrets
-import time
 from collections.abc import Collection, Iterable, Sequence
 
 from msgspec.structs import replace
@@ -29,15 +28,16 @@ from triptych.messages import (
     Wanted,
 )
 from triptych.model.processor import Processor
+from triptych.router.admission import Admission, broken, deadline_exceeded, lost_too_often, poisonous
+from triptych.router.attempts import Attempt, Task
+from triptych.router.backlog import Backlog
+from triptych.router.clock import LoopClock
+from triptych.router.demand import AnswerTimes, Demand
+from triptych.router.dispatch import Dispatcher, Wire
+from triptych.router.generation import Generation, PreparedPrompt
+from triptych.router.output import Output
+from triptych.router.waiting import Kind
 from triptych.routing import RoutingTable
-from triptych.server.admission import Admission, broken, deadline_exceeded, lost_too_often, poisonous
-from triptych.server.attempts import Attempt, Task
-from triptych.server.backlog import Backlog
-from triptych.server.demand import AnswerTimes, Demand
-from triptych.server.dispatch import Dispatcher, Wire
-from triptych.server.generation import Generation, PreparedPrompt
-from triptych.server.output import Output
-from triptych.server.waiting import Kind
 from triptych.telemetry import QueueSample, Telemetry
 
 logger = logging.getLogger(__name__)
@@ -78,10 +78,11 @@ class Frontend:
         self._processor = processor
         self._wire = wire
         self._telemetry = telemetry
+        self._clock = LoopClock()
         self._dispatcher = Dispatcher(
             wire, processor.identity, parallel_encode=parallel_encode, prefix_caching=prefix_caching
         )
-        self._backlog = Backlog(self._config, self._dispatcher, telemetry, self._fail)
+        self._backlog = Backlog(self._config, self._dispatcher, self._clock, telemetry.retried, self._fail)
         self._room, self._attempts = self._backlog.room, self._backlog.attempts
         self._admission = Admission(self._config, self._room)
         self._times = AnswerTimes()
@@ -114,7 +115,7 @@ class Frontend:
         try:
             if self._draining:
                 raise shutting_down()
-            self._admission.check_any(time.monotonic())
+            self._admission.check_any(self._clock.now)
         except RequestError as error:
             self._count_refusal(error)
             raise
@@ -124,7 +125,7 @@ class Frontend:
         try:
             if self._draining:
                 raise shutting_down()
-            self._admission.check(kind, media_bytes, deadline, time.monotonic())
+            self._admission.check(kind, media_bytes, deadline, self._clock.now)
         except RequestError as error:
             self._count_refusal(error)
             raise
@@ -150,7 +151,7 @@ class Frontend:
         Raises RequestError(503) if a stage that they need has no instance or if they would have to wait too long,
         RequestError(504) if the deadline has passed.
         """
-        now = time.monotonic()
+        now = self._clock.now
         generation = Generation(self, prompts, now if arrived_at is None else arrived_at, deadline)
         kind = Kind.of(unit.modality for prompt in prompts for unit in prompt.units)
         self.check_admission(kind, deadline, generation.media_bytes)
@@ -162,8 +163,7 @@ class Frontend:
         self._idle.clear()
         self._admission.media_held_bytes += generation.media_bytes
         if deadline is not None:
-            call_later = asyncio.get_running_loop().call_later
-            generation.timer = call_later(deadline - now, self._fail, generation, deadline_exceeded())
+            generation.timer = self._clock.after(deadline - now, self._fail, generation, deadline_exceeded())
         for tasks in groups:
             if generation in self._open:  # else one of its sequences could not be sent
                 self._backlog.queue(tasks)
@@ -196,7 +196,7 @@ class Frontend:
         return self._dispatcher.room()
 
     def demand(self) -> Demand:
-        now, queued = time.monotonic(), self._room.queued()
+        now, queued = self._clock.now, self._room.queued()
         ttft_slack_s, tpot_slack_s = self._times.slack_s(self._config)
         return Demand(
             {Stage.ENCODE: queued.encode_s, Stage.PREFILL: queued.prefill_s, Stage.DECODE: queued.decode_s},
@@ -257,7 +257,7 @@ class Frontend:
                 logger.warning("frontend got %s, which is not for it", type(message).__name__)
 
     def _tokens(self, message: Tokens) -> None:
-        now = time.monotonic()
+        now = self._clock.now
         for update in message.updates:
             attempt = self._attempts.get(update.request_id)
             if attempt is None:
@@ -395,7 +395,7 @@ class Frontend:
             self._telemetry.refused(reason)
 
     def _queue_samples(self) -> dict[str, QueueSample]:
-        now = time.monotonic()
+        now = self._clock.now
         return {
             kind.value: QueueSample(self._room.num_waiting(kind), self._room.predicted_wait_s(kind, now))
             for kind in Kind

@@ -9,7 +9,7 @@ from typing import ParamSpec
 from triptych.errors import RequestError
 from triptych.model.headers import VideoHeader
 from triptych.model.processor import Processor, Prompt
-from triptych.server.generation import PreparedPrompt
+from triptych.router.generation import PreparedPrompt
 from triptych.server.media import MediaItem, MediaLoader
 from triptych.server.media_source import MediaSource
 from triptych.server.parsing import blamed

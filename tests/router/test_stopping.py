@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triptych.server.stopping import StopFilter
+from triptych.router.stopping import StopFilter
 
 TEXTS = st.text("ab", max_size=20)
 STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3).map(tuple)

@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from triptych.config import AdmissionConfig, Schedule
 from triptych.core import Stage
-from triptych.server.waiting import AGEING, MIN_SEQUENCES, NO_WORK, Kind, Waiter, WaitingRoom, Work
+from triptych.router.waiting import AGEING, MIN_SEQUENCES, NO_WORK, Kind, Waiter, WaitingRoom, Work
 
 ONE_OF_EACH = {Stage.ENCODE: 1, Stage.PREFILL: 1, Stage.DECODE: 1}
 

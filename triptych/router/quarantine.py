@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 
-from triptych.server.attempts import Task
+from triptych.router.attempts import Task
 
 
 class Quarantine:

@@ -1,21 +1,19 @@
 """Everything that is not answered yet: what of it waits and for what, what is with the instances, and how it is taken
 up again when these are lost. Knows predicted work and attempts; no tokens, no clients."""
 
-import asyncio
 import logging
-import time
 from collections.abc import Callable, Iterable
 
 from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, RequestId, Stage, UnitHash
 from triptych.errors import RequestError
-from triptych.server.admission import broken, unavailable
-from triptych.server.attempts import Attempt, Task
-from triptych.server.dispatch import Dispatcher, Plan
-from triptych.server.generation import Generation
-from triptych.server.quarantine import Quarantine
-from triptych.server.waiting import NO_WORK, Waiter, WaitingRoom
-from triptych.telemetry import Telemetry
+from triptych.router.admission import broken, unavailable
+from triptych.router.attempts import Attempt, Task
+from triptych.router.clock import Clock, Timer
+from triptych.router.dispatch import Dispatcher, Plan
+from triptych.router.generation import Generation
+from triptych.router.quarantine import Quarantine
+from triptych.router.waiting import NO_WORK, Waiter, WaitingRoom
 
 logger = logging.getLogger(__name__)
 
@@ -27,23 +25,26 @@ class Backlog:
         self,
         config: AdmissionConfig,
         dispatcher: Dispatcher,
-        telemetry: Telemetry,
+        clock: Clock,
+        retried: Callable[[str], None],
         fail: Callable[[Generation, RequestError], None],
     ) -> None:
-        """`fail` ends a generation, which drops all that is left of it here."""
+        """`retried` hears the reason of each further attempt. `fail` ends a generation, which drops all that is left of
+        it here."""
         self.room: WaitingRoom[list[Task]] = WaitingRoom(config)
         self.attempts: dict[RequestId, Attempt] = {}
         self._recovery_timeout_s = config.recovery_timeout_s
         self._dispatcher = dispatcher
-        self._telemetry = telemetry
+        self._clock = clock
+        self._retried = retried
         self._fail = fail
         self._quarantine = Quarantine()
         self._wanting: dict[Attempt, float] = {}  # those that miss units while nobody encodes, and since when
-        self._recovery: asyncio.TimerHandle | None = None
+        self._recovery: Timer | None = None
 
     def queue(self, tasks: list[Task]) -> None:
         """They go to the instances together as soon as it is their turn: at once, if nothing is before them."""
-        now, first = time.monotonic(), tasks[0]
+        now, first = self._clock.now, tasks[0]
         plan = self._dispatcher.plan(first, len(tasks))
         arrived_at, deadline = first.generation.arrived_at, first.generation.deadline
         queued_at = now if first.suspected_at is None else first.suspected_at
@@ -75,16 +76,16 @@ class Backlog:
             self._dispatcher.forget_orders(task.attempt)
             self._withdraw(task)
             task.output.restart()
-            self._telemetry.retried(reason)
+            self._retried(reason)
             logger.info("%s: %s, goes on behind token %d", task.output.request_id, reason, task.output.num_tokens)
         for task in tasks:
             if task.generation.failed:  # because another choice of it could not be sent, just now
                 continue
             if task.num_blames and not self._quarantine.is_out(task):
-                task.suspected_at = task.suspected_at or time.monotonic()
+                task.suspected_at = task.suspected_at or self._clock.now
                 self._quarantine.add(task)
             elif pause_s:
-                task.timer = asyncio.get_running_loop().call_later(pause_s, self._queue_again, task)
+                task.timer = self._clock.after(pause_s, self._queue_again, task)
             else:
                 self._queue_again(task)
         self.settle()
@@ -127,7 +128,7 @@ class Backlog:
 
     def _pump(self, newest: Waiter[list[Task]] | None = None, plan: Plan | None = None) -> None:
         """Sends all that may go now. `plan` is that of the `newest`, made just now."""
-        while (waiter := self.room.take(time.monotonic())) is not None:
+        while (waiter := self.room.take(self._clock.now)) is not None:
             try:
                 self._send(waiter, plan if waiter is newest else None)
             except Exception:  # the boundary of a request: others go on
@@ -146,7 +147,7 @@ class Backlog:
 
     def _unsend(self, waiter: Waiter[list[Task]]) -> None:
         """Of one that could not be sent: nothing of it counts for the window of its kind."""
-        now = time.monotonic()
+        now = self._clock.now
         for task in waiter.what:
             task.attempt = None
             self.room.release(waiter.kind, waiter.work if task is waiter.what[0] else NO_WORK, now, done=False)
@@ -154,7 +155,7 @@ class Backlog:
     def _encode(self, attempt: Attempt) -> None:
         """Orders what an attempt wants; without anybody who encodes it goes on wanting."""
         if not self._dispatcher.table.serving(Stage.ENCODE):
-            self._wanting.setdefault(attempt, time.monotonic())
+            self._wanting.setdefault(attempt, self._clock.now)
             self._watch_stalled()
             return
         units, attempt.wanted = attempt.wanted, set()
@@ -169,7 +170,7 @@ class Backlog:
         """It does not count for the window of its kind any more. Idempotent."""
         if attempt.work is not None:
             work, attempt.work = attempt.work, None
-            self.room.release(attempt.task.kind, work, time.monotonic(), done=done)
+            self.room.release(attempt.task.kind, work, self._clock.now, done=done)
 
     def _withdraw(self, task: Task, *, tell: bool = True) -> None:
         """From wherever it waits, or from the instances."""
@@ -177,7 +178,7 @@ class Backlog:
             task.timer.cancel()
             task.timer = None
         if task.waiter is not None:
-            self.room.remove(task.waiter, time.monotonic())
+            self.room.remove(task.waiter, self._clock.now)
             task.waiter = None
         attempt, task.attempt = task.attempt, None
         if attempt is not None:
@@ -191,7 +192,7 @@ class Backlog:
 
     def instances_changed(self) -> None:
         """Somebody came, went, or takes no more new work."""
-        self.room.set_instances(self._dispatcher.num_serving(), time.monotonic())
+        self.room.set_instances(self._dispatcher.num_serving(), self._clock.now)
         self.room.returning = self._dispatcher.returning_stages()
         for attempt in list(self._wanting):
             self._encode(attempt)
@@ -203,12 +204,12 @@ class Backlog:
         if self._recovery is None:
             since = min((since for _, _, since in self._stalled()), default=None)
             if since is not None:
-                wait_s = since + self._recovery_timeout_s - time.monotonic()
-                self._recovery = asyncio.get_running_loop().call_later(wait_s, self._give_up_stalled)
+                wait_s = since + self._recovery_timeout_s - self._clock.now
+                self._recovery = self._clock.after(wait_s, self._give_up_stalled)
 
     def _give_up_stalled(self) -> None:
         self._recovery = None
-        overdue = time.monotonic() - self._recovery_timeout_s
+        overdue = self._clock.now - self._recovery_timeout_s
         for generation, stage, since in list(self._stalled()):
             if since <= overdue:
                 self._fail(generation, unavailable(stage))

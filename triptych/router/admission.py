@@ -5,7 +5,7 @@ from typing import Any
 from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, Stage
 from triptych.errors import RequestError
-from triptych.server.waiting import Kind, WaitingRoom
+from triptych.router.waiting import Kind, WaitingRoom
 
 MAX_WAITING = 10_000  # sequences, of all kinds: what they hold has to fit into this process
 UNAVAILABLE_RETRY_S = 2.0  # about the time in which a lost instance is started again

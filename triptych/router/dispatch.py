@@ -10,11 +10,11 @@ from triptych.config import KV_BLOCK_TOKENS
 from triptych.core import BlockHashes, EncodeUnit, InstanceId, Stage, UnitHash, distinct, units_behind
 from triptych.memory.prefix import prompt_hashes
 from triptych.messages import Abort, AnyMessage, Encode, Evicted, Load, Submit, Table
+from triptych.router.attempts import Attempt, Task
+from triptych.router.directory import Directory
+from triptych.router.generation import PreparedPrompt
+from triptych.router.waiting import Work
 from triptych.routing import RoutingTable, assign_units, pick
-from triptych.server.attempts import Attempt, Task
-from triptych.server.directory import Directory
-from triptych.server.generation import PreparedPrompt
-from triptych.server.waiting import Work
 from triptych.stages.base import USUAL_ANSWER_TOKENS
 
 UNKNOWN_PACE_S = 1e-4  # per token or row, of an instance that has not reported its own yet

@@ -1,12 +1,12 @@
 """A sequence is tried as often as it takes: what is asked of the instances each time, and who they are."""
 
-import asyncio
 from dataclasses import dataclass, field
 
 from triptych.core import BlockHashes, InstanceId, RequestId, UnitHash
-from triptych.server.generation import Generation, PreparedPrompt
-from triptych.server.output import Output
-from triptych.server.waiting import Kind, Waiter, Work
+from triptych.router.clock import Timer
+from triptych.router.generation import Generation, PreparedPrompt
+from triptych.router.output import Output
+from triptych.router.waiting import Kind, Waiter, Work
 
 
 @dataclass(slots=True, eq=False)
@@ -23,12 +23,12 @@ class Task:
     kind: Kind
     attempt: "Attempt | None" = None
     waiter: "Waiter[list[Task]] | None" = None
-    timer: asyncio.TimerHandle | None = None
+    timer: Timer | None = None
     num_attempts: int = 0
     num_failures: int = 0  # attempts that failed in a row without a new token
     num_blames: int = 0  # crashes while it was computed, since it last got past such a point
     num_losses: int = 0  # instances that it lost in a row, without a decoded token in between
-    suspected_at: float | None = None  # when it came into quarantine, in `time.monotonic`
+    suspected_at: float | None = None  # when it came into quarantine
 
     @property
     def num_tokens(self) -> int:

@@ -4,8 +4,8 @@ import pytest
 
 from triptych.core import BlockHash, BlockHashes, InstanceId, UnitHash
 from triptych.messages import Evicted
-from triptych.server import directory
-from triptych.server.directory import Directory
+from triptych.router import directory
+from triptych.router.directory import Directory
 
 E, P = InstanceId("e0"), InstanceId("p0")
 UNITS = [UnitHash(bytes([i] * 16)) for i in range(8)]

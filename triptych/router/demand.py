@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from triptych.config import AdmissionConfig
 from triptych.core import Stage
-from triptych.server.waiting import Kind
+from triptych.router.waiting import Kind
 
 _TTFT_WEIGHT = 0.1  # of the newest in a moving average: about the last ten answers
 _GAP_WEIGHT = 0.005  # about the last two hundred tokens

@@ -1,11 +1,18 @@
 """What one sequence has said so far: tokens in, text out. Knows no HTTP and no other sequence."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from triptych.core import FinishReason, RequestId, SamplingParams, TokenLogprobs
 from triptych.messages import TokenUpdate
-from triptych.model.token_stream import TokenStream
-from triptych.server.stopping import StopFilter
+from triptych.router.stopping import StopFilter
+
+
+class TextStream(Protocol):
+    """Text of tokens that arrive one by one, in pieces that are whole characters; `flush`: what was held back."""
+
+    def push(self, token_id: int, /) -> str: ...
+    def flush(self) -> str: ...
 
 
 class Output:
@@ -35,7 +42,7 @@ class Output:
         request_id: RequestId,
         sampling: SamplingParams,
         stop: tuple[str, ...],
-        token_stream: TokenStream,
+        token_stream: TextStream,
     ) -> None:
         self.index = index  # among all choices of the client's request
         self.request_id = request_id

@@ -27,10 +27,10 @@ from triptych.config import AdmissionConfig, Schedule
 from triptych.core import InstanceId, Role, SamplingParams, Stage
 from triptych.errors import RequestError
 from triptych.messages import Abort, AnyMessage, Load, Located, PoolUsage, Submit, Tokens
-from triptych.server import admission
+from triptych.router import admission
+from triptych.router.generation import Generation, PreparedPrompt
+from triptych.router.waiting import MIN_SEQUENCES, Kind
 from triptych.server.frontend import Frontend
-from triptych.server.generation import Generation, PreparedPrompt
-from triptych.server.waiting import MIN_SEQUENCES, Kind
 
 # A prompt token takes 0.1 s, so that a prompt of 100 is 10 s of work, and the window is what may always go.
 SLOW = {"p": 0.1, "e": 0.1, "d": 0.01}

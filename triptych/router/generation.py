@@ -8,7 +8,8 @@ from typing import Protocol, Self
 
 from triptych.core import EncodeUnit, Media, PositionArguments, Span, UnitHash
 from triptych.errors import RequestError
-from triptych.server.output import Output
+from triptych.router.clock import Timer
+from triptych.router.output import Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,12 @@ class Generation:
     def __init__(
         self, owner: Owner, prompts: Sequence[PreparedPrompt], arrived_at: float, deadline: float | None = None
     ) -> None:
-        """Times are those of `time.monotonic`."""
+        """Times are those of the router's clock."""
         self.prompts = prompts
         self.outputs: list[Output] = []
         self.arrived_at = arrived_at
         self.deadline = deadline
-        self.timer: asyncio.TimerHandle | None = None  # of the deadline
+        self.timer: Timer | None = None  # of the deadline
         self._owner = owner
         self._changed: dict[Output, None] = {}  # an ordered set
         self._waiter: asyncio.Future[None] | None = None

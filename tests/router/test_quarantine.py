@@ -2,8 +2,8 @@
 
 from typing import Any, cast
 
-from triptych.server.attempts import Task
-from triptych.server.quarantine import Quarantine
+from triptych.router.attempts import Task
+from triptych.router.quarantine import Quarantine
 
 A, B, C = (cast(Task, object()) for _ in range(3))
 
