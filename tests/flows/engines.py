@@ -15,20 +15,18 @@ from msgspec.structs import replace
 
 from tests.builders import BLOCK_TOKENS, make_config, make_media
 from triptych.config import InstanceConfig, SchedulingConfig
-from triptych.core import Chunk, EncodeUnit, EncodeWork, InstanceId, Role, SampledToken, Sequence, Stage
+from triptych.core import Chunk, EncodeUnit, EncodeWork, InstanceId, Role, SampledToken, Sequence
 from triptych.engine.engine import Engine
-from triptych.engine.equipment import Equipment, Runners, Stages
-from triptych.engine.pools import Pools
+from triptych.engine.equipment import Equipment, Runners
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import ConfigError, RequestError
-from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
+from triptych.memory.embedding_cache import EmbeddingCache
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
+from triptych.memory.pools import Pools
 from triptych.messages import AnyMessage, Encode, Failed, Submit, Switched, SwitchRole, Table, Tokens
 from triptych.stages.base import Surroundings
-from triptych.stages.decode import DecodeStage
-from triptych.stages.encode import EncodeStage
-from triptych.stages.prefill import PrefillStage
+from triptych.stages.group import StageGroup
 from triptych.transfer.select import Transfers
 from triptych.transfer.slab import Slab, slab_bytes
 
@@ -268,16 +266,8 @@ class Hops:
 
 def equip(near: Surroundings, slab: Slab, transfers: Transfers, config: InstanceConfig) -> Equipment:
     """For a role, over a slab that is carved in the same way for all of them."""
-    role, leases = config.role, Leases()
-    kv, embeddings = KVCache(NUM_BLOCKS, BLOCK_TOKENS), EmbeddingCache(NUM_BLOCKS, BLOCK_TOKENS)
-    share = NUM_BLOCKS // 2 if role.encodes and Stage.PREFILL in role.stages else NUM_BLOCKS
-    pools, stages = Pools(leases, kv, embeddings), Stages()
-    if Stage.ENCODE in role.stages:
-        stages.encode = EncodeStage(near, EmbeddingShare(embeddings, share), leases)
-    if Stage.PREFILL in role.stages:
-        stages.prefill = PrefillStage(near, kv, EmbeddingShare(embeddings, share), leases, max_num_seqs=8)
-    if Stage.DECODE in role.stages:
-        stages.decode = DecodeStage(near, kv, leases, max_num_seqs=8)
+    pools = Pools(Leases(), KVCache(NUM_BLOCKS, BLOCK_TOKENS), EmbeddingCache(NUM_BLOCKS, BLOCK_TOKENS))
+    stages = StageGroup(config.role, near, pools, config.scheduling)
     rows = Rows(slab, "embedding")
     runners = Runners(EncodeRunner(rows), LanguageRunner(Rows(slab, "kv"), rows))
     return Equipment(config, pools, stages, runners, transfers)

@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, replace
 
 from tests.builders import BLOCK_TOKENS, make_unit
+from triptych.config import SchedulingConfig
 from triptych.core import (
     Chunk,
     EncodeUnit,
@@ -21,33 +22,24 @@ from triptych.core import (
     Stage,
 )
 from triptych.errors import RequestError
-from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
+from triptych.memory.embedding_cache import EmbeddingCache
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
+from triptych.memory.pools import Pools
 from triptych.messages import (
     FRONTEND,
-    Abort,
     AnyMessage,
-    Declined,
-    Embedded,
-    Encode,
     Peer,
-    Prefilled,
-    Prefilling,
-    Release,
-    Share,
     SlabDescription,
     Submit,
     Switched,
     SwitchRole,
     Table,
-    Wanted,
 )
 from triptych.routing import RoutingTable
-from triptych.stages.base import Pull, Surroundings, reader_lost, turn_away
-from triptych.stages.decode import DecodePlan, DecodeStage
-from triptych.stages.encode import EncodeStage
-from triptych.stages.prefill import PrefillStage
+from triptych.stages.base import Pull, Surroundings
+from triptych.stages.decode import DecodePlan
+from triptych.stages.group import StageGroup
 
 PLACEMENTS = [
     "1e1p1d", "1e1pd", "1ep1d", "1ed1p", "1epd", "2e2p2d", "2epd", "2e1p1d", "1e2p1d", "2ep1d", "2ep2d", "2ed1p",
@@ -158,23 +150,18 @@ class Instance:
         self.cache = EmbeddingCache(scenario.embedding_blocks * shares, BLOCK_TOKENS)
         self.kv_content: dict[int, object] = {}  # slot -> link of a chain
         self.row_content: dict[int, object] = {}  # slot -> (unit, row)
-        self.encode = self.prefill = self.decode = None
-        if Stage.ENCODE in role.stages:
-            share = EmbeddingShare(self.cache, scenario.embedding_blocks)
-            self.encode = EncodeStage(self.near, share, self.leases)
-        if Stage.PREFILL in role.stages:
-            self.prefill = PrefillStage(
-                self.near,
-                self.kv,
-                EmbeddingShare(self.cache, scenario.embedding_blocks),
-                self.leases,
+        self.stages = StageGroup(
+            role,
+            self.near,
+            Pools(self.leases, self.kv, self.cache),
+            SchedulingConfig(
                 max_num_seqs=scenario.max_num_seqs,
-                streamed=scenario.streamed,
-                chunked_transfer=scenario.chunked_transfer,
-                whole_spans=scenario.whole_spans,
-            )
-        if Stage.DECODE in role.stages:
-            self.decode = DecodeStage(self.near, self.kv, self.leases, max_num_seqs=scenario.max_num_seqs)
+                streamed_prefill=scenario.streamed,
+                chunked_kv_transfer=scenario.chunked_transfer,
+            ),
+            whole_spans=scenario.whole_spans,
+        )
+        self.encode, self.prefill, self.decode = self.stages.encode, self.stages.prefill, self.stages.decode
 
     @property
     def num_offloads(self) -> int:
@@ -185,42 +172,17 @@ class Instance:
         slab = SlabDescription(transports={}, host="here", device="cpu", base=0, regions={})
         return Peer(self.id, self.role, self.near.epoch, self.process, slab)
 
-    @property
-    def stages(self) -> list[EncodeStage | PrefillStage | DecodeStage]:
-        return [stage for stage in (self.encode, self.prefill, self.decode) if stage is not None]
-
     # ---- engine
 
     def handle(self, message: AnyMessage) -> None:
         self.awake = True
         match message:
-            case Encode() if self.encode is not None:
-                self.encode.admit(message)
-            case Submit() if self.prefill is not None:
-                self.prefill.admit(message)
-            case Embedded() if self.prefill is not None:
-                self.prefill.embedded(message)
-            case Wanted() if self.prefill is not None:
-                self.prefill.wanted(message)
-            case Share() if self.prefill is not None:
-                self.prefill.share(message)
-            case Prefilling() if self.decode is not None:
-                self.decode.prefilling(message)
-            case Prefilled() if self.decode is not None:
-                self.decode.admit(message)
-            case Release():
-                self.leases.release(message.lease)
-            case Declined():
-                self.leases.decline(message.lease)
-            case Abort():
-                for stage in self.stages:
-                    stage.abort(message.request_id)
             case Table():
                 self._take_table(RoutingTable.of(message))
             case SwitchRole():
                 self._switch(message)
             case _:
-                assert turn_away(self.near, message), f"{self.id} gets {message}"
+                assert self.stages.take(message), f"{self.id} gets {message}"
 
     def _take_table(self, table: RoutingTable) -> None:
         near = self.near
@@ -232,32 +194,24 @@ class Instance:
         for peer in gone:
             self.lost_processes.add(peer.address)
             near.decode_loads.pop(peer.id, None)
-            reader_lost(near, self.leases, peer.id)
-            for stage in self.stages:
-                stage.lost(peer.id)
+            self.stages.lost(peer.id)
 
     def _switch(self, order: SwitchRole) -> None:
         assert order.order > self.newest_order
         self.newest_order = order.order
         if order.config is not None and order.config.role is self.role:
             self.order = None
-            for stage in self.stages:
-                stage.stay()
+            self.stages.stay()
             self._say_switched(order)
             return
         self.order = order
-        if self.encode is not None:
-            self.encode.leave()
-        if self.prefill is not None:
-            self.prefill.leave()
-        if self.decode is not None:
-            self.decode.leave(order.room)
+        self.stages.leave(order.room)
 
     @property
     def is_drained(self) -> bool:
         out = self.near.out
         unsaid = out.messages or out.pulls or out.tokens
-        return not (unsaid or self.num_pulls or len(self.leases)) and all(stage.is_empty for stage in self.stages)
+        return not (unsaid or self.num_pulls) and self.stages.is_empty
 
     def carry_out(self) -> None:
         """Nothing is left here of the old role. Now and then it cannot be changed, and the old one is fitted again."""
@@ -279,10 +233,7 @@ class Instance:
     def settled(self, pull: Pull, failure: Exception | None) -> None:
         self.awake = True
         self.num_pulls -= 1
-        if pull.ticket.region == "kv":
-            self.decode.pulled(pull.key, failure)
-        else:
-            self.prefill.pulled(pull.key, failure)
+        self.stages.pulled(pull.key, failure)
 
     def step(self) -> bool:
         """One turn; whether there was a batch (the engine waits for news if there was none)."""

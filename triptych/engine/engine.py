@@ -13,7 +13,7 @@ import zmq
 from triptych.config import InstanceConfig
 from triptych.core import Chunk, InstanceId, RequestId, Stage
 from triptych.engine.black_box import BlackBox
-from triptych.engine.equipment import Equipment, Runners, Stages
+from triptych.engine.equipment import Equipment, Runners
 from triptych.engine.pace import Metronome, Pace
 from triptych.engine.reports import load_of
 from triptych.engine.screening import contradiction
@@ -21,21 +21,16 @@ from triptych.engine.sockets import Inbox, Post
 from triptych.errors import InstanceError
 from triptych.messages import (
     FRONTEND,
-    Abort,
     AnyMessage,
-    Declined,
     Embedded,
-    Encode,
     Evicted,
     Failed,
     Load,
     Peer,
     Prefilled,
     Prefilling,
-    Release,
     Share,
     Shutdown,
-    Submit,
     Switched,
     SwitchRole,
     Table,
@@ -44,11 +39,9 @@ from triptych.messages import (
     Wanted,
 )
 from triptych.routing import RoutingTable
-from triptych.stages.base import Surroundings, reader_lost, turn_away
+from triptych.stages.base import Surroundings
 
 logger = logging.getLogger(__name__)
-
-SHORT_ENCODE_STEP_S = 0.02
 
 
 @dataclass(slots=True)
@@ -132,7 +125,9 @@ class Engine:
         self.turn_began = time.monotonic()
         results, messages = self._transfers.completed(), self._inbox.receive(self._near.table.version)
         for result in results:
-            self._pulled(result.key, result.error)
+            if result.error is not None:
+                logger.warning("%s: pull failed: %s", self._near.instance, result.error)
+            self._stages.pulled(result.key, result.error)
         self._complain()  # here, because what settled during a long step is known only now
         for message in messages:
             self._handle(message)
@@ -160,23 +155,8 @@ class Engine:
         handler = self._handlers.get(type(message))
         if handler is not None:
             handler(message)
-        elif not turn_away(self._near, message):
+        elif not self._stages.take(message):
             logger.warning("%s: nothing here takes a %s", self._near.instance, type(message).__name__)
-
-    def _pulled(self, key: object, error: InstanceError | None) -> None:
-        if error is not None:
-            logger.warning("%s: pull failed: %s", self._near.instance, error)
-        if isinstance(key, bytes):
-            assert self._stages.prefill is not None
-            self._stages.prefill.pulled(key, error)  # type: ignore[arg-type]
-        else:
-            assert self._stages.decode is not None
-            self._stages.decode.pulled(key, error)  # type: ignore[arg-type]
-
-    def _abort(self, message: Abort) -> None:
-        for stage in (self._stages.encode, self._stages.prefill, self._stages.decode):
-            if stage is not None:
-                stage.abort(message.request_id)
 
     def _take_table(self, message: Table) -> None:
         near = self._near
@@ -194,15 +174,7 @@ class Engine:
                 self._addresses[peer.id] = peer.address
                 self._transfers.connect(peer)
         for instance in gone:  # last, because what was theirs goes to somebody of the new table
-            reader_lost(near, self._pools.leases, instance)
-            for stage in (self._stages.encode, self._stages.prefill, self._stages.decode):
-                if stage is not None:
-                    stage.lost(instance)
-
-    def _take_load(self, message: Load) -> None:
-        if Stage.DECODE in message.work_s:
-            self._near.decode_loads[message.instance] = message.work_s[Stage.DECODE]
-            self._near.decode_pace_s = message.pace_s[Stage.DECODE]
+            self._stages.lost(instance)
 
     def _shut_down(self, message: Shutdown) -> None:
         self._stopping = True
@@ -253,26 +225,11 @@ class Engine:
         self._poller.register(self._inbox.socket, zmq.POLLIN)
         self._poller.register(self._transfers.wake_fd, zmq.POLLIN)
         self._handlers: dict[type, Callable[..., None]] = {
-            Abort: self._abort,
-            Release: lambda message: equipment.pools.leases.release(message.lease),
-            Declined: lambda message: equipment.pools.leases.decline(message.lease),
             Table: self._take_table,
-            Load: self._take_load,
+            Load: self._near.take_load,
             SwitchRole: self._order_switch,
             Shutdown: self._shut_down,
         }
-        encode, prefill, decode = self._stages.encode, self._stages.prefill, self._stages.decode
-        if encode is not None:
-            self._handlers[Encode] = encode.admit
-        if prefill is not None:
-            self._handlers |= {
-                Submit: prefill.admit,
-                Embedded: prefill.embedded,
-                Wanted: prefill.wanted,
-                Share: prefill.share,
-            }
-        if decode is not None:
-            self._handlers |= {Prefilled: decode.admit, Prefilling: decode.prefilling}
 
     @property
     def peer(self) -> Peer:
@@ -284,30 +241,20 @@ class Engine:
         if order.order <= self._newest_order:
             return
         self._newest_order = order.order
-        encode, prefill, decode = self._stages.encode, self._stages.prefill, self._stages.decode
         if order.config is not None and order.config.role is self._equipment.config.role:
             self._leave = None
-            for stage in (encode, prefill, decode):
-                if stage is not None:
-                    stage.stay()
+            self._stages.stay()
             self._say_switched(order, {}, None)
             return
         self._leave = _Leave(order, time.monotonic())
-        if encode is not None:
-            encode.leave()
-        if prefill is not None:
-            prefill.leave()
-        if decode is not None:
-            decode.leave(order.room)
+        self._stages.leave(order.room)
 
     @property
     def _is_drained(self) -> bool:
         """Whether nobody relies on this instance in its present role: no work, no lease, no pull, nothing unsaid."""
-        stages = (self._stages.encode, self._stages.prefill, self._stages.decode)
         out = self._near.out
         return not (
-            any(stage is not None and not stage.is_empty for stage in stages)
-            or len(self._pools.leases)
+            not self._stages.is_empty
             or self._transfers.num_under_way
             or self._to_self
             or out.tokens
@@ -339,9 +286,8 @@ class Engine:
         self._say_switched(order, {"drain": drain_s} | equipment.steps_s, error)
 
     def _let_go(self) -> None:
-        """Of everything that refers to weights and memory, so that they can be given back."""
-        self._stages, self._runners = Stages(), Runners()
-        self._equipment.stages, self._equipment.runners = self._stages, self._runners
+        """Of what refers to weights and memory, so that they can be given back."""
+        self._runners = self._equipment.runners = Runners()
 
     def _say_switched(self, order: SwitchRole, steps_s: dict[str, float], error: str | None) -> None:
         self._send(FRONTEND, Switched(self._near.instance, order.order, self.peer, steps_s, error))
@@ -349,9 +295,10 @@ class Engine:
     # ---- work
 
     def _step_encode(self) -> bool:
-        if self._stages.encode is None or not (works := self._stages.encode.schedule(self._encode_budget())):
+        works = self._stages.schedule_encode(self._pace.of(Stage.ENCODE), self._scheduling.max_encode_tokens)
+        if not works:
             return False
-        assert self._runners.encode is not None
+        assert self._stages.encode is not None and self._runners.encode is not None
         self._flush()  # what is known already need not wait for the forward
         with self._recorded(self._stages.encode.running_requests):
             began = time.perf_counter()
@@ -371,18 +318,6 @@ class Engine:
         self._black_box.record(requests)
         yield
         self._black_box.record(())
-
-    def _encode_budget(self) -> int:
-        """Embedding rows of the next encode step: as many as take a quarter of the time that all that is waiting takes.
-
-        With little to do steps are short, so that prefill gets the first unit early; with much they are long, because
-        large batches use the device better. Where sequences decode on the same instance, they wait for every step.
-        """
-        assert self._stages.encode is not None
-        step_s = SHORT_ENCODE_STEP_S
-        if self._stages.decode is None or not self._stages.decode.num_running:
-            step_s = max(step_s, 0.25 * self._stages.encode.queued_tokens * self._pace.of(Stage.ENCODE))
-        return min(self._scheduling.max_encode_tokens, int(step_s / max(self._pace.of(Stage.ENCODE), 1e-9)))
 
     def _step_language(self) -> bool:
         """Decodes and prefill chunks of all sequences in one forward; decodes come first, chunks fill the budget."""
@@ -456,7 +391,7 @@ class Engine:
         self._send(FRONTEND, load)
         self._report_evicted()
         if Stage.DECODE in load.work_s:
-            self._take_load(load)
+            self._near.take_load(load)
             for peer in self._near.table.serving(Stage.PREFILL):
                 if peer.id != self._near.instance:
                     self._send(peer.id, load)
@@ -467,16 +402,13 @@ class Engine:
                 self.check_integrity()
 
     def _report_evicted(self) -> None:
-        units, blocks = [], []
-        if self._pools.embeddings is not None:
-            units, self._pools.embeddings.evicted = self._pools.embeddings.evicted, []
-        if self._pools.kv is not None:
-            blocks, self._pools.kv.evicted = self._pools.kv.evicted, []
+        units, blocks = self._pools.take_evicted_units(), self._pools.take_evicted_blocks()
         if units or blocks:
             self._send(FRONTEND, Evicted(self._near.instance, units, blocks))
 
     def load(self) -> Load:
-        return load_of(self._equipment, self._near, self._pace, self._num_steps)
+        counters = self._equipment.counters | {"steps": float(self._num_steps)}
+        return load_of(self._near, self._stages, self._pools, self._pace, counters)
 
     @property
     def num_pulls(self) -> int:
@@ -490,6 +422,4 @@ class Engine:
         self._inbox.close()
 
     def check_integrity(self) -> None:
-        for pool in (self._pools.kv, self._pools.embeddings):
-            if pool is not None:
-                pool.check_integrity()
+        self._pools.check_integrity()

@@ -6,12 +6,12 @@ from typing import Any, Protocol
 
 from triptych.config import InstanceConfig
 from triptych.core import Chunk, EncodeWork, SampledToken
-from triptych.engine.pools import Pools
 from triptych.errors import RequestError
-from triptych.stages.decode import DecodeStage
-from triptych.stages.encode import EncodeStage
-from triptych.stages.prefill import PrefillStage
+from triptych.memory.pools import Pools
+from triptych.stages.group import StageGroup
 from triptych.transfer.select import Transfers
+
+UNIT_SOURCES = ("cached", "transferred", "prefix")  # of units that were not encoded for the request that needed them
 
 
 class EncodeRuns(Protocol):
@@ -29,15 +29,6 @@ class LanguageRuns(Protocol):
 
 
 @dataclass(slots=True)
-class Stages:
-    """The state machines of the role, in the order of the data; one that it does not serve is None."""
-
-    encode: EncodeStage | None = None
-    prefill: PrefillStage | None = None
-    decode: DecodeStage | None = None
-
-
-@dataclass(slots=True)
 class Runners:
     """What computes; None where the role has no such stage."""
 
@@ -52,8 +43,26 @@ class Equipment:
 
     config: InstanceConfig
     pools: Pools
-    stages: Stages
+    stages: StageGroup
     runners: Runners
     transfers: Transfers
     set_threads: Callable[[bool], None] = lambda beside_encoders: None
     steps_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Totals since it was made."""
+        stages, embeddings = self.stages, self.pools.embeddings
+        counters = {f"transfer_{name}": float(n) for name, n in self.transfers.counters.items()}
+        if stages.encode is not None:
+            counters["encode_units_computed"] = float(stages.encode.num_computed)
+        if stages.prefill is not None:
+            counters |= {f"encode_units_{source}": float(stages.prefill.num_units[source]) for source in UNIT_SOURCES}
+            counters["prefix_queries"] = float(stages.prefill.num_prompt_tokens)
+            counters["prefix_hits"] = float(stages.prefill.num_cached_tokens)
+        if embeddings is not None:
+            counters["embedding_hits"] = float(embeddings.num_hits)
+            counters["embeddings_evicted"] = float(embeddings.num_evicted)
+        if stages.decode is not None:
+            counters["decode_offloads"] = float(stages.decode.num_offloads)
+        return counters

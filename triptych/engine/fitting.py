@@ -13,12 +13,11 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from triptych.config import InstanceConfig
-from triptych.core import Media, Role, Stage
-from triptych.engine.equipment import Equipment, Runners, Stages
-from triptych.engine.pools import Layouts, PoolPlan, Pools, plan_pools
+from triptych.core import Media, Role
+from triptych.engine.equipment import Equipment, Runners
+from triptych.engine.pools import Layouts, PoolPlan, plan_pools
 from triptych.engine.threads import set_niceness, thread_setter
 from triptych.errors import ConfigError
-from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.model.caches import EmbeddingRegion, KVRegion
 from triptych.model.encoder import EncodeRunner
 from triptych.model.families import family_for
@@ -26,9 +25,7 @@ from triptych.model.language import LanguageRunner
 from triptych.model.loading import Half, load_config, load_half, resolve_max_model_len
 from triptych.model.processor import Processor
 from triptych.stages.base import Surroundings
-from triptych.stages.decode import DecodeStage
-from triptych.stages.encode import EncodeStage
-from triptych.stages.prefill import PrefillStage
+from triptych.stages.group import StageGroup
 from triptych.transfer.select import Transfers
 from triptych.transfer.slab import Slab, available_bytes, slab_bytes
 
@@ -37,7 +34,6 @@ logger = logging.getLogger(__name__)
 WARM_UP_SIDE = 224  # pixels
 WARM_UP_SECONDS = 0.5
 WARM_UP_RATE = 16_000  # samples per second
-ENCODE_SHARE = 0.5  # of an embedding cache that encode and prefill use together
 
 
 @dataclass(slots=True)
@@ -98,7 +94,8 @@ class Fitter:
             plan = plan_pools(config, self._layouts, self._max_model_len)
             slab, transfers = self._carve(config, plan)
             pools = plan.make_pools(prefix_caching=config.memory.prefix_caching)
-            stages = self._make_stages(config, pools)
+            whole_spans = self._family.image_groups
+            stages = StageGroup(config.role, self.near, pools, config.scheduling, whole_spans=whole_spans)
             runners = self._make_runners(slab, plan)
         with watch.step("warm_up"):
             self._warm_up(runners, fresh)
@@ -162,36 +159,7 @@ class Fitter:
         most = max(nbytes, slab_bytes(plan.sizes()))
         return most if most <= available_bytes() else nbytes
 
-    # ---- stages and runners
-
-    def _make_stages(self, config: InstanceConfig, pools: Pools) -> Stages:
-        stages, role, scheduling, near = Stages(), config.role, config.scheduling, self.near
-        prefills = Stage.PREFILL in role.stages
-        if pools.embeddings is not None:
-            encode_blocks = prefill_blocks = pools.embeddings.num_blocks
-            if role.encodes and prefills:
-                encode_blocks = int(encode_blocks * ENCODE_SHARE)
-                prefill_blocks -= encode_blocks
-            if role.encodes:
-                share = EmbeddingShare(pools.embeddings, encode_blocks)
-                stages.encode = EncodeStage(near, share, pools.leases)
-            if prefills:
-                assert pools.kv is not None
-                stages.prefill = PrefillStage(
-                    near,
-                    pools.kv,
-                    EmbeddingShare(pools.embeddings, prefill_blocks),
-                    pools.leases,
-                    max_num_seqs=scheduling.max_num_seqs,
-                    # While this very instance encodes the rest, an early chunk would only delay it.
-                    streamed=scheduling.streamed_prefill and not role.encodes,
-                    chunked_transfer=scheduling.chunked_kv_transfer,
-                    whole_spans=self._family.image_groups,
-                )
-        if Stage.DECODE in role.stages:
-            assert pools.kv is not None
-            stages.decode = DecodeStage(near, pools.kv, pools.leases, max_num_seqs=scheduling.max_num_seqs)
-        return stages
+    # ---- runners
 
     def _make_runners(self, slab: Slab, plan: PoolPlan) -> Runners:
         runners, rows = Runners(), None

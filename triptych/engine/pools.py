@@ -21,20 +21,12 @@ from triptych.core import Stage
 from triptych.memory.embedding_cache import EmbeddingCache
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
+from triptych.memory.pools import Pools
 from triptych.model.caches import EmbeddingLayout, KVLayout, blocks_that_fit
 from triptych.model.loading import load_config, resolve_dtype, resolve_max_model_len
 from triptych.model.probe import embedding_layout, kv_layout
 
 CPU_KV_BYTES = GIB
-
-
-@dataclass(slots=True)
-class Pools:
-    """The books of one instance; a pool that the role has no use for is None."""
-
-    leases: Leases
-    kv: KVCache | None = None
-    embeddings: EmbeddingCache | None = None
 
 
 @dataclass(frozen=True)

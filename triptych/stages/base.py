@@ -23,6 +23,7 @@ from triptych.messages import (
     Embedded,
     Encode,
     Failed,
+    Load,
     Located,
     Prefilled,
     Prefilling,
@@ -103,6 +104,12 @@ class Surroundings:
     out: Outbox = field(default_factory=Outbox)
     gone_from_prefill: Gone = field(default_factory=Gone)  # also while it has another role: much comes late
     gone_from_decode: Gone = field(default_factory=Gone)
+
+    def take_load(self, load: Load) -> None:
+        """What an instance that decodes says of itself, this one among them."""
+        if Stage.DECODE in load.work_s:
+            self.decode_loads[load.instance] = load.work_s[Stage.DECODE]
+            self.decode_pace_s = load.pace_s[Stage.DECODE]
 
     def serves_here(self, stage: Stage) -> bool:
         """Whether this instance itself does, also while it leaves that role."""

@@ -1,0 +1,35 @@
+"""The books of one instance together."""
+
+from dataclasses import dataclass
+
+from triptych.core import BlockHash, UnitHash
+from triptych.memory.embedding_cache import EmbeddingCache
+from triptych.memory.kv_cache import KVCache
+from triptych.memory.leases import Leases
+
+
+@dataclass(slots=True)
+class Pools:
+    """A pool that the role has no use for is None."""
+
+    leases: Leases
+    kv: KVCache | None = None
+    embeddings: EmbeddingCache | None = None
+
+    def take_evicted_units(self) -> list[UnitHash]:
+        """Those that were given up since the last call."""
+        if self.embeddings is None:
+            return []
+        units, self.embeddings.evicted = self.embeddings.evicted, []
+        return units
+
+    def take_evicted_blocks(self) -> list[BlockHash]:
+        if self.kv is None:
+            return []
+        blocks, self.kv.evicted = self.kv.evicted, []
+        return blocks
+
+    def check_integrity(self) -> None:
+        for pool in (self.kv, self.embeddings):
+            if pool is not None:
+                pool.check_integrity()
