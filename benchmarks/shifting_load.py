@@ -24,6 +24,7 @@ from measuring import verdict, write_result
 from triptych.core import Placement, Role
 from triptych.planning.adaptation import Adaptation
 from triptych.planning.cost_model import Costs
+from triptych.planning.frontend import Record
 from triptych.planning.instance import Sizes
 from triptych.planning.reference import (
     BUILT_IN_COSTS,
@@ -33,7 +34,7 @@ from triptych.planning.reference import (
     built_in_shifting_load,
     paper_shifting_load,
 )
-from triptych.planning.simulator import Record, Simulation
+from triptych.planning.simulator import Simulation
 from triptych.planning.workload import Demand, Phase, poisson
 
 START = "5e1p2d"
@@ -126,10 +127,10 @@ def _compare(case: Case, seeds: Sequence[int]) -> dict[str, Any]:
 def _highest_rate(case: Case, placement: str) -> float:
     """Requests of the first phase per second that the scarcest stage can do, with full decode batches."""
     costs, phase, roles = case.costs, case.first_phase, Placement.parse(placement).roles
-    rows = sum(map(sum, phase.media))
+    rows = sum(sum(item.rows) for item in phase.media)
     step_s = costs.decode_sequence + costs.decode_step / case.sizes.max_num_seqs
     request_s = {
-        Role.E: costs.encode_unit * sum(map(len, phase.media)) + costs.encode_row * rows,
+        Role.E: costs.encode_unit * sum(len(item.rows) for item in phase.media) + costs.encode_row * rows,
         Role.P: costs.prefill_step + costs.prefill_token * (rows + phase.text_tokens),
         Role.D: step_s * (phase.output_tokens - 1),
     }

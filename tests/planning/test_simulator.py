@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, Placement, Role
 from triptych.planning.cost_model import Costs
+from triptych.planning.failures import Failure
+from triptych.planning.frontend import Record
 from triptych.planning.instance import Sizes
-from triptych.planning.simulator import Record, Simulation
-from triptych.planning.workload import Demand, Phase, poisson
+from triptych.planning.simulator import Options, Simulation
+from triptych.planning.workload import Demand, Item, Phase, poisson
 
 PLAIN = Costs(  # every number has its own decimal place, so that a sum says what is in it
     encode_row=0.1, prefill_token=0.01, decode_step=0.001, decode_sequence=0.0001, message=0.0, transfer=0.00001
@@ -21,15 +24,17 @@ ODD = Costs(  # no sum of these equals another one: nothing that matters happens
     encode_row=0.100037, prefill_token=0.0100291, decode_step=0.00100113, decode_sequence=0.000100171,
     message=0.0000139, transfer=0.0000107,
 )  # fmt: skip
+AT_ONCE = Options(admission=AdmissionConfig(dispatch_s=1e9))  # nothing waits at the frontend
 WHOLE = Sizes(streamed_prefill=False)
 TEXT = Demand(0.0, text_tokens=4, output_tokens=3)
-PICTURE = Demand(0.0, media=((8,),), text_tokens=4, output_tokens=3)
+ITEMS = st.lists(st.integers(1, 40), min_size=1, max_size=3).map(lambda rows: Item(tuple(rows)))
+PICTURE = Demand(0.0, media=(Item((8,)),), text_tokens=4, output_tokens=3)
 
 
 def simulate(
-    placement: str, *demands: Demand, costs: Costs = PLAIN, sizes: Sizes = WHOLE, **options: object
+    placement: str, *demands: Demand, costs: Costs = PLAIN, sizes: Sizes = WHOLE, options: Options | None = None
 ) -> list[Record]:
-    return Simulation(Placement.parse(placement), costs, sizes, **options).run(demands)
+    return Simulation(Placement.parse(placement), costs, sizes, options).run(demands)
 
 
 def seen(records: list[Record]) -> list[tuple[float | None, float | None, int]]:
@@ -59,16 +64,16 @@ def test_inside_one_instance_nothing_moves():
 
 
 def test_streamed_prefill_runs_the_text_before_the_picture_is_there():
-    (record,) = simulate("1e1p1d", PICTURE, sizes=Sizes())
+    (record,) = simulate("1e1p1d", replace(PICTURE, lead_tokens=4), sizes=Sizes())
     assert record.ttft_s == pytest.approx(0.8 + 0.00001 + 0.08)
 
 
 def test_two_encoders_halve_two_equal_units_and_their_rows_come_one_after_the_other():
-    halves = Demand(0.0, media=((8, 8),), text_tokens=4, output_tokens=1)
+    halves = Demand(0.0, media=(Item((8, 8)),), text_tokens=4, output_tokens=1)
     (one,), (two,) = simulate("1e1p1d", halves), simulate("2e1p1d", halves)
     assert one.ttft_s == pytest.approx(1.6 + 2 * 0.00001 + 0.2)
     assert two.ttft_s == pytest.approx(0.8 + 2 * 0.00001 + 0.2)
-    (serial,) = simulate("2e1p1d", halves, parallel_encode=False)
+    (serial,) = simulate("2e1p1d", halves, options=Options(parallel_encode=False))
     assert serial.ttft_s == pytest.approx(one.ttft_s)
 
 
@@ -111,7 +116,7 @@ def demands(draw: st.DrawFn) -> list[Demand]:
     one = st.builds(
         Demand,
         at_s=st.floats(0.0, 2.0),
-        media=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple), max_size=2).map(tuple),
+        media=st.lists(ITEMS, max_size=2).map(tuple),
         text_tokens=st.integers(1, 60),
         output_tokens=st.integers(1, 40),
     )
@@ -143,6 +148,24 @@ def test_every_request_is_answered_and_every_block_given_back_while_roles_change
         assert record.demand.at_s <= record.first_token_s <= record.finished_s
 
 
+failures = st.lists(
+    st.builds(Failure, st.floats(0.0, 5.0), st.integers(0, 1), st.sampled_from([0.0, 0.03]), st.floats(0.01, 2.0)),
+    max_size=5,
+)
+
+
+@settings(deadline=None)
+@given(demands(), st.sampled_from("1epd 2epd 1e1pd 2e1p2d 2e2pd 1ed1p 2ep1pd".split()), failures, st.integers(0, 3))
+def test_every_request_is_answered_and_every_block_given_back_while_instances_fail(asked, placement, ended, seed):
+    small = replace(SMALL, prefix_caching=bool(seed % 2))
+    plan = Placement.parse(placement)
+    failed = tuple(replace(one, instance=one.instance % len(plan.roles)) for one in ended)
+    simulation = Simulation(plan, replace(ODD, cores=2.0 if seed > 1 else math.inf), small, Options(failures=failed))
+    records = simulation.run(asked)
+    for record in records:
+        assert record.num_tokens == record.demand.output_tokens or record.error == "unavailable"
+
+
 @settings(deadline=None, max_examples=30)
 @given(demands(), placements)
 def test_equal_simulations_have_equal_outcomes(asked, placement):
@@ -155,7 +178,7 @@ def test_decode_steps_in_a_row_have_the_outcome_of_single_steps(asked, placement
     """Reports change nothing with one instance of a stage and nobody waiting at the frontend; one that is due at once
     ends every row after a step."""
     rows, single = (
-        simulate(placement, *asked, costs=ODD, sizes=replace(sizes, heartbeat_s=s), dispatch_s=math.inf)
+        simulate(placement, *asked, costs=ODD, sizes=replace(sizes, heartbeat_s=s), options=AT_ONCE)
         for s in (1000.0, 0.0)
     )
     for one, other in zip(rows, single, strict=True):
@@ -164,12 +187,77 @@ def test_decode_steps_in_a_row_have_the_outcome_of_single_steps(asked, placement
 
 
 def test_a_request_waits_at_the_frontend_while_the_instances_have_enough():
-    simulation = Simulation(Placement.parse("1e1p1d"), PLAIN, WHOLE, dispatch_s=0.5)
+    simulation = Simulation(Placement.parse("1e1p1d"), PLAIN, WHOLE, Options(admission=AdmissionConfig(dispatch_s=0.5)))
     waiting: list[float] = []
     simulation.every(1.0, lambda: waiting.append(sum(simulation.queued_s().values())))
-    later = Demand(5.0, media=((8,),), text_tokens=4)  # the first one tells how long a row takes
+    later = Demand(5.0, media=(Item((8,)),), text_tokens=4)  # the first one tells how long a row takes
     simulation.run([PICTURE] + [later] * 20)
     assert waiting[5] > waiting[10] > 0.0 and waiting[-1] == 0.0
+
+
+# ---- caches
+
+
+def test_a_picture_that_was_there_before_is_not_encoded_again():
+    first = Demand(0.0, media=(Item((8,), name=7),), text_tokens=4)
+    again, other = replace(first, at_s=10.0), replace(first, at_s=20.0, media=(Item((8,), name=8),))
+    records = simulate("1e1p1d", first, again, other)
+    assert records[1].ttft_s == pytest.approx(0.12)
+    assert [records[0].ttft_s, records[2].ttft_s] == pytest.approx([0.8 + 0.00001 + 0.12] * 2)
+
+
+def test_a_beginning_that_was_there_before_is_not_computed_again():
+    first = Demand(0.0, text_tokens=40, prefix=(1, 2))
+    asked = [first, replace(first, at_s=10.0), replace(first, at_s=20.0, prefix=(1, 3)), Demand(30.0, text_tokens=40)]
+    records = simulate("1epd", *asked, sizes=replace(WHOLE, prefix_caching=True))
+    assert [record.ttft_s for record in records] == pytest.approx([0.40, 0.08, 0.24, 0.40])
+
+
+# ---- cores that are shared
+
+
+def test_two_instances_on_one_core_take_twice_as_long():
+    pair = [replace(TEXT, output_tokens=1)] * 2
+    first, second = simulate("2epd", *pair, costs=replace(PLAIN, cores=1.0))
+    assert first.ttft_s == second.ttft_s == pytest.approx(0.08)
+    first, second = simulate("2epd", *pair, costs=replace(PLAIN, cores=2.0))
+    assert first.ttft_s == second.ttft_s == pytest.approx(0.04)
+
+
+def test_the_server_does_one_thing_after_the_other():
+    costs = replace(PLAIN, cores=4.0, server_request=1.0, server_token=0.5, client_token=0.25)
+    first, second = simulate("2epd", *[replace(TEXT, output_tokens=1)] * 2, costs=costs)
+    assert first.ttft_s == pytest.approx(1.0 + 0.04 + 0.96 + 0.5 + 0.25), "its token waits for the second request"
+    assert second.ttft_s == pytest.approx(2.0 + 0.5 + 0.5 + 0.25)
+
+
+# ---- deadlines, refusals, failures
+
+
+def test_a_request_whose_time_is_up_ends_and_leaves_nothing():
+    late, other = replace(TEXT, text_tokens=100, timeout_s=0.5), replace(TEXT, at_s=0.1)
+    ended, answered = simulate("1epd", late, other)
+    assert (ended.error, ended.num_tokens) == ("deadline_exceeded", 0)
+    assert answered.num_tokens == 3 and answered.ttft_s == pytest.approx(0.9 + 0.04)
+
+
+def test_what_would_wait_too_long_is_refused():
+    options = Options(admission=AdmissionConfig(max_queue_s=1.0, dispatch_s=0.1))
+    burst = [replace(TEXT, text_tokens=50)] * 5 + [replace(TEXT, at_s=0.6, text_tokens=50)] * 40
+    records = simulate("1epd", *burst, sizes=replace(WHOLE, max_num_seqs=8, max_num_batched_tokens=51), options=options)
+    refused = [record for record in records if record.error == "overloaded"]
+    assert refused and len(refused) < 40
+    assert all(record.num_tokens == (0 if record.error else 3) for record in records)
+
+
+def test_an_instance_that_ends_costs_time_and_no_token():
+    asked = Demand(0.0, text_tokens=4, output_tokens=1001)
+    failure = Failure(0.5, instance=0, found_s=0.1, restart_s=1.0)
+    (record,) = simulate("1epd", asked, options=Options(failures=(failure,)))
+    num_before = (0.5 - 0.04) // 0.0011
+    assert (record.num_tokens, record.num_attempts) == (1001, 2)
+    redone = 0.01 * (4 + 1 + num_before) + 0.0011 * (1000 - num_before - 1)
+    assert record.finished_s == pytest.approx(0.5 + 0.1 + 1.0 + redone, rel=0.01)
 
 
 # ---- role switches
@@ -196,7 +284,7 @@ def test_prefill_and_decode_keep_their_weights():
 
 
 def test_what_an_encoder_has_not_begun_is_encoded_by_another():
-    asked = [Demand(0.0, media=((8,),) * 6, text_tokens=4, output_tokens=1)]
+    asked = [Demand(0.0, media=(Item((8,)),) * 6, text_tokens=4, output_tokens=1)]
     simulation = switched("2e1p1d", "i1", Role.D, asked, at_s=0.1)
     assert simulation.switches[0].steps_s["drain"] < 3.0, "it ends its batch and no more"
     assert simulation.records[0].num_tokens == 1
@@ -221,8 +309,8 @@ def test_what_prefill_has_not_begun_is_taken_up_again_by_another():
 
 
 def test_a_poisson_workload_has_its_phases_and_its_rate():
-    asked = poisson([Phase(1000, 5), Phase(1000, 7, ((3,),), 9)], rate=4.0, seed=1)
+    asked = poisson([Phase(1000, 5), Phase(1000, 7, (Item((3,)),), 9)], rate=4.0, seed=1)
     assert [demand.output_tokens for demand in asked] == [5] * 1000 + [7] * 1000
-    assert asked[-1].media == ((3,),) and asked[-1].text_tokens == 9
+    assert asked[-1].media == (Item((3,)),) and asked[-1].text_tokens == 9
     assert asked[-1].at_s == pytest.approx(500.0, rel=0.1)
-    assert asked == poisson([Phase(1000, 5), Phase(1000, 7, ((3,),), 9)], rate=4.0, seed=1)
+    assert asked == poisson([Phase(1000, 5), Phase(1000, 7, (Item((3,)),), 9)], rate=4.0, seed=1)

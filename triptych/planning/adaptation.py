@@ -1,5 +1,6 @@
 """Roles that follow the load, on simulated time: what `control.adaptive` does to a real cluster."""
 
+from triptych.core import Role
 from triptych.planning.allocator import PURE, Allocator, Decision, Policy
 from triptych.planning.estimator import Estimator, Observation
 from triptych.planning.simulator import Simulation
@@ -13,7 +14,7 @@ class Adaptation:
     def __init__(self, simulation: Simulation, policy: Policy | None = None, *, interval_s: float = INTERVAL_S) -> None:
         self.decisions: list[Decision] = []
         self._simulation = simulation
-        self._estimator = Estimator(simulation.sizes.max_num_seqs)
+        self._estimator = Estimator(simulation.sizes_of(Role.D).max_num_seqs)
         self._allocator = Allocator(policy, PURE | set(simulation.roles().values()))
         self._is_switching = False
         simulation.every(interval_s, self._look)

@@ -1,8 +1,11 @@
 """How long things take on one instance, as few coefficients: what stands in for `runner.run` and for the links."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
 from triptych.core import Chunk, EncodeWork, Role
+from triptych.planning.demand import Item
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,6 +13,8 @@ class Costs:
     """Seconds unless the name says otherwise. A step takes its fixed part and so much for each of what is in it."""
 
     encode_step: float = 0.0
+    encode_item: float = 0.0  # of a media item, for each instance that encodes some of its units
+    encode_pixel: float = 0.0  # of its source: reading, resizing
     encode_unit: float = 0.0
     encode_row: float = 0.0
     prefill_step: float = 0.0
@@ -26,10 +31,22 @@ class Costs:
     embedding_row_bytes: int = 0
     switch_weights: float = 0.7  # a role switch that changes which half of the model is loaded
     switch_books: float = 0.05  # one that keeps it
+    cores: float = inf  # that all processes share; infinite: every instance has a device of its own
+    server_request: float = 0.0  # of the server process, as the next two
+    server_media_byte: float = 0.0
+    server_token: float = 0.0
+    client_request: float = 0.0  # of a load generator on the same machine, as the next one
+    client_token: float = 0.0
 
-    def encode_s(self, works: list[EncodeWork]) -> float:
+    def encode_s(self, works: list[EncodeWork], items: Mapping[bytes, Item]) -> float:
+        """`items` by the hash of their media; an item is read once for all its units of a step."""
         rows = sum(work.unit.num_tokens for work in works)
-        return self.encode_step + len(works) * self.encode_unit + rows * self.encode_row
+        seconds = self.encode_step + len(works) * self.encode_unit + rows * self.encode_row
+        if self.encode_item or self.encode_pixel:
+            for hash_ in {work.media.hash for work in works}:
+                item = items.get(hash_)  # None: the request ended while it was on its way
+                seconds += self.encode_item + (0 if item is None else item.pixels) * self.encode_pixel
+        return seconds
 
     def language_s(self, decodes: list[Chunk], chunks: list[Chunk]) -> float:
         """One forward over both: the larger of the fixed parts, and the sum of the others."""

@@ -4,42 +4,30 @@ It makes the same steps as `engine.engine.Engine`: messages are taken between tw
 take comes from a cost model. Decode steps in which nothing can change are made in one event, with the same outcome.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS, KV_BLOCK_TOKENS
+from triptych.config import EMBEDDING_BLOCK_TOKENS, KV_BLOCK_TOKENS, SchedulingConfig
 from triptych.core import Chunk, EncodeWork, InstanceId, Role, SampledToken, Stage
-from triptych.engine.pace import Pace
-from triptych.memory.embedding_cache import EmbeddingCache, EmbeddingShare
+from triptych.engine.pace import Metronome, Pace
+from triptych.engine.reports import load_of
+from triptych.errors import InstanceError
+from triptych.memory.embedding_cache import EmbeddingCache
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import (
-    FRONTEND,
-    Abort,
-    AnyMessage,
-    Declined,
-    Embedded,
-    Encode,
-    Load,
-    Prefilled,
-    Prefilling,
-    Release,
-    Share,
-    Submit,
-    Tokens,
-    Wanted,
-)
+from triptych.memory.pools import Pools
+from triptych.messages import FRONTEND, AnyMessage, Evicted, Load, Peer, Tokens
 from triptych.planning.clock import Clock, Event
 from triptych.planning.cost_model import Costs
-from triptych.stages.base import Pull, Surroundings, turn_away
-from triptych.stages.decode import DecodeStage
-from triptych.stages.encode import EncodeStage
-from triptych.stages.prefill import PrefillStage
+from triptych.planning.demand import Item
+from triptych.planning.host import Host, weight_of
+from triptych.routing import RoutingTable
+from triptych.stages.base import Pull, Surroundings
+from triptych.stages.group import StageGroup
 
-SHORT_ENCODE_STEP_S = 0.02  # as the engine
-ENCODE_SHARE = 0.5  # of an embedding cache that encode and prefill use together, as the engine
 TOKEN = SampledToken(1)
+ENCODE_NICENESS = 5  # of encode-only instances where processes share cores, as `triptych serve` sets it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +41,31 @@ class Sizes:
     max_encode_tokens: int = 1024
     streamed_prefill: bool = True
     chunked_kv_transfer: bool = True
+    prefix_caching: bool = False
+    decode_interval_ms: float = 0.0  # time per token to which answers slow down while a request waits for encoders
     heartbeat_s: float = 0.25
+
+    @property
+    def scheduling(self) -> SchedulingConfig:
+        return SchedulingConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_encode_tokens=self.max_encode_tokens,
+            streamed_prefill=self.streamed_prefill,
+            chunked_kv_transfer=self.chunked_kv_transfer,
+            decode_interval_ms=self.decode_interval_ms,
+        )
 
 
 class Network(Protocol):
-    """Where messages and pulls go; it calls `deliver` and `settled` in its own time."""
+    """What an instance stands in: where messages and pulls go (`deliver` and `settled` are called in their own time),
+    and who is told how long it computed."""
 
+    @property
+    def items(self) -> Mapping[bytes, Item]: ...
     def send(self, sender: InstanceId, to: InstanceId, message: AnyMessage, /) -> None: ...
     def pull(self, reader: "SimulatedInstance", pull: Pull, /) -> None: ...
+    def computed(self, instance: "SimulatedInstance", what: str, began_s: float, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,14 @@ class Leave:
 
     room: dict[InstanceId, int]
     drained: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A pull that is over."""
+
+    pull: Pull
+    error: InstanceError | None
 
 
 @dataclass(slots=True, eq=False)
@@ -85,91 +98,97 @@ class DecodeRun:
 class SimulatedInstance:
     """Stages, pools and the loop of one instance. `become` changes its role."""
 
-    def __init__(self, id: InstanceId, role: Role, costs: Costs, sizes: Sizes, clock: Clock, network: Network) -> None:
+    def __init__(
+        self,
+        id: InstanceId,
+        epoch: str,
+        role: Role,
+        costs: Costs,
+        sizes: Sizes,
+        clock: Clock,
+        network: Network,
+        host: Host | None,
+    ) -> None:
+        """`host`: whose cores it shares; None: it has a device of its own."""
         self.id = id
         self._costs = costs
-        self._sizes = sizes
         self._clock = clock
         self._network = network
-        self._inbox: list[AnyMessage | Pull | Leave] = []
+        self._host = host
+        self._inbox: list[AnyMessage | Settled | Leave | RoutingTable] = []
         self._busy = False  # a step is under way, the next turn is on its way, or it changes its role
+        self._gone = False
         self._leave: Leave | None = None
         self._run: DecodeRun | None = None
-        self._num_pulls = 0
+        self._wake: Event | None = None
+        self._pulls: dict[int, Pull] = {}  # under way, by identity
         self._num_roles = 0
         self._reported_at = -sizes.heartbeat_s
         self._was_busy = False
         self.pace = Pace()
-        self.near = Surroundings(id, epoch="1")
-        self._install(role)
+        self.near = Surroundings(id, epoch=epoch)
+        self._install(role, sizes)
 
     def leave(self, leave: Leave) -> None:
         """Takes no new work from the end of the present step on. From when it is drained until `become` it does
         nothing."""
-        self._inbox.append(leave)
-        self._news()
+        self._hear(leave)
 
-    def become(self, role: Role) -> None:
+    def become(self, role: Role, sizes: Sizes) -> None:
         """Fresh pools and stages; what it knows of its surroundings and its pace stays. It has been drained."""
         self.check_integrity()
-        self._install(role)
+        self._install(role, sizes)
         self._busy = False
         if self._inbox:
             self._news()
 
-    def _install(self, role: Role) -> None:
-        sizes = self._sizes
-        self.role = role
-        near = self.near
+    def kill(self) -> None:
+        """From now on it does nothing and says nothing but the tokens of steps that it has made."""
+        if self._run is not None:
+            self._say_what_is_done(self._run)
+        self._gone = True
+
+    def _install(self, role: Role, sizes: Sizes) -> None:
+        self.role, self.sizes = role, sizes
         self._num_roles += 1
-        self.leases = Leases(first_id=self._num_roles << 32)  # a late release never meets a lease of the next role
-        self.kv = KVCache(sizes.num_kv_blocks if role.has_language_model else 0, KV_BLOCK_TOKENS, prefix_caching=False)
-        stages = role.stages
-        prefills = Stage.PREFILL in stages
-        self.embeddings = EmbeddingCache(
-            sizes.num_embedding_blocks if role.encodes or prefills else 0, EMBEDDING_BLOCK_TOKENS
-        )
-        share = int(sizes.num_embedding_blocks * (ENCODE_SHARE if role.encodes and prefills else 1.0))
-        self.encode = self.prefill = self.decode = None
-        if role.encodes:
-            self.encode = EncodeStage(near, EmbeddingShare(self.embeddings, share), self.leases)
-        if prefills:
-            self.prefill = PrefillStage(
-                near,
-                self.kv,
-                EmbeddingShare(self.embeddings, share),
-                self.leases,
-                max_num_seqs=sizes.max_num_seqs,
-                streamed=sizes.streamed_prefill and not role.encodes,
-                chunked_transfer=sizes.chunked_kv_transfer,
-            )
-        if Stage.DECODE in stages:
-            self.decode = DecodeStage(near, self.kv, self.leases, max_num_seqs=sizes.max_num_seqs)
+        # A late release never meets a lease of the next role.
+        self.pools = Pools(Leases(first_id=self._num_roles << 32))
+        if role.has_language_model:
+            self.pools.kv = KVCache(sizes.num_kv_blocks, KV_BLOCK_TOKENS, prefix_caching=sizes.prefix_caching)
+        if role.encodes or Stage.PREFILL in role.stages:
+            self.pools.embeddings = EmbeddingCache(sizes.num_embedding_blocks, EMBEDDING_BLOCK_TOKENS)
+        self.stages = StageGroup(role, self.near, self.pools, sizes.scheduling)
+        self._weight = weight_of(ENCODE_NICENESS if role is Role.E else 0)
+        self._metronome = Metronome(sizes.decode_interval_ms / 1e3)
 
     @property
     def is_drained(self) -> bool:
         """Whether nobody relies on it in its present role: no work, no lease, no pull."""
-        stages = (self.encode, self.prefill, self.decode)
-        is_empty = all(stage is None or stage.is_empty for stage in stages)
-        return is_empty and not len(self.leases) and not self._num_pulls
+        return self.stages.is_empty and not self._pulls
 
     def check_integrity(self) -> None:
         """At rest: nothing is held any more."""
-        for pool in (self.kv, self.embeddings):
-            pool.check_integrity()
-            assert pool.usage().used == 0, f"{self.id} at rest: {pool.usage()}"
-        assert self.is_drained, f"{self.id} at rest: {self.load().queues}, {self._num_pulls} pulls"
+        self.pools.check_integrity()
+        load = self.load()
+        for pool in load.pools.values():
+            assert pool.used == 0, f"{self.id} at rest: {pool}"
+        assert self.is_drained, f"{self.id} at rest: {load.queues}, {len(self._pulls)} pulls"
 
     # ---- what arrives
 
     def deliver(self, message: AnyMessage) -> None:
-        self._inbox.append(message)
-        self._news()
+        self._hear(message)
 
-    def settled(self, pull: Pull) -> None:
-        """A pull of this instance is done."""
-        self._num_pulls -= 1
-        self._inbox.append(pull)
+    def settled(self, pull: Pull, error: InstanceError | None = None) -> None:
+        """A pull of this instance is over. Said twice, it was over before."""
+        if self._pulls.pop(id(pull), None) is not None:
+            self._hear(Settled(pull, error))
+
+    def take_table(self, table: RoutingTable) -> None:
+        self._hear(table)
+
+    def _hear(self, item: AnyMessage | Settled | Leave | RoutingTable) -> None:
+        self._inbox.append(item)
         self._news()
 
     def _news(self) -> None:
@@ -178,129 +197,131 @@ class SimulatedInstance:
             self._cut(self._run)
         elif not self._busy:
             self._busy = True
-            self._clock.after(0.0, self._turn)
+            self._later(0.0, self._turn)
+
+    def _later(self, seconds: float, action: Callable[..., None], *arguments: Any) -> Event:
+        return self._clock.after(seconds, self._unless_gone, action, arguments)
+
+    def _unless_gone(self, action: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if not self._gone:
+            action(*arguments)
+
+    def _compute(self, seconds: float, done: Callable[..., None], *arguments: Any) -> None:
+        """So many seconds of a core, or of a device of its own."""
+        if self._host is None:
+            self._later(seconds, done, *arguments)
+        else:
+            self._host.run(seconds, self._weight, self._unless_gone, done, arguments)
 
     def _receive(self) -> None:
         inbox, self._inbox = self._inbox, []
         for item in inbox:
-            if isinstance(item, Pull):
-                self._settle(item)
+            if isinstance(item, Settled):
+                self.stages.pulled(item.pull.key, item.error)
             elif isinstance(item, Leave):
-                self._begin_to_leave(item)
+                self._leave = item
+                self.stages.leave(item.room)
+            elif isinstance(item, RoutingTable):
+                self._take_table(item)
+            elif isinstance(item, Load):
+                self.near.take_load(item)
             else:
-                self._handle(item)
+                taken = self.stages.take(item)
+                assert taken, f"{self.id} cannot take a {type(item).__name__}"
 
-    def _settle(self, pull: Pull) -> None:
-        if pull.ticket.region == "kv":
-            assert self.decode is not None
-            self.decode.pulled(pull.key, None)  # type: ignore[arg-type]
-        else:
-            assert self.prefill is not None
-            self.prefill.pulled(pull.key, None)  # type: ignore[arg-type]
+    def _take_table(self, table: RoutingTable) -> None:
+        """As the engine: what is gone is read from no more."""
+        near, before = self.near, self.near.table
+        near.table = table
+        gone = [peer.id for peer in before.peers.values() if self._is_gone(peer, table)]
+        for instance in gone:
+            near.decode_loads.pop(instance, None)
+            for pull in [pull for pull in self._pulls.values() if pull.ticket.holder == instance]:
+                del self._pulls[id(pull)]
+                self.stages.pulled(pull.key, InstanceError(f"instance {instance} was lost"))
+            self.stages.lost(instance)
 
-    def _handle(self, message: AnyMessage) -> None:
-        match message:
-            case Release():
-                self.leases.release(message.lease)
-            case Load():
-                self._take_load(message)
-            case Encode() if self.encode is not None:
-                self.encode.admit(message)
-            case Submit() if self.prefill is not None:
-                self.prefill.admit(message)
-            case Embedded() if self.prefill is not None:
-                self.prefill.embedded(message)
-            case Wanted() if self.prefill is not None:
-                self.prefill.wanted(message)
-            case Share() if self.prefill is not None:
-                self.prefill.share(message)
-            case Prefilling() if self.decode is not None:
-                self.decode.prefilling(message)
-            case Prefilled() if self.decode is not None:
-                self.decode.admit(message)
-            case Abort():
-                for stage in (self.encode, self.prefill, self.decode):
-                    if stage is not None:
-                        stage.abort(message.request_id)
-            case Declined():
-                self.leases.decline(message.lease)
-            case _:
-                turn_away(self.near, message)
-
-    def _begin_to_leave(self, order: Leave) -> None:
-        self._leave = order
-        if self.encode is not None:
-            self.encode.leave()
-        if self.prefill is not None:
-            self.prefill.leave()
-        if self.decode is not None:
-            self.decode.leave(order.room)
-
-    def _take_load(self, message: Load) -> None:
-        self.near.decode_loads[message.instance] = message.work_s[Stage.DECODE]
-        self.near.decode_pace_s = message.pace_s[Stage.DECODE]
+    def _is_gone(self, before: Peer, table: RoutingTable) -> bool:
+        """An address is that of one process."""
+        now = table.peers.get(before.id)
+        return before.id != self.id and (now is None or now.address != before.address)
 
     # ---- the loop
 
     def _turn(self) -> None:
         self._receive()
-        works = self.encode.schedule(self._encode_budget()) if self.encode is not None else []
+        works = self.stages.schedule_encode(self.pace.of(Stage.ENCODE), self.sizes.max_encode_tokens)
         self._flush()
         if works:
-            seconds = self._costs.encode_s(works)
-            self._clock.after(seconds, self._encoded, works, seconds)
+            seconds = self._costs.encode_s(works, self._network.items)
+            self._compute(seconds, self._encoded, works, self._clock.now)
         else:
             self._speak(encoded=False)
 
-    def _encoded(self, works: list[EncodeWork], seconds: float) -> None:
-        assert self.encode is not None
-        self.pace.observe(Stage.ENCODE, sum(work.unit.num_tokens for work in works), seconds)
-        self.encode.commit(works, [None] * len(works))
+    def _encoded(self, works: list[EncodeWork], began_s: float) -> None:
+        assert self.stages.encode is not None
+        self.pace.observe(Stage.ENCODE, sum(work.unit.num_tokens for work in works), self._clock.now - began_s)
+        self._network.computed(self, "encode", began_s)
+        self.stages.encode.commit(works, [None] * len(works))
         self._flush()
         self._speak(encoded=True)
 
-    def _encode_budget(self) -> int:
-        """As the engine: a quarter of the time that all that waits takes."""
-        assert self.encode is not None
-        pace, step_s = self.pace.of(Stage.ENCODE), SHORT_ENCODE_STEP_S
-        if self.decode is None or not self.decode.num_running:
-            step_s = max(step_s, 0.25 * self.encode.queued_tokens * pace)
-        return min(self._sizes.max_encode_tokens, int(step_s / max(pace, 1e-9)))
-
     def _speak(self, *, encoded: bool) -> None:
-        decodes: list[Chunk] = []
-        if self.decode is not None:
-            decodes = self.decode.schedule().chunks
+        decodes = self._schedule_decode()
         chunks: list[Chunk] = []
-        if self.prefill is not None:
-            chunks = self.prefill.schedule(self._sizes.max_num_batched_tokens - len(decodes))
+        if self.stages.prefill is not None:
+            chunks = self.stages.prefill.schedule(self.sizes.max_num_batched_tokens - len(decodes))
         self._flush()
         if chunks:
             seconds = self._costs.language_s(decodes, chunks)
-            self._clock.after(seconds, self._spoken, decodes, chunks, seconds)
+            self._compute(seconds, self._spoken, decodes, chunks, self._clock.now)
         elif decodes:
             self._begin_decodes(decodes)
         else:
             self._end_turn(busy=encoded)
 
-    def _spoken(self, decodes: list[Chunk], chunks: list[Chunk], seconds: float) -> None:
-        assert self.prefill is not None
-        self.pace.observe(Stage.PREFILL, len(decodes) + sum(chunk.length for chunk in chunks), seconds)
-        if self.decode is not None:
-            self.decode.commit(decodes, [TOKEN] * len(decodes))
-        self.prefill.commit(chunks, [TOKEN for chunk in chunks if chunk.samples])
+    def _schedule_decode(self) -> list[Chunk]:
+        if self.stages.decode is None or self._decode_wait_s() > 0:
+            return []
+        chunks = self.stages.decode.schedule().chunks
+        self._metronome.stepped((chunk.sequence.request_id for chunk in chunks), self._clock.now)
+        return chunks
+
+    def _decode_wait_s(self) -> float:
+        """How long the next decode step is held back, as the engine does while a request waits for encoders."""
+        decode, prefill = self.stages.decode, self.stages.prefill
+        if decode is None or not decode.num_running or prefill is None or not prefill.awaits_embeddings:
+            return 0.0
+        return max(0.0, self._metronome.wait_s(self._clock.now))
+
+    def _spoken(self, decodes: list[Chunk], chunks: list[Chunk], began_s: float) -> None:
+        assert self.stages.prefill is not None
+        num_tokens = len(decodes) + sum(chunk.length for chunk in chunks)
+        self.pace.observe(Stage.PREFILL, num_tokens, self._clock.now - began_s)
+        self._network.computed(self, "mixed" if decodes else "prefill", began_s)
+        if self.stages.decode is not None:
+            self.stages.decode.commit(decodes, [TOKEN] * len(decodes))
+        self.stages.prefill.commit(chunks, [TOKEN for chunk in chunks if chunk.samples])
         self._flush()
         self._end_turn(busy=True)
 
     def _end_turn(self, *, busy: bool) -> None:
         self._busy = busy or bool(self._inbox)
-        self._report(busy)
+        wait_s = self._decode_wait_s()
+        self._report(busy or wait_s > 0)
         if self._leave is not None and self.is_drained and not self._inbox:
             leave, self._leave = self._leave, None
             self._busy = True
             leave.drained()
         elif self._busy:
-            self._clock.after(0.0, self._turn)
+            self._later(0.0, self._turn)
+        elif wait_s > 0:
+            self._wake_in(wait_s)
+
+    def _wake_in(self, seconds: float) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake = self._later(seconds, self._news)
 
     # ---- decode steps in a row
 
@@ -308,20 +329,31 @@ class SimulatedInstance:
         context = sum(chunk.start for chunk in chunks)
         num_steps = self._num_equal_steps(chunks, context)
         seconds = self._costs.decodes_s(len(chunks), context, num_steps)
-        end = self._clock.after(seconds, self._decoded)
+        if self._host is not None:
+            self._compute(seconds, self._decoded_once, chunks, self._clock.now)
+            return
+        end = self._later(seconds, self._decoded)
         self._run = DecodeRun(self._clock.now, chunks, context, num_steps, end)
+
+    def _decoded_once(self, chunks: list[Chunk], began_s: float) -> None:
+        assert self.stages.decode is not None
+        self.pace.observe(Stage.DECODE, len(chunks), self._clock.now - began_s)
+        self._network.computed(self, "decode", began_s)
+        self.stages.decode.commit(chunks, [TOKEN] * len(chunks))
+        self._flush()
+        self._end_turn(busy=True)
 
     def _num_equal_steps(self, chunks: list[Chunk], context: int) -> int:
         """How many steps would go as this one unless something arrives: nobody joins, leaves, is short of a block, or
         has to report before the last of them."""
-        assert self.decode is not None
-        others_idle = all(stage is None or stage.is_empty for stage in (self.encode, self.prefill))
-        if not others_idle or self._leave is not None:
+        assert self.pools.kv is not None
+        others_idle = all(stage is None or stage.is_empty for stage in (self.stages.encode, self.stages.prefill))
+        if not others_idle or self._leave is not None or self._host is not None:
             return 1
         num_steps = min(chunk.sequence.sampling.max_tokens - chunk.sequence.num_output_tokens for chunk in chunks)
-        usage = self.kv.usage()
+        usage = self.pools.kv.usage()
         num_steps = min(num_steps, max(1, (usage.free + usage.cached) // len(chunks) * KV_BLOCK_TOKENS))
-        until_report = self._reported_at + self._sizes.heartbeat_s - self._clock.now
+        until_report = self._reported_at + self.sizes.heartbeat_s - self._clock.now
         return self._first_step_after(until_report, len(chunks), context, num_steps)
 
     def _first_step_after(self, seconds: float, num_sequences: int, context: int, num_steps: int) -> int:
@@ -343,28 +375,43 @@ class SimulatedInstance:
             run.end.cancel()
             run.num_steps = num_steps
             ends_at = run.began_s + self._costs.decodes_s(len(run.chunks), run.context, num_steps)
-            run.end = self._clock.at(max(ends_at, self._clock.now), self._decoded)
+            run.end = self._later(max(ends_at - self._clock.now, 0.0), self._decoded)
 
     def _decoded(self) -> None:
         run, self._run = self._run, None
-        assert run is not None and self.decode is not None
+        assert run is not None and self.stages.decode is not None
+        self._network.computed(self, "decode", run.began_s)
         for done in range(run.num_steps):
             num_sequences = len(run.chunks)
             seconds = self._costs.decodes_s(num_sequences, run.context + done * num_sequences, 1)
             self.pace.observe(Stage.DECODE, num_sequences, seconds)
         if run.num_steps > 1:
             self._catch_up(run.chunks, run.num_steps - 1)
-        self.decode.commit(run.chunks, [TOKEN] * len(run.chunks))
+        self.stages.decode.commit(run.chunks, [TOKEN] * len(run.chunks))
         self._flush()
         self._end_turn(busy=True)
 
+    def _say_what_is_done(self, run: DecodeRun) -> None:
+        """Of a row that breaks off. The engine would have said each token as it came."""
+        elapsed = self._clock.now - run.began_s
+        num_steps = self._first_step_after(elapsed, len(run.chunks), run.context, run.num_steps)
+        if self._costs.decodes_s(len(run.chunks), run.context, num_steps) > elapsed:
+            num_steps -= 1
+        if num_steps:
+            assert self.stages.decode is not None
+            self._catch_up(run.chunks, num_steps - 1)
+            self.stages.decode.commit(run.chunks, [TOKEN] * len(run.chunks))
+            self._flush()
+
     def _catch_up(self, chunks: list[Chunk], num_steps: int) -> None:
         """All steps of a run but the last, of which the stage is not told: only these books change in them."""
+        kv = self.pools.kv
+        assert kv is not None
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.token_ids += [TOKEN.token_id] * num_steps
             sequence.num_computed += num_steps
-            self.kv.hold(sequence, len(sequence.token_ids))
+            kv.hold(sequence, len(sequence.token_ids))
 
     # ---- what leaves
 
@@ -383,35 +430,28 @@ class SimulatedInstance:
         if out.pulls:
             pulls, out.pulls = out.pulls, []
             for pull in pulls:
-                self._num_pulls += 1
+                self._pulls[id(pull)] = pull
                 self._network.pull(self, pull)
 
     def _report(self, busy: bool) -> None:
         """Once a heartbeat, and at once when the last work is done."""
         fell_idle, self._was_busy = self._was_busy and not busy, busy
-        if not fell_idle and self._clock.now - self._reported_at < self._sizes.heartbeat_s:
+        if not fell_idle and self._clock.now - self._reported_at < self.sizes.heartbeat_s:
             return
         self._reported_at = self._clock.now
         load = self.load()
         self._network.send(self.id, FRONTEND, load)
-        self.embeddings.evicted, self.kv.evicted = [], []
-        if self.decode is not None:
-            self._take_load(load)
+        self._report_evicted()
+        if Stage.DECODE in load.work_s:
+            self.near.take_load(load)
             for peer in self.near.table.serving(Stage.PREFILL):
                 if peer.id != self.id:
                     self._network.send(self.id, peer.id, load)
 
+    def _report_evicted(self) -> None:
+        evicted = Evicted(self.id, self.pools.take_evicted_units(), self.pools.take_evicted_blocks())
+        if evicted.units or evicted.blocks:
+            self._network.send(self.id, FRONTEND, evicted)
+
     def load(self) -> Load:
-        """As the engine reports it."""
-        machines = {Stage.ENCODE: self.encode, Stage.PREFILL: self.prefill, Stage.DECODE: self.decode}
-        served = {stage: machine for stage, machine in machines.items() if machine is not None}
-        return Load(
-            instance=self.id,
-            queues={name: n for machine in served.values() for name, n in machine.queues.items()}
-            | {"leases": len(self.leases)},
-            pools={"kv": self.kv.usage(), "embedding": self.embeddings.usage()},
-            work_s={stage.value: machine.queued_tokens * self.pace.of(stage) for stage, machine in served.items()},
-            counters=dict(self.pace.counters),
-            pace_s={stage.value: self.pace.of(stage) for stage in served},
-            epoch=self.near.epoch,
-        )
+        return load_of(self.near, self.stages, self.pools, self.pace, {})

@@ -1,11 +1,11 @@
 """Costs and workloads that others can check: the paper's (arXiv 2501.05460), and the built-in model's."""
 
 from triptych.planning.cost_model import Costs
-from triptych.planning.workload import Demand, Phase, poisson
+from triptych.planning.workload import Demand, Item, Phase, poisson
 
 # One 4032x3024 picture for MiniCPM-V 2.6: 10 slices of 64 rows. The paper's code encodes a picture on one instance
 # (only whole pictures of a request are spread), so it is one unit.
-PICTURE_4K = (640,)
+PICTURE_4K = Item((640,), pixels=4032 * 3024)
 
 # MiniCPM-V 2.6 on A100-80G. Four figures come from elsewhere than the table they are used for; one is fitted to it:
 #   encode_unit      0.68 s    README of the paper's code: 100 requests of one 4K picture take 68 s on one E
@@ -46,7 +46,7 @@ BUILT_IN_COSTS = Costs(
     switch_weights=0.7,
     switch_books=0.05,
 )
-BUILT_IN_PICTURE = (16,)
+BUILT_IN_PICTURE = Item((16,), pixels=1344 * 1344)
 
 
 def paper_shifting_load(seed: int) -> list[Demand]:

@@ -1,0 +1,287 @@
+"""The frontend on simulated time: the server's own router, with a record in place of a client."""
+
+import itertools
+from dataclasses import dataclass
+
+from triptych.config import KV_BLOCK_TOKENS, AdmissionConfig
+from triptych.core import (
+    HASH_BYTES,
+    BlockHash,
+    BlockHashes,
+    EncodeUnit,
+    FinishReason,
+    InstanceId,
+    Media,
+    RequestId,
+    SamplingParams,
+    Span,
+    Stage,
+    UnitHash,
+)
+from triptych.errors import RequestError
+from triptych.messages import Abort, AnyMessage, Evicted, Failed, Load, Located, Table, Tokens, TokenUpdate, Wanted
+from triptych.planning.clock import Clock
+from triptych.planning.cost_model import Costs
+from triptych.planning.demand import Demand, Item
+from triptych.planning.process import Process
+from triptych.router.admission import Admission, deadline_exceeded
+from triptych.router.attempts import Attempt, Task
+from triptych.router.backlog import Backlog
+from triptych.router.dispatch import Dispatcher, Wire
+from triptych.router.generation import Generation, PreparedPrompt
+from triptych.router.output import Output
+from triptych.router.waiting import Kind
+
+MODEL = b"the model"  # whose KV it is
+PLACEHOLDER = 0  # every token of a prompt and of an answer: nobody reads them
+NAMED = 1 << 127  # set in hashes of items that have a name, so that these never equal counted ones
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """What a client saw of one request. Times are those of the simulation, in seconds."""
+
+    demand: Demand
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    num_tokens: int = 0
+    num_attempts: int = 0
+    error: str | None = None  # the code of what it was refused with, or failed with
+
+    @property
+    def latency_s(self) -> float:
+        assert self.finished_s is not None, f"not answered: {self.error}"
+        return self.finished_s - self.demand.at_s
+
+    @property
+    def ttft_s(self) -> float:
+        assert self.first_token_s is not None, f"not answered: {self.error}"
+        return self.first_token_s - self.demand.at_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        if self.num_tokens < 2:
+            return None
+        return (self.latency_s - self.ttft_s) / (self.num_tokens - 1)
+
+
+class _NoText:
+    """Tokens are counted, never read."""
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+class SimulatedFrontend:
+    """Requests in, tokens out. `num_open`: those that are neither answered nor refused."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        costs: Costs,
+        wire: Wire,
+        server: Process,
+        client: Process,
+        *,
+        admission: AdmissionConfig,
+        parallel_encode: bool,
+        prefix_caching: bool,
+    ) -> None:
+        self.num_open = 0
+        self.items: dict[bytes, Item] = {}  # by the hash of their media, while anybody may encode them
+        self._clock = clock
+        self._costs = costs
+        self._wire = wire
+        self._server = server
+        self._client = client
+        self._prefix_caching = prefix_caching
+        self.dispatcher = Dispatcher(wire, b"", parallel_encode=parallel_encode, prefix_caching=prefix_caching)
+        self._backlog = Backlog(admission, self.dispatcher, clock, lambda reason: None, self._fail)
+        self._admission = Admission(admission, self._backlog.room)
+        self._tasks: dict[Generation, Task] = {}
+        self._records: dict[Generation, Record] = {}
+        self._numbers = itertools.count(1)
+        self._text = _NoText()
+
+    # ---- clients
+
+    def expect(self, record: Record) -> None:
+        """The request of the record comes when its time has come."""
+        self.num_open += 1
+        self._clock.at(record.demand.at_s, self._client.run, self._costs.client_request, self._sent, record)
+
+    def _sent(self, record: Record) -> None:
+        self._clock.after(self._costs.arrival, self._arrived, record)
+
+    def _arrived(self, record: Record) -> None:
+        nbytes = sum(item.nbytes for item in record.demand.media)
+        seconds = self._costs.server_request + nbytes * self._costs.server_media_byte
+        self._server.run(seconds, self._take, record)
+
+    def _take(self, record: Record) -> None:
+        demand, now = record.demand, self._clock.now
+        kind = Kind.of(item.modality for item in demand.media)
+        deadline = None if demand.timeout_s is None else demand.at_s + demand.timeout_s
+        try:
+            self._admission.check(kind, deadline, now)
+        except RequestError as error:
+            self._end(record, error)
+            return
+        prompt = self._prompt(demand)
+        generation = Generation(self, [prompt], demand.at_s, deadline)
+        sampling = SamplingParams(max_tokens=demand.output_tokens, seed=0, ignore_eos=True)
+        output = Output(0, RequestId(f"r{next(self._numbers)}"), sampling, (), self._text)
+        generation.outputs.append(output)
+        task = Task(output, generation, prompt, self._hashes(demand), kind)
+        self._tasks[generation], self._records[generation] = task, record
+        if deadline is not None:
+            generation.timer = self._clock.after(deadline - now, self._fail, generation, deadline_exceeded())
+        self._backlog.queue([task])
+
+    def abort(self, generation: Generation) -> None:
+        """Simulated clients wait for their answers."""
+        raise AssertionError("nobody leaves")
+
+    def _prompt(self, demand: Demand) -> PreparedPrompt:
+        """The leading text, the rows of all media, the rest of the text."""
+        units: list[EncodeUnit] = []
+        spans: list[Span] = []
+        media: dict[UnitHash, Media] = {}
+        lead_tokens = max(demand.lead_tokens, len(demand.prefix) * KV_BLOCK_TOKENS)
+        position = min(lead_tokens, demand.text_tokens)
+        for asked in demand.media:
+            number = next(self._numbers) if asked.name is None else asked.name | NAMED
+            item = Media((number << 16).to_bytes(HASH_BYTES + 2, "big"), asked.modality, b"")
+            self.items[item.hash] = asked
+            for index, num_rows in enumerate(asked.rows):
+                hash_ = UnitHash(((number << 16) + index + 1).to_bytes(HASH_BYTES + 2, "big"))
+                spans.append(Span(position, num_rows, len(units), 0))
+                units.append(EncodeUnit(hash_, asked.modality, num_rows, index))
+                media[hash_] = item
+                position += num_rows
+        return PreparedPrompt([PLACEHOLDER] * demand.prompt_tokens, tuple(units), tuple(spans), media)
+
+    def _hashes(self, demand: Demand) -> BlockHashes:
+        """Leading blocks have names where others share them; all behind these are like no others."""
+        if not self._prefix_caching:
+            return BlockHashes()
+        num_own = demand.prompt_tokens // KV_BLOCK_TOKENS - len(demand.prefix)
+        names = [name | NAMED for name in demand.prefix] + [next(self._numbers) for _ in range(num_own)]
+        return BlockHashes(MODEL, tuple(BlockHash(name.to_bytes(HASH_BYTES, "big")) for name in names))
+
+    # ---- instances
+
+    def publish(self, table: Table) -> None:
+        if self.dispatcher.take_table(table):
+            self._backlog.instances_changed()
+
+    def instance_lost(self, instance: InstanceId) -> None:
+        """As the server's: what cannot go on without it is taken up again. Nobody is suspected here."""
+        lost = [attempt for attempt in self._backlog.attempts.values() if instance in attempt.needs]
+        for attempt in self._backlog.attempts.values():
+            attempt.holders.discard(instance)
+        self._backlog.retry(lost, "instance_lost")
+
+    def handle(self, message: AnyMessage) -> None:
+        """Takes it as soon as the server process has time."""
+        num_tokens = len(message.updates) if isinstance(message, Tokens) else 0
+        self._server.run(num_tokens * self._costs.server_token, self._handle, message)
+
+    def _handle(self, message: AnyMessage) -> None:
+        match message:
+            case Tokens():
+                for update in message.updates:
+                    self._update(update, message.instance)
+            case Load():
+                self.dispatcher.take_load(message)
+            case Evicted():
+                self.dispatcher.take_evicted(message)
+            case Located():
+                attempt = self._backlog.attempts.get(message.request_id)
+                if attempt is None:
+                    self._wire.send(message.decode, Abort(message.request_id))
+                else:
+                    self._backlog.hand_over(attempt, message.decode, message.epoch)
+            case Wanted():
+                attempt = self._backlog.attempts.get(message.request_id)
+                if attempt is not None and not attempt.has_answered:
+                    self._backlog.want(attempt, message.units)
+            case Failed():
+                assert message.retry, f"{message.request_id}: {message.message}"
+                attempt = self._backlog.attempts.get(message.request_id)
+                if attempt is not None:
+                    self._backlog.retry([attempt], message.code or "")
+
+    def _update(self, update: TokenUpdate, instance: InstanceId) -> None:
+        attempt = self._backlog.attempts.get(update.request_id)
+        if attempt is None:
+            if update.finish is None:
+                self._wire.send(instance, Abort(update.request_id))
+            return
+        task, output = attempt.task, attempt.task.output
+        missing = update.index + 1 - output.num_tokens
+        if instance not in attempt.holders and missing > 0 and not self._backlog.hand_over(attempt, instance):
+            return
+        if missing > 0:  # more than one where an instance made several steps at once
+            output.token_ids += [PLACEHOLDER] * missing
+            self._tell(attempt, missing, is_last=update.finish is not None)
+        if update.finish is not None:
+            assert update.finish is FinishReason.LENGTH, f"{update.request_id} ended with {update.finish}"
+            output.finish = update.finish
+            self._forget(task)
+            self._backlog.drop(task, tell=False)
+            self._backlog.settle()
+            return
+        if attempt.work is not None and attempt.has_answered:
+            self._backlog.prefilled(attempt)
+        if attempt.decoder != instance and update.index > attempt.start:
+            self._backlog.decodes(attempt, instance)
+
+    # ---- answers
+
+    def _tell(self, attempt: Attempt, num_tokens: int, *, is_last: bool) -> None:
+        record = self._records[attempt.task.generation]
+        record.num_attempts = attempt.task.num_attempts
+        self._client.run(num_tokens * self._costs.client_token, self._see, record, num_tokens, is_last)
+
+    def _see(self, record: Record, num_tokens: int, is_last: bool) -> None:
+        record.num_tokens += num_tokens
+        if record.first_token_s is None:
+            record.first_token_s = self._clock.now
+        if is_last:
+            self._end(record, None)
+
+    def _end(self, record: Record, error: RequestError | None) -> None:
+        self.num_open -= 1
+        if error is None:
+            record.finished_s = self._clock.now
+        else:
+            record.error = error.code or "error"
+
+    def _fail(self, generation: Generation, error: RequestError) -> None:
+        task, record = self._tasks.get(generation), self._records.get(generation)
+        if task is not None and record is not None:
+            generation.fail(error)
+            self._forget(task)
+            self._backlog.drop(task)
+            self._end(record, error)
+            self._backlog.settle()
+
+    def _forget(self, task: Task) -> None:
+        generation = task.generation
+        del self._tasks[generation], self._records[generation]
+        if generation.timer is not None:
+            generation.timer.cancel()
+        for item in {media.hash for media in task.prompt.media.values()}:
+            if self.items[item].name is None:
+                del self.items[item]
+
+    # ---- what is known
+
+    def queued_s(self) -> dict[Stage, float]:
+        """Predicted seconds of one instance's work that wait here."""
+        work = self._backlog.room.queued()
+        return {Stage.ENCODE: work.encode_s, Stage.PREFILL: work.prefill_s, Stage.DECODE: work.decode_s}
