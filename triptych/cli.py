@@ -4,11 +4,12 @@ import json
 import math
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from triptych import __version__
+from triptych import __version__, config_file
 from triptych.config import (
     GIB,
     AdmissionConfig,
@@ -54,9 +55,19 @@ def version() -> None:
 
 
 @app.command()
+@config_file.naming_the_file
 def serve(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Checkpoint folder or Hugging Face id; the built-in model if left out.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=config_file.load,
+            help="YAML file with flags of this command as keys; what stands on the command line wins.",
+        ),
     ] = None,
     placement: Annotated[
         str, typer.Option(help="Counts and roles: 1e1p1d, 2e1pd, 1ep1d, 1ed1p, 1epd, 2e2p2d, ...")
@@ -72,10 +83,16 @@ def serve(
     revision: Annotated[str, typer.Option(help="Revision of the checkpoint on the hub.")] = "",
     max_model_len: Annotated[int | None, typer.Option(help="Prompt + output tokens of one request.")] = None,
     limit_mm_per_prompt: Annotated[
-        str, typer.Option(help="Media items of each kind in one request, as JSON, for example '{\"image\": 8}'.")
+        str,
+        typer.Option(
+            metavar=config_file.JSON, help="Media items of each kind in one request, for example '{\"image\": 8}'."
+        ),
     ] = '{"image": 32, "video": 4, "audio": 4}',
     media_io_kwargs: Annotated[
-        str, typer.Option(help='How media are read, as JSON, for example \'{"video": {"num_frames": 16}}\'.')
+        str,
+        typer.Option(
+            metavar=config_file.JSON, help='How media are read, for example \'{"video": {"num_frames": 16}}\'.'
+        ),
     ] = "{}",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda (all devices in turn) or cuda:N.")] = "cpu",
