@@ -143,7 +143,7 @@ def serve(
         float, typer.Option(help="How long requests wait for a stage that lost its last instance.")
     ] = 30.0,
     max_media_held_mib: Annotated[
-        int, typer.Option(help="Media of all requests that wait or run; beyond that they get 503 with Retry-After.")
+        int, typer.Option(help="Bodies and media of all requests together; beyond that they get 503 with Retry-After.")
     ] = 2048,
     adaptive: Annotated[
         bool, typer.Option("--adaptive/--no-adaptive", help="Let the roles of the instances follow the load.")
@@ -162,6 +162,13 @@ def serve(
     ] = False,
     allowed_local_media_path: Annotated[
         str | None, typer.Option(help="Folder that file: URLs may read from; file: is refused if left out.")
+    ] = None,
+    timeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write when every instance computed and what became of every request, for ui.perfetto.dev.",
+        ),
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -229,6 +236,7 @@ def serve(
         transfer=transfer,
         threads=threads,
         log_level=log_level,
+        timeline=timeline,
         admission=checked(
             AdmissionConfig,
             schedule=schedule,

@@ -82,6 +82,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     alive_interval_s: float = 0.25  # between two `Alive`
     log_level: str = "info"
     black_box: str | None = None  # file that names the requests of the step that runs, readable after a crash
+    timeline: bool = False  # every step is told to the frontend
 
 
 Schedule = Literal["fcfs", "sjf", "slo"]
@@ -96,7 +97,7 @@ class AdmissionConfig(msgspec.Struct, frozen=True, kw_only=True):
     slo_ttft_ms: Seconds | None = None
     slo_tpot_ms: Seconds | None = None
     recovery_timeout_s: Seconds = 30.0  # how long requests wait for a stage that lost its last instance
-    max_media_held_bytes: Count = 2 * GIB  # of all requests that are waiting or running
+    max_media_held_bytes: Count = 2 * GIB  # bodies and media of all requests, from the head on
 
 
 class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from triptych.server.app import create_app
 from triptych.server.frontend import Frontend
 from triptych.server.running import bind, make_http_server
 from triptych.telemetry import Telemetry
+from triptych.timeline import Timeline, timeline_file
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     admission: AdmissionConfig = AdmissionConfig()
     control: ControlConfig = ControlConfig()
     log_level: str = "info"
+    timeline: str | None = None  # file for what happens when
 
 
 def instance_config(
@@ -100,6 +103,7 @@ def instance_config(
         scheduling=scheduling,
         log_level=options.log_level,
         black_box=f"{run_dir}/{id}-{epoch}.box",
+        timeline=options.timeline is not None,
     )
 
 
@@ -126,13 +130,17 @@ async def serve(
     options = msgspec.structs.replace(
         options, model=msgspec.structs.replace(options.model, max_model_len=max_model_len)
     )
-    with _run_dir() as run_dir, _listen(options.server.host, options.server.port) as listener:
+    with (
+        _timeline(options.timeline) as timeline,
+        _run_dir() as run_dir,
+        _listen(options.server.host, options.server.port) as listener,
+    ):
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         inbox, post = Inbox(context, f"ipc://{run_dir}/frontend"), Post(context)
         configure = partial(instance_config, options, run_dir)
         controller = Controller(cluster or LocalCluster(), post, configure, options.control)
         try:
-            await _Running(options, controller, inbox, listener).until(stop, on_ready)
+            await _Running(options, controller, inbox, listener, timeline).until(stop, on_ready)
         finally:
             post.close()
             inbox.close()
@@ -142,8 +150,16 @@ async def serve(
 class _Running:
     """The parts of one server, and the tasks that keep them going."""
 
-    def __init__(self, options: ServeOptions, controller: Controller, inbox: Inbox, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        options: ServeOptions,
+        controller: Controller,
+        inbox: Inbox,
+        listener: socket.socket,
+        timeline: Timeline | None,
+    ) -> None:
         self._options = options
+        self._timeline = timeline
         self._inbox = inbox
         self._listener = listener
         self._controller = controller
@@ -203,8 +219,10 @@ class _Running:
             self._controller,
             telemetry,
             parallel_encode=self._options.scheduling.parallel_encode,
+            max_num_seqs=self._options.scheduling.max_num_seqs,
             prefix_caching=self._options.memory.prefix_caching,
             admission=self._options.admission,
+            timeline=self._timeline,
         )
         self._read_for(frontend)
         assert model.max_model_len is not None
@@ -276,6 +294,11 @@ def _listen(host: str, port: int) -> socket.socket:
         return bind(host, port)
     except OSError as error:
         raise ConfigError(f"host, port: cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def _timeline(path: str | None) -> contextlib.AbstractContextManager[Timeline | None]:
+    """From the first moment on, so that a file that cannot be written is told at once."""
+    return contextlib.nullcontext() if path is None else timeline_file(Path(path), "--timeline", time.monotonic())
 
 
 @contextlib.contextmanager

@@ -130,6 +130,10 @@ class Telemetry:
         """`samples` is asked by every exposition what waits at the frontend, by kind."""
         self._instances.queues = samples
 
+    def watch_media_held(self, num_bytes: Callable[[], int]) -> None:
+        """`num_bytes` is asked by every exposition what all requests hold of their bodies and media."""
+        self._instances.media_held = num_bytes
+
     def instances(self, samples: dict[str, InstanceSample]) -> None:
         """Replaces what is known about all instances; called before an exposition."""
         self._instances.samples = samples
@@ -144,6 +148,7 @@ class _InstanceCollector(Collector):
     def __init__(self, model_name: str) -> None:
         self.samples: dict[str, InstanceSample] = {}
         self.queues: Callable[[], Mapping[str, QueueSample]] = dict
+        self.media_held: Callable[[], int] = int
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
@@ -159,6 +164,9 @@ class _InstanceCollector(Collector):
         yield self._gauge("vllm:num_requests_running", "Sequences in batches, all instances", running)
         yield self._gauge("vllm:num_requests_waiting", "Sequences in all queues", waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Used share of all KV blocks (0 to 1)", used / max(total, 1))
+        yield self._gauge(
+            "triptych:media_held_bytes", "Bodies and media of all requests, and what is promised", self.media_held()
+        )
         yield from self._at_frontend(at_frontend)
         yield from self._summed()
         yield from self._queues_and_pools()

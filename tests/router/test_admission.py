@@ -223,7 +223,7 @@ def test_media_of_all_requests_together_are_bounded() -> None:
     async def scenario() -> None:
         frontend, _ = make_frontend(admission=AdmissionConfig(max_media_held_bytes=2))
         first = ask(frontend, unit(1, 16), unit(2, 16))
-        with pytest.raises(RequestError, match="2 of at most 2 bytes of media") as caught:
+        with pytest.raises(RequestError, match="2 of at most 2 bytes of bodies and media") as caught:
             ask(frontend, unit(3, 16))
         assert (caught.value.status, caught.value.code) == (503, "overloaded")
         start(frontend)

@@ -46,6 +46,8 @@ from triptych.messages import (
 from triptych.model.audios import decode_audio
 from triptych.model.images import decode_image
 from triptych.model.processor import Processor
+from triptych.router.clock import LoopClock
+from triptych.router.ledger import Ledger, Reservation
 from triptych.server.app import create_app
 from triptych.server.frontend import Frontend
 from triptych.server.running import bind, make_http_server
@@ -120,6 +122,7 @@ class FakeCluster:
         self.prefilling: dict[RequestId, Job] = {}
         self.decoding: dict[RequestId, Job] = {}
         self._encoding: dict[UnitHash, RequestId] = {}
+        self._put_off: list[Encode] = []  # orders that came while it was frozen
         self._embedded: set[UnitHash] = set()  # on P
         self._peers: list[Peer] = []
         self._version = 0
@@ -152,6 +155,14 @@ class FakeCluster:
     def restore(self, id: InstanceId, role: Role, epoch: str = "later") -> None:
         self._publish([*self._peers, Peer(id, role, epoch, "", SlabDescription({}, "", "cpu", 0, {}))])
 
+    def thaw(self) -> None:
+        """Does what it was asked for while it was frozen."""
+        self.frozen = False
+        orders, self._put_off = self._put_off, []
+        for order in orders:
+            self._encode(order)
+        self._schedule()
+
     @property
     def idle(self) -> bool:
         return not self.prefilling and not self.decoding
@@ -183,6 +194,7 @@ class FakeCluster:
 
     def _encode(self, order: Encode) -> None:
         if self.frozen:
+            self._put_off.append(order)
             return
         units = {unit.hash for unit in order.units if self._encoding.pop(unit.hash, None) is not None}
         try:
@@ -333,13 +345,14 @@ class Stack:
         return self.http.post("/v1/chat/completions", json=body)
 
     def wait_until_idle(self) -> None:
-        """Every instance and the frontend forgot every request, within a second."""
+        """Every instance and the frontend forgot every request, and nothing is held of any, within a second."""
         deadline = time.monotonic() + 1
-        while not (self.cluster.idle and num_live(self.frontend) == 0):
+        while not (self.cluster.idle and num_live(self.frontend) == 0 and self.frontend.ledger.num_bytes == 0):
             assert time.monotonic() < deadline, (
                 self.cluster.prefilling,
                 self.cluster.decoding,
                 num_live(self.frontend),
+                self.frontend.ledger.num_bytes,
             )
             time.sleep(0.005)
 
@@ -356,6 +369,11 @@ class Stack:
 def num_live(frontend: Frontend) -> int:
     """Sequences that it has not forgotten."""
     return sum(map(len, frontend._open.values()))
+
+
+def reservation() -> Reservation:
+    """That nothing bounds."""
+    return Ledger(1 << 40, LoopClock()).reserve()
 
 
 def picture(width: int = 32, height: int = 32, colour: str = "red", kind: str = "PNG") -> bytes:

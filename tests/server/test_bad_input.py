@@ -106,6 +106,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"1": 5}}, "logit_bias", "not supported"),
     ({"mm_processor_kwargs": {"max_pixels": 5}}, "mm_processor_kwargs", "not supported"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", "not supported"),
+    ({"chat_template_kwargs": {"x": [[]] * 30_000}}, "chat_template_kwargs", "at most 65536 bytes"),
     *[
         ({"chat_template_kwargs": {name: "x"}}, f"chat_template_kwargs.{name}", name)
         for name in ("chat_template", "self", "messages", "conversation", "tokenize", "add_generation_prompt")

@@ -1,5 +1,6 @@
 """Connections of clients that send slowly or without end are told so, and end; others are not touched."""
 
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -7,7 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from tests.server.fakes import Stack
+from tests.server.fakes import Stack, ids
+from tests.server.test_leaving import wait_until
 from triptych.server import connections, http
 
 PATIENCE_S = 0.3
@@ -18,6 +20,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
     monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", PATIENCE_S)
     monkeypatch.setattr(http, "BODY_GRACE_S", PATIENCE_S)
+    monkeypatch.setattr(connections, "LINGER_S", PATIENCE_S)
     with Stack() as stack:
         yield stack
 
@@ -70,3 +73,62 @@ def test_a_long_answer_may_take_longer_than_a_head(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", PATIENCE_S)
     with Stack(step_s=0.1) as stack:
         assert stack.chat(stream=True).text.endswith("[DONE]\n\n")
+
+
+def test_the_rest_of_a_body_that_is_not_wanted_is_awaited_for_a_while_only(stack: Stack) -> None:
+    head = HEAD + b"content-length: %d\r\n\r\n" % (1 << 40)
+    answer = heard(stack, head, *[b"x" * 1000] * 3, pause_s=PATIENCE_S / 5)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert not connections_of(stack)
+
+
+# ---- answers that nobody reads
+
+LONG = ids("abc ") * 4000
+
+
+@pytest.fixture
+def talker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
+    """Gives long answers, of which little lies in sockets unread."""
+    monkeypatch.setattr(connections, "UNREAD_TIMEOUT_S", PATIENCE_S)
+    stack = Stack(lambda order: LONG, max_model_len=20_000)
+    stack._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with stack:
+        yield stack
+        stack.wait_until_idle()
+
+
+def asking(stack: Stack, **fields: object) -> socket.socket:
+    """A connection on which an answer was asked for, that takes little before it is read."""
+    host, port = stack.url.removeprefix("http://").split(":")
+    line = socket.socket()
+    line.settimeout(10)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    line.connect((host, int(port)))
+    content = json.dumps({"prompt": "Hi", "max_tokens": 4000, "logprobs": 5} | fields).encode()
+    line.sendall(HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(content), content))
+    return line
+
+
+def connections_of(stack: Stack) -> set[object]:
+    return set(stack._server.server_state.connections)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read_its_answer_is_gone(talker: Stack, stream: bool) -> None:
+    with asking(talker, stream=stream):
+        wait_until(lambda: bool(connections_of(talker)))
+        wait_until(lambda: not connections_of(talker))
+        talker.wait_until_idle()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_one_that_reads_slowly_is_not(talker: Stack, stream: bool) -> None:
+    began = time.monotonic()
+    with asking(talker, stream=stream) as line:
+        end = b""
+        while piece := line.recv(16 << 10):
+            end = (end + piece)[-10:]
+            time.sleep(PATIENCE_S / 10)
+        assert end.endswith(b"0\r\n\r\n" if stream else b"}"), "it was cut off"
+        assert time.monotonic() - began > 2 * PATIENCE_S

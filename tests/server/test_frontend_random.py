@@ -308,7 +308,8 @@ def check_nothing_is_held(frontend: Frontend) -> None:
     assert not frontend._attempts
     assert not frontend._backlog._wanting
     assert frontend._backlog._quarantine.next() is None
-    assert frontend._admission.media_held_bytes == 0
+    frontend.ledger.check_integrity()
+    assert frontend.ledger.num_bytes == 0
     for line in frontend._room._lines.values():
         assert (line.num_waiting, line.num_ahead) == (0, 0)
     frontend.handle(Load(InstanceId("i0"), {}, {}, {}, {}, {}))

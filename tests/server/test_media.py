@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.fakes import data_url, picture, processor
+from tests.server.fakes import data_url, picture, processor, reservation
 from triptych.config import ServerConfig
 from triptych.errors import RequestError
 from triptych.model.headers import ImageHeader
@@ -95,7 +95,8 @@ def load(*urls: str, **changes: object) -> list[MediaItem]:
     async def run() -> list[MediaItem]:
         loader = MediaLoader(ServerConfig(**changes), processor().modalities)  # type: ignore[arg-type]
         try:
-            return await loader.load([MediaSource(f"field{i}", "image", url=url) for i, url in enumerate(urls)])
+            sources = [MediaSource(f"field{i}", "image", url=url) for i, url in enumerate(urls)]
+            return await loader.load(sources, reservation())
         finally:
             await loader.close()
 

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from tests.server.clips import sound, video
-from tests.server.fakes import Stack, all_media, data_url, image_part, input_audio_part, picture, video_part
+from tests.server.fakes import (
+    Stack,
+    all_media,
+    data_url,
+    image_part,
+    input_audio_part,
+    picture,
+    reservation,
+    video_part,
+)
 from triptych.config import ServerConfig
 from triptych.core import EncodeUnit
 from triptych.errors import RequestError
@@ -153,12 +162,12 @@ def test_a_slow_request_does_not_overwrite_what_a_later_one_said(monkeypatch: py
 
     async def run() -> None:
         loader = MediaLoader(ServerConfig(), all_media().modalities)
-        slow = asyncio.create_task(loader.load([MediaSource("f", "image", url="http://a/", uuid="a")]))
+        slow = asyncio.create_task(loader.load([MediaSource("f", "image", url="http://a/", uuid="a")], reservation()))
         await asyncio.sleep(0)
-        await loader.load([MediaSource("f", "image", url=data_url(BLUE), uuid="a")])
+        await loader.load([MediaSource("f", "image", url=data_url(BLUE), uuid="a")], reservation())
         release.set()
         assert (await slow)[0].data == RED
-        (later,) = await loader.load([MediaSource("f", "image", uuid="a")])
+        (later,) = await loader.load([MediaSource("f", "image", uuid="a")], reservation())
         assert later.data == BLUE
         await loader.close()
 
@@ -176,11 +185,11 @@ def test_bytes_that_a_request_means_stay_its_own_whatever_happens_to_the_name(mo
 
     async def run() -> None:
         loader = MediaLoader(ServerConfig(), all_media().modalities)
-        await loader.load([MediaSource("f", "image", url=data_url(BLUE), uuid="a")])
+        await loader.load([MediaSource("f", "image", url=data_url(BLUE), uuid="a")], reservation())
         sources = [MediaSource("f", "image", uuid="a"), MediaSource("g", "image", url="http://a/")]
-        early = asyncio.create_task(loader.load(sources))
+        early = asyncio.create_task(loader.load(sources, reservation()))
         await asyncio.sleep(0)
-        await loader.load([MediaSource("f", "image", url=data_url(RED), uuid="a")])
+        await loader.load([MediaSource("f", "image", url=data_url(RED), uuid="a")], reservation())
         release.set()
         assert [item.data for item in await early] == [BLUE, RED]
         await loader.close()
@@ -201,16 +210,16 @@ def test_random_names_never_mix_up_what_they_stand_for() -> None:
         for _ in range(3000):
             uuid, data = str(chance.randrange(10)), chance.choice(pictures)
             if chance.random() < 0.4:
-                await loader.load([MediaSource("f", "image", url=data_url(data), uuid=uuid)])
+                await loader.load([MediaSource("f", "image", url=data_url(data), uuid=uuid)], reservation())
                 truth[uuid] = data
                 continue
             source = MediaSource("f", "image", uuid=uuid)
             if loader._store.get(("image", uuid)) is None:
                 with pytest.raises(RequestError, match="send it again"):
-                    await loader.load([source])
+                    await loader.load([source], reservation())
                 continue
             num_known += 1
-            (item,) = await loader.load([source])
+            (item,) = await loader.load([source], reservation())
             assert item.data == truth[uuid]
             assert item.hash == Content.of(truth[uuid]).hash
             loader._store.check_integrity()

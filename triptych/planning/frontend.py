@@ -30,6 +30,7 @@ from triptych.router.backlog import Backlog
 from triptych.router.dispatch import Dispatcher, Wire
 from triptych.router.generation import Generation, PreparedPrompt
 from triptych.router.output import Output
+from triptych.router.slots import Slots
 from triptych.router.waiting import Kind
 
 MODEL = b"the model"  # whose KV it is
@@ -47,6 +48,7 @@ class Record:
     num_tokens: int = 0
     num_attempts: int = 0
     error: str | None = None  # the code of what it was refused with, or failed with
+    failed_s: float | None = None  # when
 
     @property
     def latency_s(self) -> float:
@@ -89,6 +91,7 @@ class SimulatedFrontend:
         admission: AdmissionConfig,
         parallel_encode: bool,
         prefix_caching: bool,
+        max_num_seqs: int,
     ) -> None:
         self.num_open = 0
         self.items: dict[bytes, Item] = {}  # by the hash of their media, while anybody may encode them
@@ -99,7 +102,9 @@ class SimulatedFrontend:
         self._client = client
         self._prefix_caching = prefix_caching
         self.dispatcher = Dispatcher(wire, b"", parallel_encode=parallel_encode, prefix_caching=prefix_caching)
-        self._backlog = Backlog(admission, self.dispatcher, clock, lambda reason: None, self._fail)
+        slo_tpot_ms = admission.slo_tpot_ms
+        slots = Slots(max_num_seqs, None if slo_tpot_ms is None else slo_tpot_ms / 1e3)
+        self._backlog = Backlog(admission, self.dispatcher, clock, slots, lambda reason: None, self._fail)
         self._admission = Admission(admission, self._backlog.room)
         self._tasks: dict[Generation, Task] = {}
         self._records: dict[Generation, Record] = {}
@@ -117,8 +122,14 @@ class SimulatedFrontend:
         self._clock.after(self._costs.arrival, self._arrived, record)
 
     def _arrived(self, record: Record) -> None:
+        try:
+            self._admission.check_any(self._clock.now)  # before a byte of it is read
+        except RequestError as error:
+            self._end(record, error)
+            return
         nbytes = sum(item.nbytes for item in record.demand.media)
         seconds = self._costs.server_request + nbytes * self._costs.server_media_byte
+        seconds += len(self.dispatcher.table.peers) * self._costs.server_peer
         self._server.run(seconds, self._take, record)
 
     def _take(self, record: Record) -> None:
@@ -187,8 +198,12 @@ class SimulatedFrontend:
 
     def handle(self, message: AnyMessage) -> None:
         """Takes it as soon as the server process has time."""
-        num_tokens = len(message.updates) if isinstance(message, Tokens) else 0
-        self._server.run(num_tokens * self._costs.server_token, self._handle, message)
+        seconds = 0.0
+        if isinstance(message, Tokens):
+            seconds = len(message.updates) * self._costs.server_token
+        elif isinstance(message, Load | Evicted):
+            seconds = self._costs.server_report
+        self._server.run(seconds, self._handle, message)
 
     def _handle(self, message: AnyMessage) -> None:
         match message:
@@ -222,7 +237,11 @@ class SimulatedFrontend:
                 self._wire.send(instance, Abort(update.request_id))
             return
         task, output = attempt.task, attempt.task.output
-        missing = update.index + 1 - output.num_tokens
+        missing = update.index + 1 - len(output.token_ids)
+        if attempt.decoder == instance and missing > 0 and update.finish is None:  # as for most tokens: no news but it
+            output.token_ids += [PLACEHOLDER] * missing
+            self._tell(attempt, missing, is_last=False)
+            return
         if instance not in attempt.holders and missing > 0 and not self._backlog.hand_over(attempt, instance):
             return
         if missing > 0:  # more than one where an instance made several steps at once
@@ -245,6 +264,10 @@ class SimulatedFrontend:
     def _tell(self, attempt: Attempt, num_tokens: int, *, is_last: bool) -> None:
         record = self._records[attempt.task.generation]
         record.num_attempts = attempt.task.num_attempts
+        output, now = attempt.task.output, self._clock.now
+        if output.num_tokens > num_tokens:
+            self._backlog.observe_gap((now - output.last_token_at) / num_tokens)
+        output.last_token_at = now
         self._client.run(num_tokens * self._costs.client_token, self._see, record, num_tokens, is_last)
 
     def _see(self, record: Record, num_tokens: int, is_last: bool) -> None:
@@ -259,7 +282,7 @@ class SimulatedFrontend:
         if error is None:
             record.finished_s = self._clock.now
         else:
-            record.error = error.code or "error"
+            record.error, record.failed_s = error.code or "error", self._clock.now
 
     def _fail(self, generation: Generation, error: RequestError) -> None:
         task, record = self._tasks.get(generation), self._records.get(generation)

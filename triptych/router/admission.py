@@ -35,13 +35,17 @@ def broken() -> RequestError:
     return RequestError("internal server error", status=500, code="internal_error")
 
 
+def overloaded(why: str, retry_after_s: float) -> RequestError:
+    text = f"the server is overloaded: {why}; please try again later"
+    return RequestError(text, status=503, code="overloaded", retry_after_s=max(retry_after_s, BUSY_RETRY_S))
+
+
 class Admission:
     """The bounds of a waiting room: each request that would have to wait too long is told so at once."""
 
     def __init__(self, config: AdmissionConfig, room: WaitingRoom[Any]) -> None:
         self._config = config
         self._room = room
-        self.media_held_bytes = 0  # of all requests that wait or run
 
     def check_any(self, now: float) -> None:
         """Before it is known what a request is: raises RequestError(503) where every one would be refused."""
@@ -50,12 +54,12 @@ class Admission:
             raise unavailable(missing)
         waits_s = {kind: self._room.predicted_wait_s(kind, now) for kind in Kind}
         if self._room.num_waiting() >= MAX_WAITING:
-            raise _overloaded(f"{self._room.num_waiting()} sequences wait", max(waits_s.values()))
+            raise overloaded(f"{self._room.num_waiting()} sequences wait", max(waits_s.values()))
         shortest_s = min(waits_s.values())
         if shortest_s > self._config.max_queue_s:
             raise self._too_long(shortest_s, self._config.max_queue_s)
 
-    def check(self, kind: Kind, media_bytes: int, deadline: float | None, now: float) -> None:
+    def check(self, kind: Kind, deadline: float | None, now: float) -> None:
         """Raises RequestError(503) for one that cannot be taken, RequestError(504) for one that is too late already."""
         if deadline is not None and deadline <= now:
             raise deadline_exceeded()
@@ -67,14 +71,6 @@ class Admission:
         limit_s = self._config.max_queue_s if deadline is None else min(self._config.max_queue_s, deadline - now)
         if wait_s > limit_s:
             raise self._too_long(wait_s, limit_s)
-        held, most = self.media_held_bytes, self._config.max_media_held_bytes
-        if kind is not Kind.TEXT and held and held + media_bytes > most:
-            raise _overloaded(f"requests hold {held} of at most {most} bytes of media", wait_s)
 
     def _too_long(self, wait_s: float, limit_s: float) -> RequestError:
-        return _overloaded(f"it would wait {wait_s:.1f} s, at most {limit_s:.1f} s are allowed", wait_s - limit_s)
-
-
-def _overloaded(why: str, retry_after_s: float) -> RequestError:
-    text = f"the server is overloaded: {why}; please try again later"
-    return RequestError(text, status=503, code="overloaded", retry_after_s=max(retry_after_s, BUSY_RETRY_S))
+        return overloaded(f"it would wait {wait_s:.1f} s, at most {limit_s:.1f} s are allowed", wait_s - limit_s)

@@ -13,6 +13,7 @@ from triptych.router.clock import Clock, Timer
 from triptych.router.dispatch import Dispatcher, Plan
 from triptych.router.generation import Generation
 from triptych.router.quarantine import Quarantine
+from triptych.router.slots import Slots
 from triptych.router.waiting import NO_WORK, Waiter, WaitingRoom
 
 logger = logging.getLogger(__name__)
@@ -26,16 +27,18 @@ class Backlog:
         config: AdmissionConfig,
         dispatcher: Dispatcher,
         clock: Clock,
+        slots: Slots,
         retried: Callable[[str], None],
         fail: Callable[[Generation, RequestError], None],
     ) -> None:
         """`retried` hears the reason of each further attempt. `fail` ends a generation, which drops all that is left of
         it here."""
-        self.room: WaitingRoom[list[Task]] = WaitingRoom(config)
+        self.room: WaitingRoom[list[Task]] = WaitingRoom(config, slots)
         self.attempts: dict[RequestId, Attempt] = {}
         self._recovery_timeout_s = config.recovery_timeout_s
         self._dispatcher = dispatcher
         self._clock = clock
+        self._slots = slots
         self._retried = retried
         self._fail = fail
         self._quarantine = Quarantine()
@@ -114,6 +117,10 @@ class Backlog:
         self._release(attempt, done=True)
         self._pump()
 
+    def observe_gap(self, gap_s: float) -> None:
+        """Between two tokens of an answer."""
+        self._slots.observe(gap_s, self.room.num_out, self._clock.now)
+
     def decodes(self, attempt: Attempt, instance: InstanceId) -> None:
         """A token came from the instance that decodes it: a suspect got past where an instance ended with it."""
         attempt.decodes_at(instance)
@@ -150,6 +157,7 @@ class Backlog:
         now = self._clock.now
         for task in waiter.what:
             task.attempt = None
+            self.room.leave(waiter.kind)
             self.room.release(waiter.kind, waiter.work if task is waiter.what[0] else NO_WORK, now, done=False)
 
     def _encode(self, attempt: Attempt) -> None:
@@ -183,6 +191,7 @@ class Backlog:
         attempt, task.attempt = task.attempt, None
         if attempt is not None:
             del self.attempts[attempt.request_id]
+            self.room.leave(task.kind)
             self._wanting.pop(attempt, None)
             self._release(attempt, done=task.output.finish is not None)
             if tell:

@@ -9,6 +9,7 @@ from typing import Protocol, Self
 from triptych.core import EncodeUnit, Media, PositionArguments, Span, UnitHash
 from triptych.errors import RequestError
 from triptych.router.clock import Timer
+from triptych.router.ledger import Reservation
 from triptych.router.output import Output
 
 
@@ -51,6 +52,7 @@ class Generation:
         self.arrived_at = arrived_at
         self.deadline = deadline
         self.timer: Timer | None = None  # of the deadline
+        self.reservation: Reservation | None = None  # of its media, where nobody else has one
         self._owner = owner
         self._changed: dict[Output, None] = {}  # an ordered set
         self._waiter: asyncio.Future[None] | None = None

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 from triptych.config import AdmissionConfig
 from triptych.core import Stage
+from triptych.router.slots import Slots
 
 T = TypeVar("T")
 
@@ -40,6 +41,9 @@ class Kind(enum.StrEnum):
     def stages(self) -> tuple[Stage, ...]:
         """Which have to have an instance. Text needs no encoder."""
         return (Stage.PREFILL, Stage.DECODE) if self is Kind.TEXT else tuple(Stage)
+
+
+LIGHTEST_FIRST = tuple(reversed(Kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +90,17 @@ class Waiter(Generic[T]):
 
 class WaitingRoom(Generic[T]):
     """One line per kind, each with a window: how much of it may be with the instances, without a first token yet.
+    All kinds together have `slots`.
 
     A window is `dispatch_s` seconds of work for every instance of a stage, or a few sequences if these are more. So no
     kind waits for another one, and what instances are given stays little. Within a line `schedule` says who is next;
     in each order there is a bound on who may pass whom, so that nobody starves.
     """
 
-    def __init__(self, config: AdmissionConfig) -> None:
+    def __init__(self, config: AdmissionConfig, slots: Slots | None = None) -> None:
+        """`slots`: how many sequences may be with the instances; as many as the windows allow if left out."""
         self._config = config
+        self._slots = slots
         self._lines: dict[Kind, _Line[T]] = {kind: _Line() for kind in Kind}
         self._instances: dict[Stage, int] = dict.fromkeys(Stage, 0)
         self._absent_since: dict[Stage, float] = dict.fromkeys(Stage, 0.0)
@@ -136,17 +143,26 @@ class WaitingRoom(Generic[T]):
             self._lines[waiter.kind].remove(waiter)
 
     def take(self, now: float) -> Waiter[T] | None:
-        """The next one that may go to the instances, None if there is none. Each of its sequences counts for the window
-        until `release`."""
-        for kind in reversed(Kind):
+        """The next one that may go to the instances, None if there is none: of the kind that has least with them.
+        Each of its sequences counts for the window until `release`, and has its slot until `leave`."""
+        if not self._has_slot:
+            return None
+        for kind in sorted(LIGHTEST_FIRST, key=lambda kind: self._lines[kind].num_out):
             line = self._lines[kind]
             if line.num_waiting and self._has_room(kind, line):
                 self._tick(kind, now)
                 waiter = line.pop()
+                line.num_out += waiter.num_sequences
                 line.num_ahead += waiter.num_sequences
                 line.ahead += waiter.work
                 return waiter
         return None
+
+    def leave(self, kind: Kind) -> None:
+        """One sequence is not with the instances any more."""
+        line = self._lines[kind]
+        assert line.num_out > 0, f"more {kind} sequences left than were sent"
+        line.num_out -= 1
 
     def release(self, kind: Kind, work: Work, now: float, *, done: bool) -> None:
         """One sequence is past prefill, or was taken back before that."""
@@ -159,6 +175,11 @@ class WaitingRoom(Generic[T]):
             line.done_s += work.ahead_s
 
     # ---- what is known about it
+
+    @property
+    def num_out(self) -> int:
+        """Sequences with the instances."""
+        return sum(line.num_out for line in self._lines.values())
 
     def num_waiting(self, kind: Kind | None = None) -> int:
         """Sequences."""
@@ -208,6 +229,13 @@ class WaitingRoom(Generic[T]):
         encodes = kind is Kind.TEXT or ahead.encode_s < each_s * self._instances[Stage.ENCODE]
         return encodes and ahead.prefill_s < each_s * self._instances[Stage.PREFILL]
 
+    @property
+    def _has_slot(self) -> bool:
+        if self._slots is None:
+            return True
+        few = MIN_SEQUENCES * self._instances[Stage.PREFILL]
+        return self.num_out < self._slots.number(self._instances[Stage.DECODE], few)
+
     def _num_working(self, line: "_Line[T]") -> int:
         """Instances of the stage that has most to do for what waits."""
         encoders, prefills = max(self._instances[Stage.ENCODE], 1), max(self._instances[Stage.PREFILL], 1)
@@ -225,7 +253,8 @@ class _Line(Generic[T]):
         self.num_removed = 0  # of these: they are skipped
         self.num_waiting = 0
         self.queued = NO_WORK
-        self.num_ahead = 0
+        self.num_out = 0  # with the instances
+        self.num_ahead = 0  # those of them that are not past prefill
         self.ahead = NO_WORK
         self.done_s = 0.0  # work that was done, while some waited, with exponential decay
         self._busy_s = 0.0  # time in which some waited, with the same decay

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from triptych.config import ServerConfig
 from triptych.core import SamplingParams
@@ -34,6 +35,16 @@ _TOKEN_BYTES = 5  # of a token id in a message, at most
 _ORDERS_PER_BODY = 4  # bytes sent to instances for a request, as a multiple of the largest body
 
 
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What a request for an answer says about it, but for prompt and sampling."""
+
+    num_choices: int
+    stop: tuple[str, ...]
+    stream: bool
+    deadline: float | None
+
+
 class Api:
     """Handlers that share the frontend, the prompt builder and the limits."""
 
@@ -57,16 +68,16 @@ class Api:
         request = decode_body(await self._body(exchange), ChatRequest)
         check_supported(request)
         model = self._served_model(request.model)
-        stop = self._checked_stops(request)
-        deadline = exchange.deadline(request.timeout)
+        terms = self._terms(exchange, request)
         async with exchange.watched():
-            async with self._admitted(_kind(request.messages), deadline):
+            async with self._admitted(_kind(request.messages), terms.deadline):
                 prompt = await self._prompts.chat(
                     request.messages,
                     add_generation_prompt=request.add_generation_prompt is not False,
                     continue_final_message=bool(request.continue_final_message),
                     template_variables=request.chat_template_kwargs or {},
                     media_options=request.media_io_kwargs,
+                    reservation=exchange.reservation,
                 )
             sampling = sampling_params(
                 request,
@@ -78,7 +89,8 @@ class Api:
                 prompt_field="messages",
             )
             answer = ChatAnswer(exchange.request_id, model, self._prompts, request.stream_options)
-            await self._answer(exchange, request, answer, [prompt], [sampling], stop, deadline)
+            del request  # an answer may take long, and the text that media came in is large
+            await self._answer(exchange, terms, answer, [prompt], [sampling])
 
     async def completions(self, exchange: Exchange) -> None:
         request = decode_body(await self._body(exchange), CompletionRequest)
@@ -86,10 +98,9 @@ class Api:
         if request.best_of is not None and request.best_of != (request.n or 1):
             raise unsupported("best_of", "only the value of n is")
         model = self._served_model(request.model)
-        stop = self._checked_stops(request)
-        deadline = exchange.deadline(request.timeout)
+        terms = self._terms(exchange, request)
         async with exchange.watched():
-            async with self._admitted(Kind.TEXT, deadline):
+            async with self._admitted(Kind.TEXT, terms.deadline):
                 prompts = await self._prompts.completion(request.prompt, request.add_special_tokens is not False)
             samplings = [
                 sampling_params(
@@ -108,7 +119,8 @@ class Api:
             answer = CompletionAnswer(
                 exchange.request_id, model, self._prompts.token_text, request.stream_options, echo
             )
-            await self._answer(exchange, request, answer, prompts, samplings, stop, deadline)
+            del request  # an answer may take long
+            await self._answer(exchange, terms, answer, prompts, samplings)
 
     async def tokenize(self, exchange: Exchange) -> None:
         request = decode_body(await exchange.body(self._config.max_body_bytes), TokenizeRequest)
@@ -126,6 +138,7 @@ class Api:
                     continue_final_message=bool(request.continue_final_message),
                     template_variables=request.chat_template_kwargs or {},
                     media_options=request.media_io_kwargs,
+                    reservation=exchange.reservation,
                 )
         tokens = prompt.token_ids
         names = self._prompts.token_names(tokens) if request.return_token_strs else None
@@ -145,19 +158,22 @@ class Api:
     async def _answer(
         self,
         exchange: Exchange,
-        request: GenerateRequest,
+        terms: _Terms,
         answer: Answer,
         prompts: Sequence[PreparedPrompt],
         samplings: Sequence[SamplingParams],
-        stop: tuple[str, ...],
-        deadline: float | None,
     ) -> None:
-        num_choices = request.n or 1
-        self._check_order_size(prompts, num_choices)
+        self._check_order_size(prompts, terms.num_choices)
         async with self._frontend.generate(
-            prompts, samplings, num_choices, stop, arrived_at=exchange.arrived_at, deadline=deadline
+            prompts,
+            samplings,
+            terms.num_choices,
+            terms.stop,
+            arrived_at=exchange.arrived_at,
+            deadline=terms.deadline,
+            reservation=exchange.reservation,
         ) as generation:
-            if request.stream:
+            if terms.stream:
                 await _stream(exchange, generation, answer)
             else:
                 await generation.wait()
@@ -188,10 +204,11 @@ class Api:
                 raise
             raise self._frontend.too_late() from None
 
-    def _checked_stops(self, request: GenerateRequest) -> tuple[str, ...]:
-        """The stop strings. Raises RequestError for one, or for a stop token, that can never come."""
+    def _terms(self, exchange: Exchange, request: GenerateRequest) -> _Terms:
+        """Raises RequestError for a stop string, or a stop token, that can never come."""
         self._prompts.check_token_ids(request.stop_token_ids or (), "stop_token_ids")
-        return stop_strings(request)
+        deadline = exchange.deadline(request.timeout)
+        return _Terms(request.n or 1, stop_strings(request), bool(request.stream), deadline)
 
     def _check_order_size(self, prompts: Sequence[PreparedPrompt], num_choices: int) -> None:
         """Every choice is an order of its own, with all tokens: a small request must not become a flood of bytes."""

@@ -63,7 +63,7 @@ def create_app(
     if config.api_key is not None:
         middleware.append(Middleware(ApiKey, key=config.api_key))
     return Starlette(
-        routes=[Route(op.path, Endpoint(handler), methods=[op.method]) for op, handler in routes],
+        routes=[Route(op.path, Endpoint(handler, frontend.ledger), methods=[op.method]) for op, handler in routes],
         middleware=middleware,
         exception_handlers={HTTPException: _not_routed},
         lifespan=lifespan,

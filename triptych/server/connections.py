@@ -1,5 +1,6 @@
 """One client connection: what uvicorn makes of its bytes, with bounds on how long and how large the head of a request
-may be, so that a client that sends slowly or without end holds neither a socket nor memory for ever."""
+may be, and on how long an answer may lie unread, so that a client that sends slowly or without end, or does not read,
+holds neither a socket nor memory for ever."""
 
 import asyncio
 from typing import Any
@@ -8,6 +9,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10  # request line and headers; what comes with the first read is not counted
 HEAD_TIMEOUT_S = 60.0  # from the connection, or the first byte of a further request, to the end of the head
+UNREAD_TIMEOUT_S = 60.0  # in which a client reads nothing of its answer, while more waits than sockets take
+LINGER_S = 60.0  # after an answer to a body that was not read: many clients send all of it before they listen
 
 
 class Connection(HttpToolsProtocol):
@@ -18,6 +21,8 @@ class Connection(HttpToolsProtocol):
         self._in_head = True
         self._num_head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -25,6 +30,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        for timer in (self._unread_timer, self._linger_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -46,6 +54,45 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._end_head()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:  # the rest of its body is thrown away as it comes
+            self.cycle.body.clear()
+            self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():  # closing would wait for a client that does not read
+            self.transport.abort()
+        super().timeout_keep_alive_handler()
+
+    def _watch_reader(self) -> None:
+        """The client has to read something of what waits for it from time to time; else it is gone."""
+        waiting = self.transport.get_write_buffer_size()
+
+        def check() -> None:
+            if self.transport.get_write_buffer_size() < waiting:
+                self._watch_reader()
+            else:
+                self.transport.abort()
+
+        self._unread_timer = self.loop.call_later(UNREAD_TIMEOUT_S, check)
 
     def _end_head(self) -> None:
         self._in_head = False

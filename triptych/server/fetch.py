@@ -5,6 +5,7 @@ server answers later cannot matter. TLS still verifies the name. Knows no reques
 """
 
 import asyncio
+import io
 import ipaddress
 import socket
 import ssl
@@ -108,7 +109,7 @@ class Fetcher:
         """The body. Raises RequestError for anything that goes wrong, in words for the client.
 
         `accept` is the kind of media that is looked for; if the host has another it is taken too. `count` is told of
-        every piece of the body, in bytes, as it comes: what it raises ends the fetch.
+        every piece of the body, in bytes, before it is kept: what it raises ends the fetch.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -145,13 +146,13 @@ class Fetcher:
             declared = fields.get(b"content-length", "")
             if declared.isdigit() and int(declared) > self._max_bytes:
                 raise self._too_large()
-            body = bytearray()
+            body = io.BytesIO()  # hands out what it holds without a copy
             async for piece in response.aiter_stream():
-                body += piece
-                count(len(piece))
-                if len(body) > self._max_bytes:
+                if body.tell() + len(piece) > self._max_bytes:
                     raise self._too_large()
-            return bytes(body), None
+                count(len(piece))
+                body.write(piece)
+            return body.getvalue(), None
 
     def _too_large(self) -> RequestError:
         return RequestError(f"larger than the limit of {self._max_bytes} bytes", code="media_too_large")

@@ -22,6 +22,7 @@ from triptych.messages import (
     Failed,
     Load,
     Located,
+    Steps,
     Table,
     Tokens,
     TokenUpdate,
@@ -35,10 +36,13 @@ from triptych.router.clock import LoopClock
 from triptych.router.demand import AnswerTimes, Demand
 from triptych.router.dispatch import Dispatcher, Wire
 from triptych.router.generation import Generation, PreparedPrompt
+from triptych.router.ledger import Ledger, Reservation
 from triptych.router.output import Output
+from triptych.router.slots import Slots
 from triptych.router.waiting import Kind
 from triptych.routing import RoutingTable
 from triptych.telemetry import QueueSample, Telemetry
+from triptych.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -72,19 +76,27 @@ class Frontend:
         admission: AdmissionConfig | None = None,
         parallel_encode: bool = True,
         prefix_caching: bool = True,
+        max_num_seqs: int = 64,
+        timeline: Timeline | None = None,
     ) -> None:
-        """`parallel_encode`: the units of a request are spread over all encode instances; else one encodes them all."""
+        """`parallel_encode`: the units of a request are spread over all encode instances; else one encodes them all.
+        `timeline`: where everything is written that happens to requests and instances."""
         self._config = admission or AdmissionConfig()
         self._processor = processor
         self._wire = wire
         self._telemetry = telemetry
+        self._timeline = timeline
         self._clock = LoopClock()
+        slo_tpot_ms = self._config.slo_tpot_ms
+        slots = Slots(max_num_seqs, None if slo_tpot_ms is None else slo_tpot_ms / 1e3)
         self._dispatcher = Dispatcher(
             wire, processor.identity, parallel_encode=parallel_encode, prefix_caching=prefix_caching
         )
-        self._backlog = Backlog(self._config, self._dispatcher, self._clock, telemetry.retried, self._fail)
+        self._backlog = Backlog(self._config, self._dispatcher, self._clock, slots, telemetry.retried, self._fail)
         self._room, self._attempts = self._backlog.room, self._backlog.attempts
         self._admission = Admission(self._config, self._room)
+        # What all requests hold of their bodies and media, also before they are asked for here.
+        self.ledger = Ledger(self._config.max_media_held_bytes, self._clock, self._count_refusal)
         self._times = AnswerTimes()
         self._open: dict[Generation, dict[Task, None]] = {}  # what is not answered yet
         self._idle = asyncio.Event()
@@ -93,6 +105,7 @@ class Frontend:
         self._id_prefix = secrets.token_hex(4)
         self._id_count = itertools.count()
         telemetry.watch_queues(self._queue_samples)
+        telemetry.watch_media_held(lambda: self.ledger.num_bytes)
 
     @property
     def table(self) -> RoutingTable:
@@ -120,12 +133,12 @@ class Frontend:
             self._count_refusal(error)
             raise
 
-    def check_admission(self, kind: Kind, deadline: float | None = None, media_bytes: int = 0) -> None:
+    def check_admission(self, kind: Kind, deadline: float | None = None) -> None:
         """Raises RequestError(503, 504) where a request of this kind would not be taken now."""
         try:
             if self._draining:
                 raise shutting_down()
-            self._admission.check(kind, media_bytes, deadline, self._clock.now)
+            self._admission.check(kind, deadline, self._clock.now)
         except RequestError as error:
             self._count_refusal(error)
             raise
@@ -145,23 +158,29 @@ class Frontend:
         *,
         arrived_at: float | None = None,
         deadline: float | None = None,
+        reservation: Reservation | None = None,
     ) -> Generation:
         """Starts `n` sequences for each prompt, or lets them wait for their turn. Times are those of `time.monotonic`.
 
-        Raises RequestError(503) if a stage that they need has no instance or if they would have to wait too long,
+        From now on `reservation` holds the media of the prompts and nothing else; whoever opened it closes it when the
+        prompts are let go. Without one they are held until everything is answered. Raises RequestError(503) if a stage
+        that they need has no instance, if they would have to wait too long or there is no room for their media,
         RequestError(504) if the deadline has passed.
         """
         now = self._clock.now
         generation = Generation(self, prompts, now if arrived_at is None else arrived_at, deadline)
         kind = Kind.of(unit.modality for prompt in prompts for unit in prompt.units)
-        self.check_admission(kind, deadline, generation.media_bytes)
+        self.check_admission(kind, deadline)
         groups = [
             self._new_tasks(generation, prompt, [replace(sampling, choice=choice) for choice in range(n)], stop, kind)
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
+        if reservation is None:
+            reservation = generation.reservation = self.ledger.reserve()
+        reservation.keep(generation.media_bytes)
         self._open[generation] = dict.fromkeys(task for tasks in groups for task in tasks)
+        self._tell_queued(generation)
         self._idle.clear()
-        self._admission.media_held_bytes += generation.media_bytes
         if deadline is not None:
             generation.timer = self._clock.after(deadline - now, self._fail, generation, deadline_exceeded())
         for tasks in groups:
@@ -171,7 +190,7 @@ class Frontend:
 
     def abort(self, generation: Generation) -> None:
         """Takes every unfinished sequence back from all instances. Idempotent."""
-        for _ in self._end(generation):
+        for _ in self._end(generation, "aborted"):
             self._telemetry.aborted()
         self._backlog.settle()
 
@@ -222,6 +241,8 @@ class Frontend:
     def instance_lost(self, instance: InstanceId, suspects: Collection[RequestId] = ()) -> None:
         """Everything that cannot go on without it is taken up again. `suspects` are those that it was computing when it
         ended by itself: they are tried one at a time, and what is computed in two crashes is refused."""
+        if self._timeline is not None:
+            self._timeline.lost(instance, self._clock.now)
         lost = {id: attempt for id, attempt in self._attempts.items() if instance in attempt.needs}
         blamed = {id: self._attempts[id] for id in suspects if id in self._attempts}
         for attempt in blamed.values():
@@ -251,6 +272,8 @@ class Frontend:
                 self._failed(message)
             case Load():
                 self._dispatcher.take_load(message)
+            case Steps():
+                self._steps(message)
             case Table():
                 self._table(message)
             case _:
@@ -293,6 +316,7 @@ class Frontend:
 
     def _table(self, message: Table) -> None:
         if self._dispatcher.take_table(message):
+            self._tell_roles(message)
             self._backlog.instances_changed()
 
     def _located(self, message: Located) -> None:
@@ -338,10 +362,13 @@ class Frontend:
             after_s = now - task.generation.arrived_at
             self._telemetry.first_token(after_s, len(task.prompt.token_ids))
             self._times.first(after_s)
+            if self._timeline is not None:
+                self._timeline.first_token(output.request_id, now)
         else:
             gap_s = now - output.last_token_at
             self._telemetry.next_token(gap_s)
             self._times.next(gap_s)
+            self._backlog.observe_gap(gap_s)
         output.last_token_at = now
 
     def _finish(self, task: Task, *, by_instance: bool, now: float) -> None:
@@ -349,6 +376,7 @@ class Frontend:
         output = task.output
         assert output.finish is not None
         self._close(task, tell=not by_instance)
+        self._tell_ended(task, "finished")
         after_s = now - task.generation.arrived_at
         self._telemetry.finished(output.finish, after_s, len(task.prompt.token_ids), output.num_tokens)
         self._backlog.settle()
@@ -358,7 +386,7 @@ class Frontend:
 
     def _fail_all(self, generations: Iterable[Generation], error: RequestError) -> None:
         for generation in list(dict.fromkeys(generations)):
-            ended = self._end(generation)
+            ended = self._end(generation, error.code or "failed")
             for _ in ended:
                 self._telemetry.failed()
             if ended:
@@ -366,11 +394,12 @@ class Frontend:
             generation.fail(error)
         self._backlog.settle()
 
-    def _end(self, generation: Generation) -> list[Task]:
+    def _end(self, generation: Generation, outcome: str) -> list[Task]:
         """Nobody works on any part of it any more. Returns what was not answered."""
         tasks = list(self._open.get(generation, ()))
         for task in tasks:
             self._close(task)
+            self._tell_ended(task, outcome)
         return tasks
 
     def _close(self, task: Task, *, tell: bool = True) -> None:
@@ -381,11 +410,37 @@ class Frontend:
         if self._open[generation]:
             return
         del self._open[generation]
-        self._admission.media_held_bytes -= generation.media_bytes
+        if generation.reservation is not None:
+            generation.reservation.close()
         if generation.timer is not None:
             generation.timer.cancel()
         if not self._open:
             self._idle.set()
+
+    # ---- the timeline
+
+    def _tell_queued(self, generation: Generation) -> None:
+        if self._timeline is not None:
+            for task in self._open[generation]:
+                about = {"prompt_tokens": len(task.prompt.token_ids), "kind": task.kind.value}
+                self._timeline.queued(task.output.request_id, generation.arrived_at, **about)
+
+    def _tell_ended(self, task: Task, outcome: str) -> None:
+        if self._timeline is not None:
+            self._timeline.ended(task.output.request_id, self._clock.now, outcome, task.output.num_tokens)
+
+    def _tell_roles(self, table: Table) -> None:
+        """An instance has its role once it is not leaving another one."""
+        if self._timeline is not None:
+            for peer in table.peers:
+                if not peer.leaving:
+                    self._timeline.instance(peer.id, peer.role.value, self._clock.now)
+
+    def _steps(self, message: Steps) -> None:
+        if self._timeline is not None:
+            for step in message.steps:
+                self._timeline.step(message.instance, step.what, step.began_s, step.ended_s, step.size)
+            self._timeline.flush()
 
     # ---- inside
 

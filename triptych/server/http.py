@@ -1,4 +1,4 @@
-"""What every route needs of HTTP: bodies with a bound, JSON out, errors in OpenAI's form, a watch on the client."""
+"""What every route needs of HTTP: bodies with bounds, JSON out, errors in OpenAI's form, a watch on the client."""
 
 import asyncio
 import hmac
@@ -13,6 +13,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from triptych.errors import RequestError
+from triptych.router.ledger import Ledger, Reservation
 from triptych.server.schema import MAX_TIMEOUT_S, ErrorBody, ErrorResponse
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,6 @@ encode_json = msgspec.json.Encoder().encode
 
 _JSON = [(b"content-type", b"application/json")]
 _TIMEOUT_HEADER = "x-request-timeout"
-UNREAD_TIMEOUT_S = 60.0  # for which a client may read nothing of its answer
 _USUAL_RETRY_S = 1.0  # after a 503 that does not say when to ask again
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
 
@@ -36,16 +36,23 @@ class ClientGoneError(Exception):
 
 
 class Exchange:
-    """One request and the way to answer it."""
+    """One request and the way to answer it. `reservation` is all that it holds of its body and media; without one it
+    can be answered and nothing else."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, reservation: Reservation | None = None) -> None:
         self.scope = scope
+        self._reservation = reservation
         self.request_id: str = scope["state"]["request_id"]
         self.arrived_at = time.monotonic()
         self._receive = receive
         self._send = send
         self._started = False
         self._complete = False
+
+    @property
+    def reservation(self) -> Reservation:
+        assert self._reservation is not None, f"{self.request_id} was to be answered unread"
+        return self._reservation
 
     def deadline(self, timeout_s: float | None = None) -> float | None:
         """When the request has to be answered, in `time.monotonic`: the sooner of what its body and its header say.
@@ -55,28 +62,38 @@ class Exchange:
         return min((self.arrived_at + limit_s for limit_s in limits_s if limit_s is not None), default=None)
 
     async def body(self, max_bytes: int) -> bytes:
-        """The whole body. Raises RequestError: 413 as soon as it is known to be larger than `max_bytes`, 408 when it
-        comes too slowly."""
+        """The whole body. Raises RequestError: 413 as soon as it is known to be larger than `max_bytes`, 503 as soon as
+        it does not fit beside what other requests hold, 408 when it comes too slowly."""
         declared = dict(self.scope["headers"]).get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > max_bytes:
-            raise _too_large(max_bytes)
-        pieces, size = [], 0
-        latest = asyncio.get_running_loop().time() + BODY_GRACE_S
-        while True:
-            try:
-                async with asyncio.timeout_at(latest + size / BODY_BYTES_PER_S):
-                    message = await self._receive()
-            except TimeoutError:
-                raise _too_slow() from None
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError
-            piece = message.get("body", b"")
-            size += len(piece)
-            if size > max_bytes:
+        if declared.isdigit():
+            if int(declared) > max_bytes:
                 raise _too_large(max_bytes)
-            pieces.append(piece)
-            if not message.get("more_body", False):
-                return b"".join(pieces)
+            self.reservation.expect(int(declared))
+        latest = asyncio.get_running_loop().time() + BODY_GRACE_S
+        pieces: list[bytes] = []  # hundreds of buffers that grow side by side would leave holes of their old sizes
+        size, more = 0, True
+        try:
+            async with asyncio.timeout_at(latest) as limit:
+                with self.reservation.arriving(lambda: _end_now(limit)):
+                    while more:
+                        piece, more = await self._piece()
+                        size += len(piece)
+                        if size > max_bytes:
+                            raise _too_large(max_bytes)
+                        self.reservation.arrive(len(piece))
+                        pieces.append(piece)
+                        limit.reschedule(latest + size / BODY_BYTES_PER_S)
+        except TimeoutError:
+            self.reservation.arrive(0)  # raises where others needed its place
+            raise _too_slow() from None
+        return b"".join(pieces)
+
+    async def _piece(self) -> tuple[bytes, bool]:
+        """Of the body, and whether more of it comes. Raises ClientGoneError."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        return message.get("body", b""), message.get("more_body", False)
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -122,13 +139,8 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
-        """Raises ClientGoneError for one that reads nothing for a minute."""
         self._complete = not more
-        try:
-            async with asyncio.timeout(UNREAD_TIMEOUT_S):
-                await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            raise ClientGoneError from None
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def error(self, error: RequestError) -> None:
         """As a response, or as the last event of a stream that has begun."""
@@ -148,13 +160,17 @@ Handler = Callable[[Exchange], Awaitable[None]]
 class Endpoint:
     """An ASGI application out of a handler: the boundary at which every failure of a request ends."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, ledger: Ledger) -> None:
+        """What a request holds is counted in `ledger`, until its handler returns."""
         self._handler = handler
+        self._ledger = ledger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        reservation = self._ledger.reserve()
+        exchange = Exchange(scope, receive, send, reservation)
         try:
-            await self._handler(exchange)
+            with reservation:
+                await self._handler(exchange)
         except ClientGoneError:
             logger.info("%s: the client left", exchange.request_id)
         except RequestError as error:
@@ -220,6 +236,11 @@ def _seconds(given: bytes) -> float:
         text = f"{_TIMEOUT_HEADER}: expected seconds (valid: more than 0 and at most {MAX_TIMEOUT_S})"
         raise RequestError(text, param=_TIMEOUT_HEADER, code="invalid_value")
     return seconds
+
+
+def _end_now(limit: asyncio.Timeout) -> None:
+    if not limit.expired():
+        limit.reschedule(0.0)
 
 
 def _retry_after(error: RequestError) -> list[tuple[bytes, bytes]]:

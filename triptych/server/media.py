@@ -5,7 +5,7 @@ Nothing is decoded further here: a picture that turns out to be broken behind it
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,11 +13,13 @@ from triptych.config import ServerConfig
 from triptych.errors import RequestError
 from triptych.model.families import Modality
 from triptych.model.headers import Header
+from triptych.router.ledger import Reservation
 from triptych.server.media_headers import HeaderReader
-from triptych.server.media_source import LARGE, MediaSource, SourceReader
+from triptych.server.media_source import LARGE, MediaBudget, MediaSource, SourceReader
 from triptych.server.media_store import Content, MediaName, MediaStore
 from triptych.server.parsing import blamed
 from triptych.server.schema import MediaIoKwargs, VideoIo
+from triptych.server.threads import in_thread
 
 T = TypeVar("T")
 
@@ -49,15 +51,18 @@ class MediaLoader:
         self._store = MediaStore(config.media_store_bytes)
         self._reader = SourceReader(config)
 
-    async def load(self, sources: Sequence[MediaSource], options: MediaIoKwargs | None = None) -> list[MediaItem]:
+    async def load(
+        self, sources: Sequence[MediaSource], reservation: Reservation, options: MediaIoKwargs | None = None
+    ) -> list[MediaItem]:
         """The items, in order; what has to be fetched is fetched together. `options` go before the server's own.
 
-        Raises RequestError naming the field of one that cannot be used.
+        `reservation` grows by what did not come in the body. Raises RequestError naming the field of one that cannot be
+        used, or RequestError(503) where there is no room for it.
         """
         self._check(sources)
         video_options = self._headers.video_options(options)
         arrival = self._store.arrival()
-        contents = await self._contents(sources)
+        contents = await self._contents(sources, MediaBudget(self._config.max_body_bytes, reservation))
         pairs = list(zip(sources, contents, strict=True))
         headers = await _together(self._header(source, content.data, video_options) for source, content in pairs)
         for source, content in pairs:
@@ -87,15 +92,14 @@ class MediaLoader:
                 text = f"at most {limit} {modality}(s) per prompt, got {total}"
                 raise RequestError(text, param=source.field, code="too_many_media")
 
-    async def _contents(self, sources: Sequence[MediaSource]) -> list[Content]:
-        budget = _Budget(self._config.max_body_bytes)
+    async def _contents(self, sources: Sequence[MediaSource], budget: MediaBudget) -> list[Content]:
         origins = self._origins(sources, budget)
         bringing = [source for source in sources if source.brings_bytes]
         brought = await _together(self._content(source, budget) for source in bringing)
         by_field = {source.field: content for source, content in zip(bringing, brought, strict=True)}
         return [origin if isinstance(origin, Content) else by_field[origin.field] for origin in origins]
 
-    def _origins(self, sources: Sequence[MediaSource], budget: "_Budget") -> list["MediaSource | Content"]:
+    def _origins(self, sources: Sequence[MediaSource], budget: MediaBudget) -> list[MediaSource | Content]:
         """What brings the bytes of each source: itself, the last one before it of the same name, or the store.
 
         All at once, before anything is awaited: what other requests bring meanwhile is not for this one.
@@ -112,7 +116,7 @@ class MediaLoader:
             else:
                 with blamed(source.field):
                     content = self._remembered(source)
-                    budget.count(len(content.data))
+                    budget.take(len(content.data))
                 origins.append(content)
         return origins
 
@@ -125,43 +129,34 @@ class MediaLoader:
             raise RequestError(text, code="unknown_uuid")
         return content
 
-    async def _content(self, source: MediaSource, budget: "_Budget") -> Content:
+    async def _content(self, source: MediaSource, budget: MediaBudget) -> Content:
         with blamed(source.field):
-            data = await self._reader.read(source, budget.count)
-        return await asyncio.to_thread(Content.of, data) if len(data) > LARGE else Content.of(data)
+            data = await self._reader.read(source, budget)
+        return await in_thread(Content.of, data) if len(data) > LARGE else Content.of(data)
 
     async def _header(self, source: MediaSource, data: bytes, options: VideoIo) -> Header:
         with blamed(source.field):
             if source.modality == "image" and len(data) <= _SMALL:
                 return self._headers.read(source.modality, data, options)
-            return await asyncio.to_thread(self._headers.read, source.modality, data, options)
-
-
-class _Budget:
-    """Bytes that all media of one request may have together, wherever they come from."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._num_bytes = 0
-
-    def count(self, num_bytes: int) -> None:
-        """Raises RequestError(413) once there are too many."""
-        self._num_bytes += num_bytes
-        if self._num_bytes > self._limit:
-            text = f"all media of a request together are larger than the limit of {self._limit} bytes"
-            raise RequestError(text, status=413, code="media_too_large")
+            return await in_thread(self._headers.read, source.modality, data, options)
 
 
 async def _together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Their results, in order. The first failure cancels the others and is raised as it is."""
+    """Their results, in order. The first failure is raised as it is, when the others have ended too.
+
+    No task group: its error and the first failure in it name each other, so that whatever the frames on their way hold
+    would only be let go by the garbage collector.
+    """
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except BaseExceptionGroup as group:  # not `except*`: before Python 3.11.4 that wraps what is raised here
-        raise _first(group) from None
-    return [task.result() for task in tasks]
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        await _cancel(tasks)
+        tasks.clear()  # for the same reason
+        raise
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)

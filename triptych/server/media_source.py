@@ -2,7 +2,7 @@
 
 import asyncio
 import binascii
-from collections.abc import Callable
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,12 +10,15 @@ from urllib.request import url2pathname
 
 from triptych.config import ServerConfig
 from triptych.errors import RequestError
+from triptych.router.ledger import Reservation
 from triptych.server.fetch import Fetcher, is_public
 from triptych.server.media_store import MediaName
+from triptych.server.threads import in_thread
 
 MAX_FETCHES = 32  # at the same time, of all requests together: bounds what is held of bodies that are half here
 LARGE = 1 << 20  # characters or bytes; decoding and hashing more would hold up every stream for milliseconds
 _PIECE = 1 << 18  # characters, a multiple of 4: decoding never lets other threads run, so it goes by pieces
+_MAX_DATA_HEAD = 1000  # characters of a data: URL before its data
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,28 @@ class MediaSource:
         return None if self.uuid is None else (self.modality, self.uuid)
 
 
+class MediaBudget:
+    """Bytes that all media of one request may have together, wherever they come from, and room for them beside what
+    other requests hold."""
+
+    def __init__(self, limit: int, reservation: Reservation) -> None:
+        self._limit = limit
+        self._reservation = reservation
+        self._num_bytes = 0
+
+    def count(self, num_bytes: int) -> None:
+        """Of an item that came in the body: the reservation of the body covers it. Raises RequestError(413)."""
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._limit:
+            text = f"all media of a request together are larger than the limit of {self._limit} bytes"
+            raise RequestError(text, status=413, code="media_too_large")
+
+    def take(self, num_bytes: int) -> None:
+        """Of an item that comes from elsewhere, before it is here. Raises RequestError(413, 503)."""
+        self.count(num_bytes)
+        self._reservation.take(num_bytes)
+
+
 class SourceReader:
     """Fetches, reads and decodes. `close` when the server stops."""
 
@@ -54,72 +79,86 @@ class SourceReader:
         )
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
 
-    async def read(self, source: MediaSource, count: Callable[[int], None]) -> bytes:
-        """Raises RequestError. `count` is told of all bytes, and may raise one too."""
+    async def read(self, source: MediaSource, budget: MediaBudget) -> bytes:
+        """Raises RequestError, also that of the budget."""
         if source.base64 is not None:
-            data = await _in_thread_if_long(self._from_base64, source.base64)
-            count(len(data))
-            return data
+            return await self._embedded(source.base64, 0, budget)
         assert source.url is not None, f"{source.field} brings no bytes"
         scheme = source.url[:8].partition(":")[0].lower()
         if scheme in ("http", "https"):
             async with self._fetches:
-                return await self._fetcher.get(source.url, count, f"{source.modality}/*")
+                return await self._fetcher.get(source.url, budget.take, f"{source.modality}/*")
         if scheme == "data":
-            data = await _in_thread_if_long(self._from_data_url, source.url)
-        elif scheme == "file":
-            data = await asyncio.to_thread(self._from_file_url, source.url)
-        else:
-            raise RequestError("expected a data:, http: or https: URL", code="media_forbidden")
-        count(len(data))
-        return data
+            return await self._embedded(source.url, _start_of_data(source.url), budget)
+        if scheme == "file":
+            path, size = await in_thread(self._allowed_file, source.url)
+            budget.take(size)
+            return await in_thread(_read_file, path, size)
+        raise RequestError("expected a data:, http: or https: URL", code="media_forbidden")
 
     async def close(self) -> None:
         await self._fetcher.close()
 
-    def _from_data_url(self, url: str) -> bytes:
-        head, comma, encoded = url.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise RequestError("a data: URL must look like data:image/png;base64,...", code="invalid_base64")
-        return self._from_base64(encoded)
-
-    def _from_base64(self, encoded: str) -> bytes:
-        if len(encoded) // 4 * 3 > self._max_bytes + 2:
+    async def _embedded(self, text: str, start: int, budget: MediaBudget) -> bytes:
+        """What the text behind `start` spells in base64."""
+        if (len(text) - start) // 4 * 3 > self._max_bytes + 2:
             raise self._too_large()
         try:
-            return _decode_base64(encoded)
-        except ValueError as error:  # binascii.Error, or text that is not ASCII
+            if not text.isascii():  # one other character makes a long text four times as large: it must not wait
+                raise ValueError("characters outside of ASCII")
+            is_long = len(text) > LARGE
+            data = await in_thread(_decode_base64, text, start) if is_long else _decode_base64(text, start)
+        except ValueError as error:
             raise RequestError(f"not valid base64: {error}", code="invalid_base64") from error
+        budget.count(len(data))
+        return data
 
-    def _from_file_url(self, url: str) -> bytes:
-        """Only inside the allowed folder, wherever symbolic links lead."""
+    def _allowed_file(self, url: str) -> tuple[Path, int]:
+        """Its place and size. Only inside the allowed folder, wherever symbolic links lead."""
         if self._folder is None:
             raise RequestError("file: URLs are not allowed on this server", code="media_forbidden")
         parts = urlsplit(url)
         try:
             path = Path(url2pathname(parts.path)).resolve(strict=True)
             inside = parts.netloc in ("", "localhost") and path.is_relative_to(self._folder) and path.is_file()
-            if inside and path.stat().st_size > self._max_bytes:
-                raise self._too_large()
-            if inside:
-                return path.read_bytes()
+            size = path.stat().st_size if inside else 0
         except (OSError, ValueError) as error:
-            raise RequestError("no such file in the allowed folder", code="media_forbidden") from error
-        raise RequestError("no such file in the allowed folder", code="media_forbidden")
+            raise _no_file() from error
+        if not inside:
+            raise _no_file()
+        if size > self._max_bytes:
+            raise self._too_large()
+        return path, size
 
     def _too_large(self) -> RequestError:
         return RequestError(f"larger than the limit of {self._max_bytes} bytes", code="media_too_large")
 
 
-async def _in_thread_if_long(decode: Callable[[str], bytes], text: str) -> bytes:
-    return await asyncio.to_thread(decode, text) if len(text) > LARGE else decode(text)
+def _start_of_data(url: str) -> int:
+    """Of a data: URL."""
+    comma = url.find(",", 0, _MAX_DATA_HEAD)
+    if comma < 0 or not url[:comma].endswith(";base64"):
+        raise RequestError("a data: URL must look like data:image/png;base64,...", code="invalid_base64")
+    return comma + 1
 
 
-def _decode_base64(encoded: str) -> bytes:
-    """Raises ValueError for what is none."""
-    pieces: list[bytes] = []
-    for start in range(0, len(encoded), _PIECE):
-        if pieces and len(pieces[-1]) < _PIECE // 4 * 3:
+def _decode_base64(text: str, start: int) -> bytes:
+    """Of what is behind `start`. Raises ValueError (binascii.Error is one) for what is none."""
+    data = io.BytesIO()  # hands out what it holds without a copy
+    for first in range(start, len(text), _PIECE):
+        if data.tell() < (first - start) // 4 * 3:
             raise ValueError("data after the padding")
-        pieces.append(binascii.a2b_base64(encoded[start : start + _PIECE], strict_mode=True))
-    return b"".join(pieces)
+        data.write(binascii.a2b_base64(text[first : first + _PIECE], strict_mode=True))
+    return data.getvalue()
+
+
+def _read_file(path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise _no_file() from error
+
+
+def _no_file() -> RequestError:
+    return RequestError("no such file in the allowed folder", code="media_forbidden")

@@ -83,11 +83,11 @@ def check_supported(request: GenerateRequest) -> None:
 
 @contextmanager
 def blamed(field: str) -> Iterator[None]:
-    """Names `field` in errors that name none."""
+    """Names `field` in errors that name none, unless it is the server that has no room."""
     try:
         yield
     except RequestError as error:
-        if error.param is not None:
+        if error.param is not None or error.status == 503:
             raise
         raise RequestError(f"{field}: {error}", status=error.status, param=field, code=error.code) from error
 

@@ -1,15 +1,17 @@
 """From messages, text or token ids to a prompt that can be sent: placeholders expanded, units hashed. No pixels."""
 
-import asyncio
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec
 
+import msgspec
+
 from triptych.errors import RequestError
 from triptych.model.headers import VideoHeader
 from triptych.model.processor import Processor, Prompt
 from triptych.router.generation import PreparedPrompt
+from triptych.router.ledger import Reservation
 from triptych.server.media import MediaItem, MediaLoader
 from triptych.server.media_source import MediaSource
 from triptych.server.parsing import blamed
@@ -22,10 +24,12 @@ from triptych.server.schema import (
     MediaUrl,
     TextPart,
 )
+from triptych.server.threads import in_thread
 
 P = ParamSpec("P")
 
 MAX_PROMPTS = 2048  # of one request
+MAX_VARIABLES_BYTES = 64 << 10  # of chat_template_kwargs, as JSON: in memory lists of nothing are twenty times as large
 _LONG_TEXT = 20_000  # characters; tokenising more would hold up the event loop for more than some milliseconds
 _PIECE_COST = 100  # what a message, a content part or a frame costs, counted in characters of text
 
@@ -62,20 +66,25 @@ class PromptBuilder:
         continue_final_message: bool,
         template_variables: Mapping[str, object],
         media_options: MediaIoKwargs | None,
+        reservation: Reservation,
     ) -> PreparedPrompt:
-        """Raises RequestError naming the part of the messages that is to blame."""
+        """`reservation` grows by media that are not in the messages themselves. Raises RequestError naming the part of
+        the messages that is to blame, or RequestError(503) where there is no room for media."""
         for index, message in enumerate(messages):
             if message.tool_calls:
                 field = f"messages[{index}].tool_calls"
                 raise RequestError(
                     f"{field} is not supported by this server", param=field, code="unsupported_parameter"
                 )
+        if len(msgspec.json.encode(template_variables)) > MAX_VARIABLES_BYTES:
+            field = "chat_template_kwargs"
+            raise RequestError(f"{field}: at most {MAX_VARIABLES_BYTES} bytes", param=field, code="invalid_value")
         num_pieces = sum(1 + (len(m.content) if isinstance(m.content, list) else 0) for m in messages)
         if num_pieces > 2 * self._max_model_len:  # the template writes tokens around each
             raise self._too_long("messages", f"{num_pieces} messages and parts")
         num_characters = sum(map(_text_len, messages)) + _PIECE_COST * num_pieces
         self._check_length(num_characters, "messages")
-        items = await self._media.load(_sources(messages), media_options)
+        items = await self._media.load(_sources(messages), reservation, media_options)
         num_frames = sum(len(item.header.frames) for item in items if isinstance(item.header, VideoHeader))
         return await _in_thread_if_long(
             num_characters + _PIECE_COST * num_frames,
@@ -227,7 +236,7 @@ async def _in_thread_if_long(
     num_characters: int, build: Callable[P, PreparedPrompt], *args: P.args, **kwargs: P.kwargs
 ) -> PreparedPrompt:
     if num_characters > _LONG_TEXT:
-        return await asyncio.to_thread(build, *args, **kwargs)
+        return await in_thread(build, *args, **kwargs)
     return build(*args, **kwargs)
 
 
