@@ -27,8 +27,8 @@ from triptych.messages import (
     TokenUpdate,
     Wanted,
 )
+from triptych.router import router as router_module
 from triptych.router.generation import Generation, PreparedPrompt
-from triptych.server import frontend as frontend_module
 from triptych.server.frontend import Frontend
 from triptych.telemetry import Telemetry
 
@@ -213,7 +213,7 @@ class Network:
     def lose(self, id: InstanceId) -> None:
         actor = self.actors.pop(id)
         suspects = [each for each in [*actor.prefilling, *actor.decoding] if self.rng.random() < 0.2]
-        blamed = {attempt.request_id for attempt in self.frontend._attempts.values() if attempt.task.num_blames}
+        blamed = {attempt.request_id for attempt in self.frontend._router.attempts.values() if attempt.task.num_blames}
         for source, to in list(self.queues):
             if to == id or (source == id and (to != FRONTEND or self.rng.random() < 0.5)):
                 del self.queues[source, to]
@@ -271,7 +271,7 @@ class Network:
 def test_whatever_happens_every_request_gets_its_answer(
     block: int, placement: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frontend_module, "LONGEST_PAUSE_S", 0.0)
+    monkeypatch.setattr(router_module, "LONGEST_PAUSE_S", 0.0)
     for seed in range(10 * block, 10 * block + 10):
         asyncio.run(play(random.Random(f"{placement} {seed}"), placement))
 
@@ -305,11 +305,11 @@ async def play(rng: random.Random, placement: str) -> None:
 
 def check_nothing_is_held(frontend: Frontend) -> None:
     assert not num_live(frontend)
-    assert not frontend._attempts
-    assert not frontend._backlog._wanting
-    assert frontend._backlog._quarantine.next() is None
+    assert not frontend._router.attempts
+    assert not frontend._router.backlog._wanting
+    assert frontend._router.backlog._quarantine.next() is None
     frontend.ledger.check_integrity()
     assert frontend.ledger.num_bytes == 0
-    for line in frontend._room._lines.values():
+    for line in frontend._router.room._lines.values():
         assert (line.num_waiting, line.num_ahead) == (0, 0)
     frontend.handle(Load(InstanceId("i0"), {}, {}, {}, {}, {}))

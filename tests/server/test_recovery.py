@@ -29,8 +29,8 @@ from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, Role, SamplingParams, TokenLogprobs
 from triptych.errors import RequestError
 from triptych.messages import Abort, Evicted, Failed, Located, Submit, Tokens, TokenUpdate, Wanted
+from triptych.router import router as router_module
 from triptych.router.generation import Generation
-from triptych.server import frontend as frontend_module
 from triptych.server.answers import usage_of
 from triptych.server.frontend import Frontend
 
@@ -249,22 +249,22 @@ def test_a_failure_of_the_moment_is_not_told_to_the_client(code: str | None, rea
 
 
 def test_failures_in_a_row_without_a_new_token_end_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontend_module, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(frontend_module, "LONGEST_PAUSE_S", 0.001)
+    monkeypatch.setattr(router_module, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(router_module, "LONGEST_PAUSE_S", 0.001)
 
     async def scenario() -> None:
         frontend, wire = make_frontend()
         generation = start(frontend)
         (output,) = generation.outputs
         for round in range(2):
-            for number in range(frontend_module.MAX_FAILURES):
-                done = round * frontend_module.MAX_FAILURES + number + 1
+            for number in range(router_module.MAX_FAILURES):
+                done = round * router_module.MAX_FAILURES + number + 1
                 frontend.handle(Failed(attempt_of(generation, done), "no luck", 500, "transfer_failed", retry=True))
                 await until(lambda done=done: len(orders(wire, output)) == done + 1)  # type: ignore[misc]
             answer(frontend, wire, output, upto=1 + round)
             assert output.num_tokens == 1 + round, "a new token: it counts anew"
-        for number in range(frontend_module.MAX_FAILURES + 1):
-            done = 2 * frontend_module.MAX_FAILURES + number + 1
+        for number in range(router_module.MAX_FAILURES + 1):
+            done = 2 * router_module.MAX_FAILURES + number + 1
             frontend.handle(Failed(attempt_of(generation, done), "no luck", 503, "transfer_failed", retry=True))
             await until(lambda done=done: not num_live(frontend) or len(orders(wire, output)) == done + 1)  # type: ignore[misc]
         with pytest.raises(RequestError, match="no luck") as caught:
@@ -283,7 +283,7 @@ def test_a_client_that_leaves_between_two_attempts_is_not_taken_up_again() -> No
                 frontend.handle(Failed(attempt_of(generation, number), "x", 500, retry=True))
             assert num_live(frontend) == 1
         assert not num_live(frontend)
-        await asyncio.sleep(2 * frontend_module.FIRST_PAUSE_S)
+        await asyncio.sleep(2 * router_module.FIRST_PAUSE_S)
         assert num_attempts(wire, generation) == 2
 
     on_loop(scenario)
@@ -363,11 +363,11 @@ def test_a_sequence_that_loses_one_instance_after_the_other_is_given_up_some_tim
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def play() -> None:
-        monkeypatch.setattr(frontend_module, "MAX_LOSSES", 3)
+        monkeypatch.setattr(router_module, "MAX_LOSSES", 3)
         frontend, _ = make_frontend(*TWO_OF_EACH)
         generation = start(frontend)
         for _ in range(4):
-            (gone,) = {attempt.prefill for attempt in frontend._attempts.values()}
+            (gone,) = {attempt.prefill for attempt in frontend._router.attempts.values()}
             lose(frontend, gone)
             publish(frontend, *TWO_OF_EACH)
         with pytest.raises(RequestError) as failed:

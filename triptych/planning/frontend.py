@@ -1,6 +1,7 @@
 """The frontend on simulated time: the server's own router, with a record in place of a client."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from triptych.config import KV_BLOCK_TOKENS, AdmissionConfig
@@ -19,18 +20,17 @@ from triptych.core import (
     UnitHash,
 )
 from triptych.errors import RequestError
-from triptych.messages import Abort, AnyMessage, Evicted, Failed, Load, Located, Table, Tokens, TokenUpdate, Wanted
+from triptych.messages import AnyMessage, Evicted, Load, Tokens, TokenUpdate
 from triptych.planning.clock import Clock
 from triptych.planning.cost_model import Costs
 from triptych.planning.demand import Demand, Item
 from triptych.planning.process import Process
-from triptych.router.admission import Admission, deadline_exceeded
+from triptych.router.admission import deadline_exceeded
 from triptych.router.attempts import Attempt, Task
-from triptych.router.backlog import Backlog
-from triptych.router.dispatch import Dispatcher, Wire
+from triptych.router.dispatch import Wire
 from triptych.router.generation import Generation, PreparedPrompt
 from triptych.router.output import Output
-from triptych.router.slots import Slots
+from triptych.router.router import Router
 from triptych.router.waiting import Kind
 
 MODEL = b"the model"  # whose KV it is
@@ -101,11 +101,17 @@ class SimulatedFrontend:
         self._server = server
         self._client = client
         self._prefix_caching = prefix_caching
-        self.dispatcher = Dispatcher(wire, b"", parallel_encode=parallel_encode, prefix_caching=prefix_caching)
-        slo_tpot_ms = admission.slo_tpot_ms
-        slots = Slots(max_num_seqs, None if slo_tpot_ms is None else slo_tpot_ms / 1e3)
-        self._backlog = Backlog(admission, self.dispatcher, clock, slots, lambda reason: None, self._fail)
-        self._admission = Admission(admission, self._backlog.room)
+        self.router = Router(
+            admission,
+            wire,
+            clock,
+            MODEL,
+            parallel_encode=parallel_encode,
+            prefix_caching=prefix_caching,
+            max_num_seqs=max_num_seqs,
+            retried=lambda reason: None,
+            fail=self._fail_all,
+        )
         self._tasks: dict[Generation, Task] = {}
         self._records: dict[Generation, Record] = {}
         self._numbers = itertools.count(1)
@@ -123,13 +129,13 @@ class SimulatedFrontend:
 
     def _arrived(self, record: Record) -> None:
         try:
-            self._admission.check_any(self._clock.now)  # before a byte of it is read
+            self.router.admission.check_any(self._clock.now)  # before a byte of it is read
         except RequestError as error:
             self._end(record, error)
             return
         nbytes = sum(item.nbytes for item in record.demand.media)
         seconds = self._costs.server_request + nbytes * self._costs.server_media_byte
-        seconds += len(self.dispatcher.table.peers) * self._costs.server_peer
+        seconds += len(self.router.table.peers) * self._costs.server_peer
         self._server.run(seconds, self._take, record)
 
     def _take(self, record: Record) -> None:
@@ -137,7 +143,7 @@ class SimulatedFrontend:
         kind = Kind.of(item.modality for item in demand.media)
         deadline = None if demand.timeout_s is None else demand.at_s + demand.timeout_s
         try:
-            self._admission.check(kind, deadline, now)
+            self.router.admission.check(kind, deadline, now)
         except RequestError as error:
             self._end(record, error)
             return
@@ -149,8 +155,8 @@ class SimulatedFrontend:
         task = Task(output, generation, prompt, self._hashes(demand), kind)
         self._tasks[generation], self._records[generation] = task, record
         if deadline is not None:
-            generation.timer = self._clock.after(deadline - now, self._fail, generation, deadline_exceeded())
-        self._backlog.queue([task])
+            generation.timer = self._clock.after(deadline - now, self._fail_all, [generation], deadline_exceeded())
+        self.router.backlog.queue([task])
 
     def abort(self, generation: Generation) -> None:
         """Simulated clients wait for their answers."""
@@ -185,17 +191,6 @@ class SimulatedFrontend:
 
     # ---- instances
 
-    def publish(self, table: Table) -> None:
-        if self.dispatcher.take_table(table):
-            self._backlog.instances_changed()
-
-    def instance_lost(self, instance: InstanceId) -> None:
-        """As the server's: what cannot go on without it is taken up again. Nobody is suspected here."""
-        lost = [attempt for attempt in self._backlog.attempts.values() if instance in attempt.needs]
-        for attempt in self._backlog.attempts.values():
-            attempt.holders.discard(instance)
-        self._backlog.retry(lost, "instance_lost")
-
     def handle(self, message: AnyMessage) -> None:
         """Takes it as soon as the server process has time."""
         seconds = 0.0
@@ -206,58 +201,30 @@ class SimulatedFrontend:
         self._server.run(seconds, self._handle, message)
 
     def _handle(self, message: AnyMessage) -> None:
-        match message:
-            case Tokens():
-                for update in message.updates:
-                    self._update(update, message.instance)
-            case Load():
-                self.dispatcher.take_load(message)
-            case Evicted():
-                self.dispatcher.take_evicted(message)
-            case Located():
-                attempt = self._backlog.attempts.get(message.request_id)
-                if attempt is None:
-                    self._wire.send(message.decode, Abort(message.request_id))
-                else:
-                    self._backlog.hand_over(attempt, message.decode, message.epoch)
-            case Wanted():
-                attempt = self._backlog.attempts.get(message.request_id)
-                if attempt is not None and not attempt.has_answered:
-                    self._backlog.want(attempt, message.units)
-            case Failed():
-                assert message.retry, f"{message.request_id}: {message.message}"
-                attempt = self._backlog.attempts.get(message.request_id)
-                if attempt is not None:
-                    self._backlog.retry([attempt], message.code or "")
+        if isinstance(message, Tokens):
+            for update in message.updates:
+                self._update(update, message.instance)
+        else:
+            taken = self.router.take(message)
+            assert taken, f"the frontend cannot take a {type(message).__name__}"
 
     def _update(self, update: TokenUpdate, instance: InstanceId) -> None:
-        attempt = self._backlog.attempts.get(update.request_id)
+        attempt = self.router.attempt_of(update, instance)
         if attempt is None:
-            if update.finish is None:
-                self._wire.send(instance, Abort(update.request_id))
             return
         task, output = attempt.task, attempt.task.output
         missing = update.index + 1 - len(output.token_ids)
-        if attempt.decoder == instance and missing > 0 and update.finish is None:  # as for most tokens: no news but it
-            output.token_ids += [PLACEHOLDER] * missing
-            self._tell(attempt, missing, is_last=False)
-            return
-        if instance not in attempt.holders and missing > 0 and not self._backlog.hand_over(attempt, instance):
-            return
         if missing > 0:  # more than one where an instance made several steps at once
             output.token_ids += [PLACEHOLDER] * missing
             self._tell(attempt, missing, is_last=update.finish is not None)
-        if update.finish is not None:
-            assert update.finish is FinishReason.LENGTH, f"{update.request_id} ended with {update.finish}"
-            output.finish = update.finish
-            self._forget(task)
-            self._backlog.drop(task, tell=False)
-            self._backlog.settle()
+        if update.finish is None:
+            self.router.told(attempt, update.index, instance)
             return
-        if attempt.work is not None and attempt.has_answered:
-            self._backlog.prefilled(attempt)
-        if attempt.decoder != instance and update.index > attempt.start:
-            self._backlog.decodes(attempt, instance)
+        assert update.finish is FinishReason.LENGTH, f"{update.request_id} ended with {update.finish}"
+        output.finish = update.finish
+        self._forget(task)
+        self.router.backlog.drop(task, tell=False)
+        self.router.backlog.settle()
 
     # ---- answers
 
@@ -266,7 +233,7 @@ class SimulatedFrontend:
         record.num_attempts = attempt.task.num_attempts
         output, now = attempt.task.output, self._clock.now
         if output.num_tokens > num_tokens:
-            self._backlog.observe_gap((now - output.last_token_at) / num_tokens)
+            self.router.observe_gap((now - output.last_token_at) / num_tokens)
         output.last_token_at = now
         self._client.run(num_tokens * self._costs.client_token, self._see, record, num_tokens, is_last)
 
@@ -284,14 +251,15 @@ class SimulatedFrontend:
         else:
             record.error, record.failed_s = error.code or "error", self._clock.now
 
-    def _fail(self, generation: Generation, error: RequestError) -> None:
-        task, record = self._tasks.get(generation), self._records.get(generation)
-        if task is not None and record is not None:
-            generation.fail(error)
-            self._forget(task)
-            self._backlog.drop(task)
-            self._end(record, error)
-            self._backlog.settle()
+    def _fail_all(self, generations: Iterable[Generation], error: RequestError) -> None:
+        for generation in list(dict.fromkeys(generations)):
+            task, record = self._tasks.get(generation), self._records.get(generation)
+            if task is not None and record is not None:
+                generation.fail(error)
+                self._forget(task)
+                self.router.backlog.drop(task)
+                self._end(record, error)
+        self.router.backlog.settle()
 
     def _forget(self, task: Task) -> None:
         generation = task.generation
@@ -306,5 +274,5 @@ class SimulatedFrontend:
 
     def queued_s(self) -> dict[Stage, float]:
         """Predicted seconds of one instance's work that wait here."""
-        work = self._backlog.room.queued()
+        work = self.router.room.queued()
         return {Stage.ENCODE: work.encode_s, Stage.PREFILL: work.prefill_s, Stage.DECODE: work.decode_s}

@@ -157,7 +157,7 @@ class Simulation:
     @property
     def loads(self) -> dict[InstanceId, Load]:
         """What the instances last said."""
-        return self.frontend.dispatcher.loads
+        return self.frontend.router.dispatcher.loads
 
     @property
     def items(self) -> Mapping[bytes, Item]:
@@ -182,7 +182,7 @@ class Simulation:
         assert id not in self._orders, f"{id} changes its role already"
         self._orders[id] = SwitchOrder(role, done, self.clock.now)
         self._publish()
-        leave = Leave(self.frontend.dispatcher.room(), lambda: self._drained(self.instances[id]))
+        leave = Leave(self.frontend.router.dispatcher.room(), lambda: self._drained(self.instances[id]))
         self.clock.after(self.costs.message, self.instances[id].leave, leave)
 
     def _drained(self, instance: SimulatedInstance) -> None:
@@ -221,7 +221,7 @@ class Simulation:
         id = loss.instance
         order = self._orders.pop(id, None)
         self._publish(without=id)
-        self.frontend.instance_lost(id)
+        self.frontend.router.instance_lost(id)
         if order is not None:
             order.done({"drain": self.clock.now - order.began_s})
         self.clock.after(restart_s, self._restart, loss)
@@ -242,7 +242,7 @@ class Simulation:
         self.table = RoutingTable.of(message)
         for instance in self.instances.values():
             instance.take_table(self.table)
-        self.frontend.publish(message)
+        self.frontend.router.take(message)
 
     @property
     def _caches_prefixes(self) -> bool:

@@ -16,29 +16,23 @@ from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, RequestId, SamplingParams, Stage
 from triptych.errors import RequestError, shutting_down
 from triptych.messages import (
-    Abort,
     AnyMessage,
-    Evicted,
-    Failed,
     Load,
-    Located,
     Steps,
     Table,
     Tokens,
     TokenUpdate,
-    Wanted,
 )
 from triptych.model.processor import Processor
-from triptych.router.admission import Admission, broken, deadline_exceeded, lost_too_often, poisonous
-from triptych.router.attempts import Attempt, Task
-from triptych.router.backlog import Backlog
+from triptych.router.admission import deadline_exceeded
+from triptych.router.attempts import Task
 from triptych.router.clock import LoopClock
 from triptych.router.demand import AnswerTimes, Demand
-from triptych.router.dispatch import Dispatcher, Wire
+from triptych.router.dispatch import Wire
 from triptych.router.generation import Generation, PreparedPrompt
 from triptych.router.ledger import Ledger, Reservation
 from triptych.router.output import Output
-from triptych.router.slots import Slots
+from triptych.router.router import Router
 from triptych.router.waiting import Kind
 from triptych.routing import RoutingTable
 from triptych.telemetry import QueueSample, Telemetry
@@ -46,11 +40,6 @@ from triptych.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 10  # of a sequence in a row, without a new token, after which it is tried again
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0  # after the second of these, and after the last ones
-MAX_BLAMES = 2  # crashes while a sequence was computed
-MAX_LOSSES = 10  # instances that a sequence may lose in a row, without a decoded token in between
-_RETRY_REASONS = {"moved": "moved", "unavailable": "unavailable"}  # by the code of `Failed`; all others: transfer
 _REFUSALS = {  # why requests are refused, by the code of the error
     "overloaded": "overload",
     "unavailable": "unavailable",
@@ -87,14 +76,17 @@ class Frontend:
         self._telemetry = telemetry
         self._timeline = timeline
         self._clock = LoopClock()
-        slo_tpot_ms = self._config.slo_tpot_ms
-        slots = Slots(max_num_seqs, None if slo_tpot_ms is None else slo_tpot_ms / 1e3)
-        self._dispatcher = Dispatcher(
-            wire, processor.identity, parallel_encode=parallel_encode, prefix_caching=prefix_caching
+        self._router = Router(
+            self._config,
+            wire,
+            self._clock,
+            processor.identity,
+            parallel_encode=parallel_encode,
+            prefix_caching=prefix_caching,
+            max_num_seqs=max_num_seqs,
+            retried=telemetry.retried,
+            fail=self._fail_all,
         )
-        self._backlog = Backlog(self._config, self._dispatcher, self._clock, slots, telemetry.retried, self._fail)
-        self._room, self._attempts = self._backlog.room, self._backlog.attempts
-        self._admission = Admission(self._config, self._room)
         # What all requests hold of their bodies and media, also before they are asked for here.
         self.ledger = Ledger(self._config.max_media_held_bytes, self._clock, self._count_refusal)
         self._times = AnswerTimes()
@@ -109,11 +101,11 @@ class Frontend:
 
     @property
     def table(self) -> RoutingTable:
-        return self._dispatcher.table
+        return self._router.table
 
     @property
     def loads(self) -> dict[InstanceId, Load]:
-        return self._dispatcher.loads
+        return self._router.dispatcher.loads
 
     @property
     def ready(self) -> bool:
@@ -128,7 +120,7 @@ class Frontend:
         try:
             if self._draining:
                 raise shutting_down()
-            self._admission.check_any(self._clock.now)
+            self._router.admission.check_any(self._clock.now)
         except RequestError as error:
             self._count_refusal(error)
             raise
@@ -138,7 +130,7 @@ class Frontend:
         try:
             if self._draining:
                 raise shutting_down()
-            self._admission.check(kind, deadline, self._clock.now)
+            self._router.admission.check(kind, deadline, self._clock.now)
         except RequestError as error:
             self._count_refusal(error)
             raise
@@ -185,14 +177,14 @@ class Frontend:
             generation.timer = self._clock.after(deadline - now, self._fail, generation, deadline_exceeded())
         for tasks in groups:
             if generation in self._open:  # else one of its sequences could not be sent
-                self._backlog.queue(tasks)
+                self._router.backlog.queue(tasks)
         return generation
 
     def abort(self, generation: Generation) -> None:
         """Takes every unfinished sequence back from all instances. Idempotent."""
         for _ in self._end(generation, "aborted"):
             self._telemetry.aborted()
-        self._backlog.settle()
+        self._router.backlog.settle()
 
     # ---- what operators ask for
 
@@ -212,15 +204,15 @@ class Frontend:
 
     def room(self) -> dict[InstanceId, int]:
         """KV blocks that instances which decode could take, as they last said."""
-        return self._dispatcher.room()
+        return self._router.dispatcher.room()
 
     def demand(self) -> Demand:
-        now, queued = self._clock.now, self._room.queued()
+        now, queued = self._clock.now, self._router.room.queued()
         ttft_slack_s, tpot_slack_s = self._times.slack_s(self._config)
         return Demand(
             {Stage.ENCODE: queued.encode_s, Stage.PREFILL: queued.prefill_s, Stage.DECODE: queued.decode_s},
-            {kind: self._room.num_waiting(kind) for kind in Kind},
-            {kind: self._room.predicted_wait_s(kind, now) for kind in Kind},
+            {kind: self._router.room.num_waiting(kind) for kind in Kind},
+            {kind: self._router.room.predicted_wait_s(kind, now) for kind in Kind},
             self._times.ttft_s,
             self._times.tpot_s,
             ttft_slack_s,
@@ -234,70 +226,40 @@ class Frontend:
             self._handle(message)
         except Exception:  # the boundary of a message: those that came with it are handled
             logger.exception("cannot take %s", type(message).__name__)
-            attempt = self._attempts.get(getattr(message, "request_id", RequestId("")))
-            if attempt is not None:
-                self._fail(attempt.task.generation, broken())
+            self._router.give_up(getattr(message, "request_id", RequestId("")))
 
     def instance_lost(self, instance: InstanceId, suspects: Collection[RequestId] = ()) -> None:
-        """Everything that cannot go on without it is taken up again. `suspects` are those that it was computing when it
-        ended by itself: they are tried one at a time, and what is computed in two crashes is refused."""
+        """Everything that cannot go on without it is taken up again; see the router's."""
         if self._timeline is not None:
             self._timeline.lost(instance, self._clock.now)
-        lost = {id: attempt for id, attempt in self._attempts.items() if instance in attempt.needs}
-        blamed = {id: self._attempts[id] for id in suspects if id in self._attempts}
-        for attempt in blamed.values():
-            attempt.task.num_blames += 1
-        guilty = [attempt.task.generation for attempt in blamed.values() if attempt.task.num_blames >= MAX_BLAMES]
-        for attempt in self._attempts.values():
-            attempt.holders.discard(instance)
-        self._fail_all(guilty, poisonous())
-        for attempt in (lost | blamed).values():
-            attempt.task.num_losses += 1
-        often = [attempt.task.generation for attempt in lost.values() if attempt.task.num_losses > MAX_LOSSES]
-        self._fail_all(often, lost_too_often(instance))
-        remaining = [attempt for id, attempt in (lost | blamed).items() if id in self._attempts]
-        self._backlog.retry(remaining, "instance_lost")
+        self._router.instance_lost(instance, suspects)
 
     def _handle(self, message: AnyMessage) -> None:
         match message:
             case Tokens():
                 self._tokens(message)
-            case Located():
-                self._located(message)
-            case Wanted():
-                self._wanted(message)
-            case Evicted():
-                self._dispatcher.take_evicted(message)
-            case Failed():
-                self._failed(message)
-            case Load():
-                self._dispatcher.take_load(message)
             case Steps():
                 self._steps(message)
             case Table():
                 self._table(message)
             case _:
-                logger.warning("frontend got %s, which is not for it", type(message).__name__)
+                if not self._router.take(message):
+                    logger.warning("frontend got %s, which is not for it", type(message).__name__)
 
     def _tokens(self, message: Tokens) -> None:
         now = self._clock.now
         for update in message.updates:
-            attempt = self._attempts.get(update.request_id)
-            if attempt is None:
-                if update.finish is None:  # aborted, but that instance did not know yet that it held it
-                    self._wire.send(message.instance, Abort(update.request_id))
-                continue
             try:
-                self._update(attempt, update, message.instance, now)
+                self._update(update, message.instance, now)
             except Exception:  # the boundary of a request: the others of this step go on
                 logger.exception("%s: cannot take token %d", update.request_id, update.index)
-                self._fail(attempt.task.generation, broken())
+                self._router.give_up(update.request_id)
 
-    def _update(self, attempt: Attempt, update: TokenUpdate, instance: InstanceId, now: float) -> None:
-        task, output = attempt.task, attempt.task.output
-        is_news = instance not in attempt.holders and update.index >= output.num_tokens
-        if is_news and not self._backlog.hand_over(attempt, instance):
+    def _update(self, update: TokenUpdate, instance: InstanceId, now: float) -> None:
+        attempt = self._router.attempt_of(update, instance)
+        if attempt is None:
             return
+        task, output = attempt.task, attempt.task.output
         if update.index == 0:
             output.num_cached_tokens = update.num_cached
         for due in output.in_order(update):
@@ -307,54 +269,13 @@ class Frontend:
             if output.finish is not None:
                 self._finish(task, by_instance=due.finish is not None, now=now)
                 return
-        if attempt.work is not None and attempt.has_answered:
-            self._backlog.prefilled(attempt)
-        # A token behind the first one comes from the instance that decodes. Only once all before it are here too, or
-        # the loss of one on the way would never be noticed; and only the newest says where the sequence is now.
-        if attempt.decoder != instance and update.index > attempt.start and output.num_tokens == update.index + 1:
-            self._backlog.decodes(attempt, instance)
+        self._router.told(attempt, update.index, instance)
 
     def _table(self, message: Table) -> None:
-        if self._dispatcher.take_table(message):
+        before = self.table.version
+        self._router.take(message)
+        if self.table.version > before:
             self._tell_roles(message)
-            self._backlog.instances_changed()
-
-    def _located(self, message: Located) -> None:
-        attempt = self._attempts.get(message.request_id)
-        if attempt is None:  # aborted while it was on its way there; if it is finished, this changes nothing
-            self._wire.send(message.decode, Abort(message.request_id))
-        else:
-            self._backlog.hand_over(attempt, message.decode, message.epoch)
-
-    def _failed(self, message: Failed) -> None:
-        attempt = self._attempts.get(message.request_id)
-        if attempt is None:
-            return
-        if message.retry:
-            self._failed_for_now(attempt, message)
-            return
-        if message.unit is not None:
-            self._dispatcher.could_not_encode(message.unit)
-            if attempt.has_answered:  # it went on without that unit
-                return
-        param = None if message.unit is None else attempt.task.prompt.fields.get(message.unit)
-        error = RequestError(message.message, status=message.status, param=param, code=message.code)
-        self._fail(attempt.task.generation, error)
-
-    def _failed_for_now(self, attempt: Attempt, message: Failed) -> None:
-        """An instance could not go on with it, but another may, or the same one a little later."""
-        task = attempt.task
-        task.num_failures += 1
-        if task.num_failures > MAX_FAILURES:
-            self._fail(task.generation, RequestError(message.message, status=500, code=message.code))
-            return
-        pause_s = min(FIRST_PAUSE_S * 2 ** (task.num_failures - 2), LONGEST_PAUSE_S) if task.num_failures > 1 else 0.0
-        self._backlog.retry([attempt], _RETRY_REASONS.get(message.code or "", "transfer"), pause_s)
-
-    def _wanted(self, message: Wanted) -> None:
-        attempt = self._attempts.get(message.request_id)
-        if attempt is not None and not attempt.has_answered:  # an answer that goes on needs no unit any more
-            self._backlog.want(attempt, message.units)
 
     def _observe(self, task: Task, now: float) -> None:
         output = task.output
@@ -368,7 +289,7 @@ class Frontend:
             gap_s = now - output.last_token_at
             self._telemetry.next_token(gap_s)
             self._times.next(gap_s)
-            self._backlog.observe_gap(gap_s)
+            self._router.observe_gap(gap_s)
         output.last_token_at = now
 
     def _finish(self, task: Task, *, by_instance: bool, now: float) -> None:
@@ -379,7 +300,7 @@ class Frontend:
         self._tell_ended(task, "finished")
         after_s = now - task.generation.arrived_at
         self._telemetry.finished(output.finish, after_s, len(task.prompt.token_ids), output.num_tokens)
-        self._backlog.settle()
+        self._router.backlog.settle()
 
     def _fail(self, generation: Generation, error: RequestError) -> None:
         self._fail_all([generation], error)
@@ -392,7 +313,7 @@ class Frontend:
             if ended:
                 self._count_refusal(error)
             generation.fail(error)
-        self._backlog.settle()
+        self._router.backlog.settle()
 
     def _end(self, generation: Generation, outcome: str) -> list[Task]:
         """Nobody works on any part of it any more. Returns what was not answered."""
@@ -404,7 +325,7 @@ class Frontend:
 
     def _close(self, task: Task, *, tell: bool = True) -> None:
         """Nobody works on it any more, and what was kept for it is let go."""
-        self._backlog.drop(task, tell=tell)
+        self._router.backlog.drop(task, tell=tell)
         generation = task.generation
         del self._open[generation][task]
         if self._open[generation]:
@@ -452,7 +373,7 @@ class Frontend:
     def _queue_samples(self) -> dict[str, QueueSample]:
         now = self._clock.now
         return {
-            kind.value: QueueSample(self._room.num_waiting(kind), self._room.predicted_wait_s(kind, now))
+            kind.value: QueueSample(self._router.room.num_waiting(kind), self._router.room.predicted_wait_s(kind, now))
             for kind in Kind
         }
 
@@ -465,7 +386,7 @@ class Frontend:
         kind: Kind,
     ) -> list[Task]:
         """The choices of one prompt."""
-        hashes, tasks = self._dispatcher.hashes(prompt), []
+        hashes, tasks = self._router.dispatcher.hashes(prompt), []
         for sampling in samplings:
             id = RequestId(f"{self._id_prefix}-{next(self._id_count)}")
             output = Output(len(generation.outputs), id, sampling, stop, self._processor.token_stream())
