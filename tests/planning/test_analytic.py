@@ -1,0 +1,144 @@
+"""Analytic profiles: rooflines that grow and shrink with the hardware, and that a fit can move."""
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import asdict, replace
+
+from triptych.core import Role
+from triptych.errors import ConfigError
+from triptych.planning.analytic import PARTS, Efficiency, analytic_profile, calibrated
+from triptych.planning.cost_model import Costs
+from triptych.planning.hardware import find_device, known_devices
+from triptych.planning.profile import Profile, StageCosts
+from triptych.planning.shapes import PRESETS, preset, shape_of
+
+A100 = find_device("A100-80G")
+AUDIO = {"model_type": "qwen2_audio"}
+
+
+def costs(name: str, device: str = "A100-80G", **options: object) -> Costs:
+    return analytic_profile(preset(name), find_device(device), **options).costs()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", list(known_devices()))
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_model_has_a_profile_on_every_device(name: str, device: str, tmp_path: Path) -> None:
+    profile = analytic_profile(preset(name), find_device(device))
+    assert profile.kind == "analytic"
+    found = profile.costs()
+    assert 0.001 < found.decode_step < 1
+    assert 0 < found.prefill_token < 0.01
+    assert found.encode_unit + found.encode_row > 0
+    profile.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == profile
+
+
+def test_a_decode_step_reads_the_weights_and_a_full_prefill_step_computes() -> None:
+    shape, efficiency = preset("internvl2-8b"), Efficiency()
+    found = costs("internvl2-8b")
+    read = 2 * (shape.language_parameters - shape.language.embedding) / (A100.memory_bandwidth * efficiency.decode)
+    assert found.decode_step - efficiency.decode_launch == pytest.approx(read, rel=1e-6)
+    compute = 2048 * shape.language.flops_per_token / (A100.flops * efficiency.prefill)
+    step = found.prefill_step - efficiency.prefill_launch + 2048 * found.prefill_token
+    assert step == pytest.approx(compute, rel=0.01)
+
+
+def test_a_cell_of_the_paper_is_near_before_any_fit() -> None:
+    """Table 4 of arXiv 2501.05460 leaves about 0.41 s for a picture of 4032x3024 on an E worker, its preparation on the
+    host included, and about 0.055 s for its prefill; section 3.2.4 switches roles in less than 0.7 s."""
+    found = costs("minicpm-v-2.6")
+    encode = found.encode_step + 10 * (found.encode_unit + 64 * found.encode_row) + 4032 * 3024 * found.encode_pixel
+    assert encode == pytest.approx(0.41, rel=0.15)
+    assert found.prefill_step + 660 * found.prefill_token == pytest.approx(0.055, rel=0.2)
+    assert found.switch_weights < 0.7
+
+
+def test_units_of_any_size_cost_by_their_rows_and_tiles_by_their_number() -> None:
+    assert costs("internvl2-26b").encode_row == 0
+    assert costs("qwen3-vl-8b").encode_row > 0
+    small = costs("qwen3-vl-8b", picture=(640, 640))
+    large = costs("qwen3-vl-8b", picture=(4032, 3024))
+    assert large.encode_row > small.encode_row  # attention grows with the square
+    rows = sum(preset("qwen3-vl-8b").image(4032, 3024))
+    unit = preset("qwen3-vl-8b").image_units(4032, 3024)[0]
+    exact = preset("qwen3-vl-8b").encode_flops(unit) / (A100.flops * Efficiency().encode)
+    assert large.encode_unit + rows * large.encode_row == pytest.approx(exact)
+
+
+def test_more_devices_are_faster_but_not_by_their_number() -> None:
+    one, four = costs("internvl2-26b"), costs("internvl2-26b", tensor_parallel=4)
+    for name in ("encode_unit", "prefill_token", "decode_step"):
+        assert 1 < getattr(one, name) / getattr(four, name) < 4, name
+    profile = analytic_profile(preset("internvl2-26b"), A100, tensor_parallel=4)
+    assert profile.price == pytest.approx(4 * 1.79)
+    assert profile.memory.device == pytest.approx(4 * A100.memory)
+    slow_link = replace(A100, link=type(A100.link)(1e9))
+    slow = analytic_profile(preset("internvl2-26b"), slow_link, tensor_parallel=4).costs()
+    assert slow.prefill_token > 2 * four.prefill_token
+
+
+def test_degree_that_divides_no_heads_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tensor-parallel: 5 does not divide the 32 heads of internvl2-8b"):
+        analytic_profile(preset("internvl2-8b"), A100, tensor_parallel=5)
+
+
+def test_experts_are_read_when_there_are_tokens_for_them() -> None:
+    shape = shape_of({"model_type": "qwen3_vl_moe", "text_config": {"num_experts": 128, "num_experts_per_tok": 8}})
+    found = analytic_profile(shape, A100).costs()
+    active = 2 * shape.language.active / (A100.memory_bandwidth * 0.7)
+    everything = 2 * shape.language.parameters / (A100.memory_bandwidth * 0.7)
+    assert active < found.decode_step < 0.5 * everything
+    assert found.decode_step + 64 * found.decode_sequence > 0.9 * everything
+
+
+def test_models_that_only_hear_have_profiles() -> None:
+    shape = shape_of(AUDIO)
+    found = analytic_profile(shape, A100).costs()
+    assert found.encode_unit + 750 * found.encode_row > 0
+
+
+def test_memory_of_a_profile_gives_pools() -> None:
+    profile = analytic_profile(preset("internvl2-8b"), A100)
+    sizes = {role: profile.sizes(Role(role), kv_fraction=0.8, max_num_seqs=1000) for role in ("e", "p", "d", "epd")}
+    assert sizes["e"].num_kv_blocks == 0
+    assert sizes["d"].num_kv_blocks > sizes["epd"].num_kv_blocks > 10_000
+
+
+def test_calibration_multiplies_the_parts_of_a_stage_and_nothing_else() -> None:
+    profile = analytic_profile(preset("internvl2-8b"), A100)
+    moved = calibrated(profile, prefill=1.5, link=2.0)
+    before, after = asdict(profile.costs_of_steps), asdict(moved.costs_of_steps)
+    for name in PARTS["prefill"]:
+        assert after.pop(name) == pytest.approx(1.5 * before.pop(name))
+    assert after.pop("bytes_per_second") == pytest.approx(before.pop("bytes_per_second") / 2)
+    assert after == before
+    assert calibrated(profile) == profile
+
+
+def test_parts_are_fields_of_the_costs() -> None:
+    names = [name for part in PARTS.values() for name in part]
+    assert len(set(names)) == len(names)
+    assert set(names) < set(StageCosts.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("factors", "words"),
+    [
+        ({"encoding": 1.0}, "factors: 'encoding' is not known; known are encode, pixel, prefill"),
+        ({"encode": 0.0}, "factors.encode: 0.0 is not above 0"),
+        ({"decode": float("nan")}, "factors.decode: nan is not above 0"),
+        ({"link": -1.0}, "factors.link: -1.0 is not above 0"),
+    ],
+)
+def test_factor_that_is_none_is_refused(factors: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        calibrated(analytic_profile(preset("internvl2-8b"), A100), **factors)
+    assert words in str(refused.value)
+
+
+def test_efficiency_is_a_share() -> None:
+    with pytest.raises(ConfigError, match=r"efficiency.encode: 1.5 is not above 0 and at most 1"):
+        Efficiency(encode=1.5)
+    with pytest.raises(ConfigError, match=r"efficiency.pixel: -1.0 is below 0"):
+        Efficiency(pixel=-1.0)

@@ -1,0 +1,237 @@
+"""`triptych capacity`: what fits on an instance of each role, from a config and a data sheet alone."""
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from triptych.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from triptych.planning.capacity import Ask, Most, RoleCapacity, Runtime
+    from triptych.planning.hardware import Device
+    from triptych.planning.model.shape import ModelShape
+
+SIZE = re.compile(r"([0-9]{1,7})x([0-9]{1,7})")
+
+
+def capacity(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint folder, config.json, or one of minicpm-v-2.6, internvl2-8b, internvl2-26b, "
+            "qwen2.5-vl-7b, qwen3-vl-8b."
+        ),
+    ],
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="A100-40G, A100-80G, H100, H200, L40S, RTX-4090, MI300X, Ascend-910B, or a hardware file (FILE:NAME "
+            "where it has several)."
+        ),
+    ] = "A100-80G",
+    image: Annotated[str, typer.Option(help="Width and height of every picture.")] = "4032x3024",
+    images_per_request: Annotated[int, typer.Option(help="Pictures of one request, for the largest batch.")] = 1,
+    kv_fraction: Annotated[float, typer.Option(help="Share of the free memory for the KV cache.")] = 0.8,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of text in a prompt.")] = 22,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 10,
+    utilization: Annotated[float, typer.Option(help="Share of the device's memory that may be used.")] = 0.9,
+    embedding_cache: Annotated[
+        str | None, typer.Option(help="Its size, such as '2 GB'; room for one longest prompt if left out.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a prefill step; all prompts of a batch at once if left out.")
+    ] = None,
+    max_encode_tokens: Annotated[
+        int | None, typer.Option(help="Embedding rows of an encode step; all pictures of a batch at once if left out.")
+    ] = None,
+    as_paper: Annotated[
+        bool, typer.Option("--as-paper", help="Count as arXiv 2501.05460 did on its own system.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what fits: weights, KV tokens, pictures of a request and requests of a batch, for every role of an instance.
+
+    Nothing is loaded. A batch is one step, as the paper counts, unless the bounds of steps are given: all its pictures
+    at once, then all its prompts.
+    """
+    from triptych.planning.capacity import PAPER, Ask, Runtime, capacities
+    from triptych.planning.hardware import find_device
+    from triptych.planning.shapes import find_shape
+
+    width, height = _size(image)
+    ask = Ask(
+        width=width, height=height, images=images_per_request, text_tokens=text_tokens, output_tokens=output_tokens
+    )
+    shape, device = find_shape(model), find_device(gpu)
+    chosen = Runtime(
+        utilization=utilization,
+        embedding_bytes=_bytes(embedding_cache),
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_encode_tokens=max_encode_tokens,
+    )
+    runtime = PAPER if as_paper else chosen
+    found = capacities(shape, device, ask, kv_fraction=kv_fraction, runtime=runtime)
+    if json:
+        typer.echo(_json(shape, device, ask, kv_fraction, found))
+    else:
+        _show(shape, device, ask, kv_fraction, runtime, found)
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = SIZE.fullmatch(text)
+    if found is None or not int(found[1]) or not int(found[2]):
+        raise ConfigError(f"--image: {text!r} is not WIDTHxHEIGHT in pixels, such as 4032x3024")
+    return int(found[1]), int(found[2])
+
+
+def _bytes(text: str | None) -> float | None:
+    from triptych.planning.quantities import Bytes
+
+    try:
+        return None if text is None else Bytes.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"--embedding-cache: {error}") from None
+
+
+# ---- for people
+
+
+def _show(
+    shape: "ModelShape",
+    device: "Device",
+    ask: "Ask",
+    kv_fraction: float,
+    runtime: "Runtime",
+    found: list["RoleCapacity"],
+) -> None:
+    from rich.console import Console
+
+    console = Console()
+    units = shape.image_units(ask.width, ask.height, ask.images)
+    console.print(
+        f"{shape.name}: {shape.parameters / 1e9:.2f} billion parameters, {shape.encoder_parameters / 1e9:.2f} of them "
+        f"in the encoder; {_gb(shape.kv_token_bytes * 1000)} of KV for 1,000 tokens; context {shape.context:,}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"{device.name}: {_gb(device.memory)}, {runtime.utilization:.0%} of it used, {kv_fraction:.0%} of what is then "
+        f"free for KV; a picture of {ask.width}x{ask.height} is {len(units)} unit{'s' * (len(units) > 1)}, "
+        f"{shape.prompt_tokens(units):,} tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_table(ask, found))
+    console.print(_compared(found), highlight=False, soft_wrap=True)
+
+
+def _table(ask: "Ask", found: list["RoleCapacity"]) -> "Table":
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("role")
+    for title in ("weights", "saved", "free", "KV tokens"):
+        table.add_column(title, justify="right")
+    table.add_column("pictures of one request")
+    table.add_column(f"batch with {ask.images} each")
+    for row in found:
+        table.add_row(
+            row.role.value,
+            _gb(row.weights),
+            f"{row.weights_saved:.1%}",
+            _gb(row.free),
+            f"{row.kv_tokens:,}" if row.role.has_language_model else "-",
+            _cell(row.images_per_request),
+            _cell(row.batch),
+        )
+    return table
+
+
+def _cell(most: "Most") -> str:
+    """The number, and what stops one more."""
+    from triptych.planning.capacity import Limit
+
+    if most.limit in (Limit.WEIGHTS, Limit.NONE):
+        return most.limit.value
+    return f"{most.number:,} ({most.limit.value})"
+
+
+def _compared(found: list["RoleCapacity"]) -> str:
+    from triptych.core import Role
+    from triptych.planning.capacity import together
+
+    apart = together(found, (Role.E, Role.P, Role.D))
+    joined = together(found, (Role.EPD,))
+    text = f"One request may have {apart.number:,} pictures on e, p and d"
+    text += f" (then {apart.limit.value})" if apart.number else f" ({apart.limit.value})"
+    text += f", and {joined.number:,} on epd ({joined.limit.value})"
+    if not joined.number and not apart.number:
+        return f"{text}: neither fits."
+    if not joined.number:
+        return f"{text}: only disaggregated does it fit."
+    if apart.number <= joined.number:
+        return f"{text}: for memory alone, disaggregation gains nothing here."
+    return f"{text}: {apart.number / joined.number:.1f} times as many."
+
+
+def _gb(number: float) -> str:
+    return f"{number / 1e9:,.2f} GB"
+
+
+# ---- for machines
+
+
+def _json(shape: "ModelShape", device: "Device", ask: "Ask", kv_fraction: float, found: list["RoleCapacity"]) -> str:
+    from triptych.core import Role
+    from triptych.planning.capacity import together
+    from triptych.planning.files import dumped
+
+    units = shape.image_units(ask.width, ask.height, ask.images)
+    return dumped(
+        {
+            "model": {
+                "name": shape.name,
+                "parameters": shape.parameters,
+                "encoder_parameters": shape.encoder_parameters,
+                "language_parameters": shape.language_parameters,
+                "kv_token_bytes": shape.kv_token_bytes,
+                "embedding_row_bytes": shape.row_bytes,
+                "context": shape.context,
+            },
+            "gpu": {"name": device.name, "memory_bytes": int(device.memory)},
+            "request": {
+                "image": f"{ask.width}x{ask.height}",
+                "images": ask.images,
+                "units_of_an_image": len(units),
+                "rows_of_an_image": sum(unit.rows for unit in units),
+                "tokens_of_an_image": shape.prompt_tokens(units),
+                "text_tokens": ask.text_tokens,
+                "output_tokens": ask.output_tokens,
+            },
+            "kv_fraction": kv_fraction,
+            "roles": {row.role.value: _role(row) for row in found},
+            "images_per_request": {
+                "disaggregated": _most(together(found, (Role.E, Role.P, Role.D))),
+                "aggregated": _most(together(found, (Role.EPD,))),
+            },
+        }
+    ).rstrip("\n")
+
+
+def _role(row: "RoleCapacity") -> dict[str, object]:
+    return {
+        "weight_bytes": row.weights,
+        "weights_saved": round(row.weights_saved, 4),
+        "embedding_cache_bytes": row.embedding_cache,
+        "free_bytes": row.free,
+        "kv_tokens": row.kv_tokens if row.role.has_language_model else None,
+        "images_per_request": _most(row.images_per_request),
+        "batch": _most(row.batch),
+    }
+
+
+def _most(most: "Most") -> dict[str, object]:
+    return {"number": most.number, "limit": most.limit.value}
