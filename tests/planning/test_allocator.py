@@ -70,7 +70,7 @@ def test_noise_in_the_demand_is_no_reason():
 def test_who_may_need_its_instances_soon_keeps_them():
     roles = make_roles(e=3, p=1, d=2)
     spare = make_estimate({"e": 1.8, "p": 0.5, "d": 4.0})
-    unsure = make_estimate({"e": 1.8, "p": 0.5, "d": 4.0}, noise={"e": 0.8})
+    unsure = make_estimate({"e": 1.8, "p": 0.5, "d": 4.0}, noise={"e": 1.0})
     assert decide(spare, roles).switch.before is Role.E
     assert decide(unsure, roles).switch is None
 

@@ -26,7 +26,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
     horizon_s: float = 30.0
     least_gain: float = 0.2  # share of the horizon that a switch must save beyond its cost
-    sigmas: float = 2.5  # of noise in the demand that must not change the decision
+    sigmas: float = 2.0  # of noise in the demand that must not change the decision
     reversal: float = 2.0  # so many times the gain, to undo the last switch
     reversal_s: float = 120.0  # until it is no reversal any more
     cool_down_s: float = 3.0  # after a switch
