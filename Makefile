@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: setup serve test soak check format clean
+.PHONY: setup serve test explore soak check format clean
 
 setup: $(STAMP)
 
@@ -25,9 +25,13 @@ serve: setup
 test: setup
 	$(BIN)/pytest
 
-# Everything that fails in every way at every moment, 10,000 hostile requests and as many messages, then 2,000 requests
-# with kills and role switches: about half an hour.
-soak: setup
+# Random examples that nobody has seen yet; `make test` has the same ones every time.
+explore: setup
+	TRIPTYCH_EXPLORE=1 $(BIN)/pytest tests/stages tests/memory tests/router tests/planning tests/flows/test_cluster_model.py
+
+# The same, then everything that fails in every way at every moment, 10,000 hostile requests and as many messages, and
+# 2,000 requests with kills and role switches: about half an hour.
+soak: setup explore
 	TRIPTYCH_SOAK=1 $(BIN)/pytest tests/faults
 	TRIPTYCH_FUZZ=10000 $(BIN)/pytest tests/fuzz
 	$(BIN)/python benchmarks/soak.py --json benchmarks/results/soak-$$(date -u +%F).json
