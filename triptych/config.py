@@ -99,6 +99,12 @@ class AdmissionConfig(msgspec.Struct, frozen=True, kw_only=True):
     recovery_timeout_s: Seconds = 30.0  # how long requests wait for a stage that lost its last instance
     max_media_held_bytes: Count = 2 * GIB  # bodies and media of all requests, from the head on
 
+    @property
+    def window_s(self) -> float:
+        """Work of one kind that an instance is really given in advance: a quarter of the time to first token that is
+        to be kept, if that is less."""
+        return self.dispatch_s if self.slo_ttft_ms is None else min(self.dispatch_s, self.slo_ttft_ms / 4e3)
+
 
 class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the cluster is kept up."""

@@ -92,7 +92,7 @@ class WaitingRoom(Generic[T]):
     """One line per kind, each with a window: how much of it may be with the instances, without a first token yet.
     All kinds together have `slots`.
 
-    A window is `dispatch_s` seconds of work for every instance of a stage, or a few sequences if these are more. So no
+    A window is `window_s` seconds of work for every instance of a stage, or a few sequences if these are more. So no
     kind waits for another one, and what instances are given stays little. Within a line `schedule` says who is next;
     in each order there is a bound on who may pass whom, so that nobody starves.
     """
@@ -225,7 +225,7 @@ class WaitingRoom(Generic[T]):
             return False
         if line.num_ahead < MIN_SEQUENCES * self._instances[Stage.PREFILL]:
             return True
-        each_s, ahead = self._config.dispatch_s, line.ahead
+        each_s, ahead = self._config.window_s, line.ahead
         encodes = kind is Kind.TEXT or ahead.encode_s < each_s * self._instances[Stage.ENCODE]
         return encodes and ahead.prefill_s < each_s * self._instances[Stage.PREFILL]
 
