@@ -89,6 +89,25 @@ def test_units_of_one_request_are_spread_over_all_encode_instances():
     assert sorted(assigned.values()) == ["e0", "e0", "e1", "e1"]
 
 
+def test_the_units_of_an_item_stay_together_where_there_are_as_many_items_as_instances():
+    units = [make_unit(f"item{item}-{index}", 4) for item in range(3) for index in range(5)]
+    items = {unit.hash: str(number // 5).encode() for number, unit in enumerate(units)}
+    assigned = assign_units(make_table(e0="e", e1="e", e2="e"), units, {}, 1.0, items=items)
+    for first in (0, 5, 10):
+        assert len({assigned[unit.hash] for unit in units[first : first + 5]}) == 1
+    assert len(set(assigned.values())) == 3
+
+
+def test_an_item_is_divided_among_the_instances_that_there_are_for_each():
+    units = [make_unit(f"item{item}-{index}", 4) for item in range(2) for index in range(6)]
+    items = {unit.hash: str(number // 6).encode() for number, unit in enumerate(units)}
+    names = dict.fromkeys((f"e{i}" for i in range(5)), "e")
+    assigned = [assign_units(make_table(**names), units, {}, 1.0, items=items)[unit.hash] for unit in units]
+    parts = [assigned[first : first + 3] for first in range(0, 12, 3)]
+    assert all(len(set(part)) == 1 for part in parts), "parts are consecutive"
+    assert len({part[0] for part in parts}) == 4, "an item is read by two instances, and nobody reads two items"
+
+
 def test_equal_units_are_assigned_once():
     units = [make_unit("same"), make_unit("same"), make_unit("other")]
     assert len(assign_units(make_table(e0="e"), units, {}, 1e-3)) == 2

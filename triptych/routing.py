@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 from triptych.core import EncodeUnit, InstanceId, Stage, UnitHash
@@ -20,9 +21,14 @@ class RoutingTable:
     def of(cls, table: Table) -> "RoutingTable":
         return cls(table.version, {peer.id: peer for peer in table.peers})
 
-    def serving(self, stage: Stage) -> list[Peer]:
+    def serving(self, stage: Stage) -> tuple[Peer, ...]:
         """Those that take new work."""
-        return [peer for peer in self.peers.values() if stage in peer.role.stages and not peer.leaving]
+        return self._serving[stage]
+
+    @cached_property
+    def _serving(self) -> dict[Stage, tuple[Peer, ...]]:
+        taking = [peer for peer in self.peers.values() if not peer.leaving]
+        return {stage: tuple(peer for peer in taking if stage in peer.role.stages) for stage in Stage}
 
     @property
     def complete(self) -> bool:
@@ -63,6 +69,7 @@ def assign_units(
     loads: Loads,
     cost_s: float,
     *,
+    items: Mapping[UnitHash, bytes] = MappingProxyType({}),
     holders: Mapping[UnitHash, Collection[InstanceId]] = MappingProxyType({}),
     spread: bool = True,
 ) -> dict[UnitHash, InstanceId]:
@@ -70,21 +77,41 @@ def assign_units(
 
     A unit goes to an instance that seems to hold it already (`holders`). The others are spread over all encode
     instances by cost, intra-request parallelism (section 3.2.2 of the paper): longest first onto the instance that
-    would finish it earliest (Graham's LPT rule: at most 4/3 of the best makespan). Without `spread` all go to the least
-    loaded one.
+    would finish it earliest (Graham's LPT rule: at most 4/3 of the best makespan). Units of one of the `items` stay
+    together, because whoever encodes one of them reads the whole item; an item is divided where there are two instances
+    or more for each. Without `spread` all go to the least loaded one.
     `cost_s` is the predicted time of one embedding row. Raises RequestError(503) without an encode instance.
     """
     busy = dict(loads)
     assigned: dict[UnitHash, InstanceId] = {}
     able = {peer.id for peer in table.serving(Stage.ENCODE)}
-    distinct = {unit.hash: unit for unit in units}
-    only = None if spread else pick(table, Stage.ENCODE, busy).id
-    for unit in sorted(distinct.values(), key=lambda unit: -unit.num_tokens):
+    missing: dict[bytes, list[EncodeUnit]] = {}
+    for unit in {unit.hash: unit for unit in units}.values():
         held = sorted(able.intersection(holders.get(unit.hash, ())))
         if held:
             assigned[unit.hash] = min(held, key=lambda id: busy.get(id, 0.0))
-            continue
+        else:
+            missing.setdefault(items.get(unit.hash, unit.hash), []).append(unit)
+    only = pick(table, Stage.ENCODE, busy).id if missing and not spread else None
+    num_parts = max(len(able) // max(len(missing), 1), 1)
+    parts = [part for together in missing.values() for part in _divided(together, num_parts)]
+    for part in sorted(parts, key=_num_rows, reverse=True):
         chosen = only or pick(table, Stage.ENCODE, busy).id
-        assigned[unit.hash] = chosen
-        busy[chosen] = busy.get(chosen, 0.0) + unit.num_tokens * cost_s
+        assigned |= dict.fromkeys((unit.hash for unit in part), chosen)
+        busy[chosen] = busy.get(chosen, 0.0) + _num_rows(part) * cost_s
     return assigned
+
+
+def _divided(units: list[EncodeUnit], num_parts: int) -> list[list[EncodeUnit]]:
+    """Consecutive parts of about equal numbers of rows, at most so many."""
+    parts: list[list[EncodeUnit]] = [[] for _ in range(num_parts)]
+    total, before = _num_rows(units), 0
+    for unit in units:
+        middle = before + unit.num_tokens / 2
+        parts[min(int(middle * num_parts / total), num_parts - 1)].append(unit)
+        before += unit.num_tokens
+    return [part for part in parts if part]
+
+
+def _num_rows(units: list[EncodeUnit]) -> int:
+    return sum(unit.num_tokens for unit in units)

@@ -154,7 +154,7 @@ class Dispatcher:
         first = tasks[0]
         self._add_work(plan.prefill, Stage.PREFILL, first.num_tokens - plan.num_cached)
         self._directory.add_blocks(plan.prefill, first.hashes.blocks)
-        encoders = self._assign_units(plan.missing)
+        encoders = self._assign_units(plan.missing, first.prompt)
         for hash_ in plan.needed:
             self._directory.add_unit(hash_, plan.prefill)
         attempts = []
@@ -174,7 +174,7 @@ class Dispatcher:
     def encode(self, attempt: Attempt, units: set[UnitHash]) -> None:
         """Orders units that an attempt was thought to find somewhere. Raises RequestError(503) if nobody encodes."""
         prompt = attempt.task.prompt
-        encoders = self._assign_units([unit for unit in distinct(prompt.units) if unit.hash in units])
+        encoders = self._assign_units([unit for unit in distinct(prompt.units) if unit.hash in units], prompt)
         attempt.order(encoders)
         self._order_units(attempt, encoders)
 
@@ -211,7 +211,7 @@ class Dispatcher:
         peers = self.table.peers
         return {id for id in self._directory.holders(unit) if id in peers and not peers[id].leaving}
 
-    def _assign_units(self, units: Sequence[EncodeUnit]) -> dict[UnitHash, InstanceId]:
+    def _assign_units(self, units: Sequence[EncodeUnit], prompt: PreparedPrompt) -> dict[UnitHash, InstanceId]:
         if not units:
             return {}
         paces = [self._pace_s(peer.id, Stage.ENCODE) for peer in self.table.serving(Stage.ENCODE)]
@@ -220,6 +220,7 @@ class Dispatcher:
             units,
             self._busy_s(),
             max(paces, default=UNKNOWN_PACE_S),
+            items={unit.hash: prompt.media[unit.hash].hash for unit in units},
             holders={unit.hash: self._directory.holders(unit.hash) for unit in units},
             spread=self._parallel_encode,
         )
