@@ -146,7 +146,7 @@ class Declined(Message, frozen=True):
 # ---- instances -> frontend
 
 
-class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
+class TokenUpdate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One more token of one sequence: the one at `index` of its output. `finish` is set on the last one.
 
     The index is what orders them: the first comes from P, the others from D, and D's may overtake P's.
@@ -221,6 +221,22 @@ class Load(Message, frozen=True):
     counters: dict[str, float]  # monotonic totals for metrics
     pace_s: dict[str, float]  # predicted seconds per token (e: per embedding row), per stage letter
     epoch: str = ""  # of which incarnation
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One forward. Times are those of the monotonic clock, which all processes of a host share."""
+
+    what: str  # encode, prefill, decode, or mixed: the last two at once
+    began_s: float
+    ended_s: float
+    size: int  # units, or sequences
+
+
+class Steps(Message, frozen=True):
+    """Instance -> frontend: what it computed since it last said so; sent with `Load`, where a timeline is written."""
+
+    instance: InstanceId
+    steps: list[Step]
 
 
 class Evicted(Message, frozen=True):
@@ -338,6 +354,7 @@ AnyMessage = (
     | Wanted
     | Failed
     | Load
+    | Steps
     | Evicted
     | Ready
     | Table

@@ -190,7 +190,8 @@ class Instance:
             return
         here = {peer.address for peer in table.peers.values()}
         gone = [peer for peer in near.table.peers.values() if peer.address not in here and peer.id != self.id]
-        near.table = table
+        before, near.table = near.table, table
+        self.stages.table_changed(before)
         for peer in gone:
             self.lost_processes.add(peer.address)
             near.decode_loads.pop(peer.id, None)

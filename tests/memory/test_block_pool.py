@@ -37,6 +37,13 @@ def test_freeing_a_block_twice_asserts():
         pool.free(blocks)
 
 
+def test_a_block_that_is_freed_twice_at_once_asserts():
+    pool = BlockPool(4)
+    pool.allocate(3)
+    with pytest.raises(AssertionError, match="freed twice"):
+        pool.free([1, 1])
+
+
 def test_an_empty_pool_gives_nothing():
     pool = BlockPool(0)
     assert pool.allocate(0) == []
@@ -46,7 +53,7 @@ def test_an_empty_pool_gives_nothing():
 
 def test_integrity_notices_a_block_that_is_listed_twice():
     pool = BlockPool(4)
-    pool._free.append(3)
+    pool._free.append((3, 4))
     with pytest.raises(AssertionError, match="free list 5"):
         pool.check_integrity()
 

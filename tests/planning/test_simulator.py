@@ -298,6 +298,21 @@ def test_sequences_of_a_decode_instance_go_on_elsewhere():
     assert all(record.num_tokens == 2000 and record.num_attempts == 1 for record in simulation.records)
 
 
+def test_those_that_wait_for_a_full_decode_instance_go_to_one_that_joins():
+    """One instance has room for three of the nine at a time, a second one for three more."""
+    sizes = dict.fromkeys(Role, WHOLE) | {Role.D: replace(WHOLE, num_kv_blocks=3 * 7)}
+    slow = replace(PLAIN, prefill_token=0.0001, decode_step=0.1, switch_weights=0.3)
+    asked = [Demand(0.0, text_tokens=90, output_tokens=20)] * 9
+
+    def last(*, joined: bool) -> float:
+        simulation = Simulation(Placement.parse("2e1p1d"), slow, sizes)
+        if joined:
+            simulation.clock.at(0.1, simulation.switch_role, InstanceId("i1"), Role.D, lambda steps_s: None)
+        return max(record.finished_s for record in simulation.run(asked))
+
+    assert last(joined=True) < 0.8 * last(joined=False)
+
+
 def test_what_prefill_has_not_begun_is_taken_up_again_by_another():
     asked = [Demand(0.0, text_tokens=400, output_tokens=2)] * 6
     simulation = switched("1e2p1d", "i2", Role.D, asked, at_s=0.1, sizes=Sizes(max_num_seqs=2))

@@ -31,6 +31,8 @@ from triptych.messages import (
     Prefilling,
     Share,
     Shutdown,
+    Step,
+    Steps,
     Switched,
     SwitchRole,
     Table,
@@ -87,6 +89,7 @@ class Engine:
         self._was_busy = False
         self._unchecked = False  # whether anything happened since the books were checked
         self._num_steps = 0
+        self._untold: list[Step] | None = [] if equipment.config.timeline else None
         self._install(equipment)
 
     @property
@@ -173,6 +176,7 @@ class Engine:
             if peer.id != near.instance:
                 self._addresses[peer.id] = peer.address
                 self._transfers.connect(peer)
+        self._stages.table_changed(before)
         for instance in gone:  # last, because what was theirs goes to somebody of the new table
             self._stages.lost(instance)
 
@@ -301,10 +305,10 @@ class Engine:
         assert self._stages.encode is not None and self._runners.encode is not None
         self._flush()  # what is known already need not wait for the forward
         with self._recorded(self._stages.encode.running_requests):
-            began = time.perf_counter()
+            began = time.monotonic()
             errors = self._runners.encode.run(works)
             num_tokens = sum(work.unit.num_tokens for work in works)
-            self._pace.observe(Stage.ENCODE, num_tokens, time.perf_counter() - began)
+            self._pace.observe(Stage.ENCODE, num_tokens, self._computed("encode", began, len(works)))
             self._stages.encode.commit(works, errors)
         return True
 
@@ -330,9 +334,9 @@ class Engine:
         self._flush()  # pulls among it: their blocks are free, also those that were offloaded just now
         self._set_threads(self._awaits_embeddings)
         with self._recorded(chunk.sequence.request_id for chunk in [*decodes, *chunks]):
-            began = time.perf_counter()
+            began = time.monotonic()
             sampled = self._runners.language.run(decodes + chunks)
-            self._observe_language(decodes, chunks, time.perf_counter() - began)
+            self._observe_language(decodes, chunks, began)
             if self._stages.decode is not None:
                 self._stages.decode.commit(decodes, sampled[: len(decodes)])
             if self._stages.prefill is not None:
@@ -370,11 +374,20 @@ class Engine:
     def _awaits_embeddings(self) -> bool:
         return self._stages.prefill is not None and self._stages.prefill.awaits_embeddings
 
-    def _observe_language(self, decodes: list[Chunk], chunks: list[Chunk], seconds: float) -> None:
+    def _observe_language(self, decodes: list[Chunk], chunks: list[Chunk], began: float) -> None:
+        what = "decode" if not chunks else "mixed" if decodes else "prefill"
+        seconds = self._computed(what, began, len(decodes) + len(chunks))
         if chunks:
             self._pace.observe(Stage.PREFILL, len(decodes) + sum(chunk.length for chunk in chunks), seconds)
         else:
             self._pace.observe(Stage.DECODE, len(decodes), seconds)
+
+    def _computed(self, what: str, began: float, size: int) -> float:
+        """How long the step took that ended just now."""
+        ended = time.monotonic()
+        if self._untold is not None:
+            self._untold.append(Step(what, began, ended, size))
+        return ended - began
 
     # ---- reports
 
@@ -390,6 +403,7 @@ class Engine:
         load = self.load()
         self._send(FRONTEND, load)
         self._report_evicted()
+        self._report_steps()
         if Stage.DECODE in load.work_s:
             self._near.take_load(load)
             for peer in self._near.table.serving(Stage.PREFILL):
@@ -405,6 +419,11 @@ class Engine:
         units, blocks = self._pools.take_evicted_units(), self._pools.take_evicted_blocks()
         if units or blocks:
             self._send(FRONTEND, Evicted(self._near.instance, units, blocks))
+
+    def _report_steps(self) -> None:
+        if self._untold:
+            self._send(FRONTEND, Steps(self._near.instance, self._untold))
+            self._untold = []
 
     def load(self) -> Load:
         counters = self._equipment.counters | {"steps": float(self._num_steps)}

@@ -6,6 +6,7 @@ from triptych.core import RequestId, Stage
 
 WEIGHT = 0.1  # of the newest step in the moving average
 MAX_PAUSE_S = 0.5
+_COUNTERS = {stage: tuple(f"{stage.name.lower()}_{what}" for what in ("steps", "tokens", "busy_s")) for stage in Stage}
 
 
 class Pace:
@@ -19,8 +20,7 @@ class Pace:
         new = seconds / num_tokens
         old = self._seconds.get(stage, new)
         self._seconds[stage] = old + WEIGHT * (new - old)
-        for what, amount in (("steps", 1.0), ("tokens", float(num_tokens)), ("busy_s", seconds)):
-            name = f"{stage.name.lower()}_{what}"
+        for name, amount in zip(_COUNTERS[stage], (1.0, float(num_tokens), seconds), strict=True):
             self.counters[name] = self.counters.get(name, 0.0) + amount
 
     def of(self, stage: Stage) -> float:

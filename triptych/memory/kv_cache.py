@@ -59,6 +59,10 @@ class KVCache:
         """Blocks that the sequence still needs to hold the KV of its first `num_tokens` tokens."""
         return max(0, self.num_blocks_for(num_tokens) - len(sequence.block_table))
 
+    def has_space(self, sequence: Sequence) -> bool:
+        """Whether its blocks hold the KV of all its tokens."""
+        return len(sequence.token_ids) <= (len(sequence.block_table) - self.state_blocks) * self.block_tokens
+
     def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether the sequence can hold so much. Takes what is held for later, if need be."""
         while self.num_missing(sequence, num_tokens) > self._num_available:
@@ -104,10 +108,12 @@ class KVCache:
         """One more reference to each block."""
         for block in blocks:
             self._num_references[block] += 1
-            self._reusable.pop(block, None)
+            if self._reusable:
+                self._reusable.pop(block, None)
 
     def give_back(self, blocks: Seq[int]) -> None:
         """One reference less to each. The end of a prefix becomes reusable, and so is evicted, before its beginning."""
+        unused: list[int] = []
         for block in reversed(blocks):
             assert self._num_references[block] > 0, f"block {block} given back more often than shared"
             self._num_references[block] -= 1
@@ -115,7 +121,8 @@ class KVCache:
                 if block in self._hash_of:
                     self._reusable[block] = None
                 else:
-                    self._pool.free((block,))
+                    unused.append(block)
+        self._pool.free(unused)
 
     def computed_blocks(self, sequence: Sequence) -> list[int]:
         """The blocks that have something in them: without the last one while that is still empty."""

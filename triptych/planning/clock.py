@@ -13,7 +13,7 @@ class Event:
     arguments: tuple[Any, ...]
 
     def cancel(self) -> None:
-        self.action = None
+        self.action, self.arguments = None, ()
 
 
 class Clock:
@@ -32,12 +32,16 @@ class Clock:
         return event
 
     def after(self, seconds: float, action: Callable[..., None], *arguments: Any) -> Event:
-        return self.at(self.now + seconds, action, *arguments)
+        assert seconds >= 0, f"an event {-seconds} s ago"
+        event = Event(action, arguments)
+        heapq.heappush(self._heap, (self.now + seconds, next(self._order), event))
+        return event
 
     def run(self, until: Callable[[], bool]) -> None:
         """Until it says so, asked after each event, or until nothing is left to happen."""
-        while self._heap:
-            time_s, _, event = heapq.heappop(self._heap)
+        heap = self._heap
+        while heap:
+            time_s, _, event = heapq.heappop(heap)
             if event.action is None:
                 continue
             self.now = time_s

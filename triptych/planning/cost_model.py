@@ -23,6 +23,8 @@ class Costs:
     decode_step: float = 0.0
     decode_sequence: float = 0.0
     decode_context: float = 0.0  # for each token of context of each sequence
+    turn: float = 0.0  # of an instance that takes messages and computes nothing; in steps it is included
+    wake: float = 0.0  # more of the first language step after a rest: what ran meanwhile has filled the caches
     arrival: float = 0.0  # before a request is dispatched: HTTP, fetching media, preprocessing
     message: float = 0.0005
     transfer: float = 0.001  # of a pull without its bytes
@@ -32,11 +34,19 @@ class Costs:
     switch_weights: float = 0.7  # a role switch that changes which half of the model is loaded
     switch_books: float = 0.05  # one that keeps it
     cores: float = inf  # that all processes share; infinite: every instance has a device of its own
-    server_request: float = 0.0  # of the server process, as the next two
+    server_request: float = 0.0  # of the server process, which is one core's at most, as the next five
     server_media_byte: float = 0.0
+    server_step: float = 0.0  # of what a step of an instance sampled, beside each token
     server_token: float = 0.0
+    server_peer: float = 0.0  # of a request, for each instance that there is: the router looks at them all
+    server_report: float = 0.0  # of what an instance says about itself
     client_request: float = 0.0  # of a load generator on the same machine, as the next one
     client_token: float = 0.0
+
+    @property
+    def serving_takes_time(self) -> bool:
+        of_request = self.server_request or self.server_media_byte or self.server_peer
+        return bool(of_request or self.server_step or self.server_token or self.server_report)
 
     def encode_s(self, works: list[EncodeWork], items: Mapping[bytes, Item]) -> float:
         """`items` by the hash of their media; an item is read once for all its units of a step."""

@@ -100,6 +100,7 @@ class SimulatedFrontend:
         self._wire = wire
         self._server = server
         self._client = client
+        self._has_pace = admission.slo_tpot_ms is not None  # which the router keeps an eye on
         self._prefix_caching = prefix_caching
         self.router = Router(
             admission,
@@ -195,7 +196,7 @@ class SimulatedFrontend:
         """Takes it as soon as the server process has time."""
         seconds = 0.0
         if isinstance(message, Tokens):
-            seconds = len(message.updates) * self._costs.server_token
+            seconds = self._costs.server_step + len(message.updates) * self._costs.server_token
         elif isinstance(message, Load | Evicted):
             seconds = self._costs.server_report
         self._server.run(seconds, self._handle, message)
@@ -209,13 +210,21 @@ class SimulatedFrontend:
             assert taken, f"the frontend cannot take a {type(message).__name__}"
 
     def _update(self, update: TokenUpdate, instance: InstanceId) -> None:
+        attempt = self.router.attempts.get(update.request_id)
+        if attempt is None or attempt.decoder != instance or update.finish is not None:
+            self._update_news(update, instance)
+            return
+        missing = update.index + 1 - len(attempt.task.output.token_ids)
+        if missing > 0:  # as for most tokens: nothing else is new
+            self._tell(attempt, missing, is_last=False)
+
+    def _update_news(self, update: TokenUpdate, instance: InstanceId) -> None:
         attempt = self.router.attempt_of(update, instance)
         if attempt is None:
             return
         task, output = attempt.task, attempt.task.output
         missing = update.index + 1 - len(output.token_ids)
-        if missing > 0:  # more than one where an instance made several steps at once
-            output.token_ids += [PLACEHOLDER] * missing
+        if missing > 0:
             self._tell(attempt, missing, is_last=update.finish is not None)
         if update.finish is None:
             self.router.told(attempt, update.index, instance)
@@ -229,13 +238,19 @@ class SimulatedFrontend:
     # ---- answers
 
     def _tell(self, attempt: Attempt, num_tokens: int, *, is_last: bool) -> None:
-        record = self._records[attempt.task.generation]
-        record.num_attempts = attempt.task.num_attempts
-        output, now = attempt.task.output, self._clock.now
-        if output.num_tokens > num_tokens:
-            self.router.observe_gap((now - output.last_token_at) / num_tokens)
-        output.last_token_at = now
-        self._client.run(num_tokens * self._costs.client_token, self._see, record, num_tokens, is_last)
+        """More than one where an instance made several steps at once."""
+        task, output, now = attempt.task, attempt.task.output, self._clock.now
+        if self._has_pace:
+            if output.token_ids:
+                self.router.observe_gap((now - output.last_token_at) / num_tokens)
+            output.last_token_at = now
+        output.token_ids += [PLACEHOLDER] * num_tokens
+        record = self._records[task.generation]
+        record.num_attempts = task.num_attempts
+        if self._client.takes_time:
+            self._client.run(num_tokens * self._costs.client_token, self._see, record, num_tokens, is_last)
+        else:
+            self._see(record, num_tokens, is_last)
 
     def _see(self, record: Record, num_tokens: int, is_last: bool) -> None:
         record.num_tokens += num_tokens

@@ -57,15 +57,18 @@ class Sizes:
         )
 
 
+Mail = list[tuple[InstanceId, AnyMessage]]  # sent together, so it arrives together, in this order
+
+
 class Network(Protocol):
     """What an instance stands in: where messages and pulls go (`deliver` and `settled` are called in their own time),
     and who is told how long it computed."""
 
     @property
     def items(self) -> Mapping[bytes, Item]: ...
-    def send(self, sender: InstanceId, to: InstanceId, message: AnyMessage, /) -> None: ...
+    def send(self, mail: Mail, /) -> None: ...
     def pull(self, reader: "SimulatedInstance", pull: Pull, /) -> None: ...
-    def computed(self, instance: "SimulatedInstance", what: str, began_s: float, /) -> None: ...
+    def computed(self, instance: "SimulatedInstance", what: str, began_s: float, size: int, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,7 @@ class SimulatedInstance:
         self._inbox: list[AnyMessage | Settled | Leave | RoutingTable] = []
         self._busy = False  # a step is under way, the next turn is on its way, or it changes its role
         self._gone = False
+        self._has_rested = True  # since its last language step
         self._leave: Leave | None = None
         self._run: DecodeRun | None = None
         self._wake: Event | None = None
@@ -177,7 +181,8 @@ class SimulatedInstance:
     # ---- what arrives
 
     def deliver(self, message: AnyMessage) -> None:
-        self._hear(message)
+        self._inbox.append(message)
+        self._news()
 
     def settled(self, pull: Pull, error: InstanceError | None = None) -> None:
         """A pull of this instance is over. Said twice, it was over before."""
@@ -214,6 +219,8 @@ class SimulatedInstance:
             self._host.run(seconds, self._weight, self._unless_gone, done, arguments)
 
     def _receive(self) -> None:
+        if not self._inbox:
+            return
         inbox, self._inbox = self._inbox, []
         for item in inbox:
             if isinstance(item, Settled):
@@ -233,6 +240,7 @@ class SimulatedInstance:
         """As the engine: what is gone is read from no more."""
         near, before = self.near, self.near.table
         near.table = table
+        self.stages.table_changed(before)
         gone = [peer.id for peer in before.peers.values() if self._is_gone(peer, table)]
         for instance in gone:
             near.decode_loads.pop(instance, None)
@@ -251,8 +259,8 @@ class SimulatedInstance:
     def _turn(self) -> None:
         self._receive()
         works = self.stages.schedule_encode(self.pace.of(Stage.ENCODE), self.sizes.max_encode_tokens)
-        self._flush()
         if works:
+            self._flush()
             seconds = self._costs.encode_s(works, self._network.items)
             self._compute(seconds, self._encoded, works, self._clock.now)
         else:
@@ -261,7 +269,7 @@ class SimulatedInstance:
     def _encoded(self, works: list[EncodeWork], began_s: float) -> None:
         assert self.stages.encode is not None
         self.pace.observe(Stage.ENCODE, sum(work.unit.num_tokens for work in works), self._clock.now - began_s)
-        self._network.computed(self, "encode", began_s)
+        self._network.computed(self, "encode", began_s, len(works))
         self.stages.encode.commit(works, [None] * len(works))
         self._flush()
         self._speak(encoded=True)
@@ -271,9 +279,10 @@ class SimulatedInstance:
         chunks: list[Chunk] = []
         if self.stages.prefill is not None:
             chunks = self.stages.prefill.schedule(self.sizes.max_num_batched_tokens - len(decodes))
-        self._flush()
+        if chunks or decodes:
+            self._flush()
         if chunks:
-            seconds = self._costs.language_s(decodes, chunks)
+            seconds = self._costs.language_s(decodes, chunks) + self._wake_s()
             self._compute(seconds, self._spoken, decodes, chunks, self._clock.now)
         elif decodes:
             self._begin_decodes(decodes)
@@ -290,7 +299,9 @@ class SimulatedInstance:
     def _decode_wait_s(self) -> float:
         """How long the next decode step is held back, as the engine does while a request waits for encoders."""
         decode, prefill = self.stages.decode, self.stages.prefill
-        if decode is None or not decode.num_running or prefill is None or not prefill.awaits_embeddings:
+        if not self.sizes.decode_interval_ms or decode is None or prefill is None:
+            return 0.0
+        if not decode.num_running or not prefill.awaits_embeddings:
             return 0.0
         return max(0.0, self._metronome.wait_s(self._clock.now))
 
@@ -298,7 +309,7 @@ class SimulatedInstance:
         assert self.stages.prefill is not None
         num_tokens = len(decodes) + sum(chunk.length for chunk in chunks)
         self.pace.observe(Stage.PREFILL, num_tokens, self._clock.now - began_s)
-        self._network.computed(self, "mixed" if decodes else "prefill", began_s)
+        self._network.computed(self, "mixed" if decodes else "prefill", began_s, len(decodes) + len(chunks))
         if self.stages.decode is not None:
             self.stages.decode.commit(decodes, [TOKEN] * len(decodes))
         self.stages.prefill.commit(chunks, [TOKEN for chunk in chunks if chunk.samples])
@@ -306,7 +317,20 @@ class SimulatedInstance:
         self._end_turn(busy=True)
 
     def _end_turn(self, *, busy: bool) -> None:
+        """A turn that computed nothing took its time as well, before what comes of it goes out."""
+        if busy or not self._costs.turn:
+            self._rest(busy)
+        else:
+            self._compute(self._costs.turn, self._rest, False)
+
+    def _wake_s(self) -> float:
+        has_rested, self._has_rested = self._has_rested, False
+        return self._costs.wake if has_rested else 0.0
+
+    def _rest(self, busy: bool) -> None:
+        self._flush()
         self._busy = busy or bool(self._inbox)
+        self._has_rested |= not self._busy
         wait_s = self._decode_wait_s()
         self._report(busy or wait_s > 0)
         if self._leave is not None and self.is_drained and not self._inbox:
@@ -330,6 +354,7 @@ class SimulatedInstance:
         num_steps = self._num_equal_steps(chunks, context)
         seconds = self._costs.decodes_s(len(chunks), context, num_steps)
         if self._host is not None:
+            seconds += self._wake_s()
             self._compute(seconds, self._decoded_once, chunks, self._clock.now)
             return
         end = self._later(seconds, self._decoded)
@@ -338,7 +363,7 @@ class SimulatedInstance:
     def _decoded_once(self, chunks: list[Chunk], began_s: float) -> None:
         assert self.stages.decode is not None
         self.pace.observe(Stage.DECODE, len(chunks), self._clock.now - began_s)
-        self._network.computed(self, "decode", began_s)
+        self._network.computed(self, "decode", began_s, len(chunks))
         self.stages.decode.commit(chunks, [TOKEN] * len(chunks))
         self._flush()
         self._end_turn(busy=True)
@@ -348,12 +373,15 @@ class SimulatedInstance:
         has to report before the last of them."""
         assert self.pools.kv is not None
         others_idle = all(stage is None or stage.is_empty for stage in (self.stages.encode, self.stages.prefill))
-        if not others_idle or self._leave is not None or self._host is not None:
+        if not others_idle or self._leave is not None or self._host is not None or self._costs.server_token:
+            return 1  # among others where tokens keep the server busy, one step after the other
+        until_report = self._reported_at + self.sizes.heartbeat_s - self._clock.now
+        if until_report <= self._costs.decodes_s(len(chunks), context, 1):
             return 1
-        num_steps = min(chunk.sequence.sampling.max_tokens - chunk.sequence.num_output_tokens for chunk in chunks)
+        sequences = [chunk.sequence for chunk in chunks]
+        num_steps = min([s.num_prompt_tokens + s.sampling.max_tokens - len(s.token_ids) for s in sequences])
         usage = self.pools.kv.usage()
         num_steps = min(num_steps, max(1, (usage.free + usage.cached) // len(chunks) * KV_BLOCK_TOKENS))
-        until_report = self._reported_at + self.sizes.heartbeat_s - self._clock.now
         return self._first_step_after(until_report, len(chunks), context, num_steps)
 
     def _first_step_after(self, seconds: float, num_sequences: int, context: int, num_steps: int) -> int:
@@ -369,6 +397,8 @@ class SimulatedInstance:
 
     def _cut(self, run: DecodeRun) -> None:
         """Something arrived: the step that runs now is the last one of the run."""
+        if run.num_steps == 1:
+            return
         elapsed = self._clock.now - run.began_s
         num_steps = self._first_step_after(elapsed, len(run.chunks), run.context, run.num_steps)
         if num_steps < run.num_steps:
@@ -380,7 +410,7 @@ class SimulatedInstance:
     def _decoded(self) -> None:
         run, self._run = self._run, None
         assert run is not None and self.stages.decode is not None
-        self._network.computed(self, "decode", run.began_s)
+        self._network.computed(self, "decode", run.began_s, len(run.chunks))
         for done in range(run.num_steps):
             num_sequences = len(run.chunks)
             seconds = self._costs.decodes_s(num_sequences, run.context + done * num_sequences, 1)
@@ -412,13 +442,15 @@ class SimulatedInstance:
             sequence.token_ids += [TOKEN.token_id] * num_steps
             sequence.num_computed += num_steps
             kv.hold(sequence, len(sequence.token_ids))
+            kv.seal(sequence)
 
     # ---- what leaves
 
     def _flush(self) -> None:
         out = self.near.out
+        mail: Mail = []
         if out.tokens:
-            self._network.send(self.id, FRONTEND, Tokens(self.id, out.tokens))
+            mail.append((FRONTEND, Tokens(self.id, out.tokens)))
             out.tokens = []
         if out.messages:
             messages, out.messages = out.messages, []
@@ -426,7 +458,9 @@ class SimulatedInstance:
                 if to == self.id:
                     self._inbox.append(message)
                 else:
-                    self._network.send(self.id, to, message)
+                    mail.append((to, message))
+        if mail:
+            self._network.send(mail)
         if out.pulls:
             pulls, out.pulls = out.pulls, []
             for pull in pulls:
@@ -440,18 +474,14 @@ class SimulatedInstance:
             return
         self._reported_at = self._clock.now
         load = self.load()
-        self._network.send(self.id, FRONTEND, load)
-        self._report_evicted()
-        if Stage.DECODE in load.work_s:
-            self.near.take_load(load)
-            for peer in self.near.table.serving(Stage.PREFILL):
-                if peer.id != self.id:
-                    self._network.send(self.id, peer.id, load)
-
-    def _report_evicted(self) -> None:
+        mail: Mail = [(FRONTEND, load)]
         evicted = Evicted(self.id, self.pools.take_evicted_units(), self.pools.take_evicted_blocks())
         if evicted.units or evicted.blocks:
-            self._network.send(self.id, FRONTEND, evicted)
+            mail.append((FRONTEND, evicted))
+        if Stage.DECODE in load.work_s:
+            self.near.take_load(load)
+            mail += [(peer.id, load) for peer in self.near.table.serving(Stage.PREFILL) if peer.id != self.id]
+        self._network.send(mail)
 
     def load(self) -> Load:
         return load_of(self.near, self.stages, self.pools, self.pace, {})

@@ -12,6 +12,7 @@ class Process:
 
     def __init__(self, host: Host | None, weight: float = 1.0) -> None:
         """Without a host nothing costs time."""
+        self.takes_time = host is not None
         self._host = host
         self._weight = weight
         self._waiting: deque[tuple[float, Callable[..., None], tuple[Any, ...]]] = deque()

@@ -133,14 +133,16 @@ class Surroundings:
 
     def finish_of(self, sequence: Sequence) -> FinishReason | None:
         """Whether the newest token ends the sequence. Stop strings are the frontend's business."""
-        sampling, token = sequence.sampling, sequence.token_ids[-1]
-        if sequence.num_output_tokens >= sampling.min_tokens:
+        sampling, num_tokens = sequence.sampling, len(sequence.token_ids)
+        num_output = num_tokens - sequence.num_prompt_tokens
+        if num_output >= sampling.min_tokens:
+            token = sequence.token_ids[-1]
             if token in self.eos_token_ids and not sampling.ignore_eos:
                 return FinishReason.STOP
             if token in sampling.stop_token_ids:
                 return FinishReason.STOP
-        full = len(sequence.token_ids) >= self.max_model_len
-        return FinishReason.LENGTH if full or sequence.num_output_tokens >= sampling.max_tokens else None
+        full = num_tokens >= self.max_model_len
+        return FinishReason.LENGTH if full or num_output >= sampling.max_tokens else None
 
 
 def turn_away(near: Surroundings, message: AnyMessage) -> bool:
@@ -176,9 +178,9 @@ def foreseen_tokens(sequence: Sequence) -> int:
     requests leave `max_tokens` at the rest of the model's length and stop long before. What is certain counts."""
     sampling, num_output = sequence.sampling, sequence.num_output_tokens
     allowed = sampling.max_tokens - num_output
-    never_stops = sampling.ignore_eos and not sampling.stop_token_ids
-    certain = allowed if never_stops else min(sampling.min_tokens - num_output, allowed)
-    return max(certain, min(allowed, USUAL_ANSWER_TOKENS))
+    if sampling.ignore_eos and not sampling.stop_token_ids:
+        return allowed
+    return min(allowed, max(sampling.min_tokens - num_output, USUAL_ANSWER_TOKENS))
 
 
 def announcement(
@@ -202,5 +204,6 @@ def token_update(
     sequence: Sequence, finish: FinishReason | None, logprobs: TokenLogprobs | None, num_cached: int = 0
 ) -> TokenUpdate:
     """What the frontend is told about the newest token of a sequence."""
-    index = sequence.num_output_tokens - 1
-    return TokenUpdate(sequence.request_id, sequence.token_ids[-1], index, finish, logprobs, num_cached)
+    token_ids = sequence.token_ids
+    index = len(token_ids) - sequence.num_prompt_tokens - 1
+    return TokenUpdate(sequence.request_id, token_ids[-1], index, finish, logprobs, num_cached)

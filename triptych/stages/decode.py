@@ -1,6 +1,5 @@
 """Decode: one token per sequence and step. Short of blocks, the youngest sequence waits in host memory."""
 
-from collections import deque
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -10,6 +9,7 @@ from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
 from triptych.messages import FRONTEND, Prefilled, Prefilling, Ticket
 from triptych.stages.base import Pull, Surroundings, foreseen_tokens, token_update
+from triptych.stages.line import Line
 
 
 @dataclass(slots=True)
@@ -52,11 +52,12 @@ class DecodeStage:
         kv.reclaim_ahead = self._drop_ahead
         self._leases = leases
         self._max_num_seqs = max_num_seqs
-        self._waiting: deque[tuple[Sequence, Ticket]] = deque()  # hold no block here
+        self._waiting = Line()  # hold no block here
+        self._tickets: dict[RequestId, Ticket] = {}  # of those
         self._arriving: dict[RequestId, Arrival] = {}
-        self._here: deque[Sequence] = deque()  # KV complete, waiting for a place in the batch
+        self._here = Line()  # KV complete, waiting for a place in the batch
         self._running: dict[RequestId, Sequence] = {}  # in the order of arrival
-        self._offloaded: deque[Sequence] = deque()  # oldest first
+        self._offloaded = Line()  # oldest first
         self._gone = near.gone_from_decode  # aborted, perhaps before their KV was handed over
         self._leaving = False
         self._room: dict[InstanceId, int] = {}  # KV blocks that others could still take
@@ -81,9 +82,9 @@ class DecodeStage:
     @property
     def queued_tokens(self) -> int:
         """Tokens that are expected to be decoded here for the sequences that are here or on their way."""
+        in_line = self._waiting.foreseen_tokens + self._here.foreseen_tokens + self._offloaded.foreseen_tokens
         arriving = [arrival.sequence for arrival in self._arriving.values() if arrival.handed_over]
-        sequences = [*(sequence for sequence, _ in self._waiting), *arriving, *self._here, *self._offloaded]
-        return sum(map(foreseen_tokens, [*sequences, *self._running.values()]))
+        return in_line + sum(map(foreseen_tokens, arriving)) + sum(map(foreseen_tokens, self._running.values()))
 
     # ---- what arrives
 
@@ -149,29 +150,27 @@ class DecodeStage:
 
     def abort(self, request_id: RequestId) -> None:
         self._gone.add(request_id)
-        for sequence, ticket in self._waiting:
-            if sequence.request_id == request_id:
-                self._near.out.release(ticket)
-                sequence.status = Status.FINISHED
-        self._waiting = deque(item for item in self._waiting if item[0].request_id != request_id)
+        waiting = self._waiting.take(request_id)
+        if waiting is not None:
+            self._near.out.release(self._tickets.pop(request_id))
+            waiting.status = Status.FINISHED
         arrival = self._arriving.get(request_id)
         if arrival is not None:
             self._drop(arrival)
-        for place in (self._here, self._offloaded):
-            for sequence in [s for s in place if s.request_id == request_id]:
-                place.remove(sequence)
-                self._end(sequence)
-        running = self._running.pop(request_id, None)
-        if running is not None:
-            self._end(running)
+        for holding in (
+            self._here.take(request_id),
+            self._offloaded.take(request_id),
+            self._running.pop(request_id, None),
+        ):
+            if holding is not None:
+                self._end(holding)
 
     def lost(self, instance: InstanceId) -> None:
         """An instance is gone: what waits to be pulled from it will not come."""
-        for sequence, ticket in self._waiting:
-            if ticket.holder == instance:
-                text = f"the KV of the request was lost with {instance}"
-                self._near.out.retry(sequence.request_id, text, "instance_lost")
-        self._waiting = deque(item for item in self._waiting if item[1].holder != instance)
+        for request_id in [id for id, ticket in self._tickets.items() if ticket.holder == instance]:
+            self._near.out.retry(request_id, f"the KV of the request was lost with {instance}", "instance_lost")
+            self._waiting.take(request_id)
+            del self._tickets[request_id]
         for arrival in [a for a in self._arriving.values() if a.holder == instance and not a.handed_over]:
             self._drop(arrival)
 
@@ -183,6 +182,11 @@ class DecodeStage:
     def stay(self) -> None:
         """Takes sequences again."""
         self._leaving, self._room = False, {}
+
+    def give_up_waiting(self) -> None:
+        """Those that hold nothing here yet go back to whoever has their KV, who picks anew."""
+        while self._waiting:
+            self._near.out.decline(self._tickets.pop(self._waiting.pop_first().request_id))
 
     # ---- schedule, commit
 
@@ -202,16 +206,17 @@ class DecodeStage:
 
     def commit(self, chunks: list[Chunk], sampled: list[SampledToken]) -> None:
         """Takes one token per chunk. A sequence that was aborted since is skipped."""
-        near = self._near
+        near, kv, tokens = self._near, self._kv, self._near.out.tokens
         for chunk, token in zip(chunks, sampled, strict=True):
             sequence = chunk.sequence
             if sequence.status is not Status.RUNNING:
                 continue
             sequence.num_computed += 1
-            self._kv.seal(sequence)
+            if sequence.num_computed % kv.block_tokens == 0:  # one more block is full
+                kv.seal(sequence)
             sequence.token_ids.append(token.token_id)
             finish = near.finish_of(sequence)
-            near.out.tokens.append(token_update(sequence, finish, token.logprobs))
+            tokens.append(token_update(sequence, finish, token.logprobs))
             if finish is not None:
                 del self._running[sequence.request_id]
                 self._end(sequence)
@@ -224,8 +229,7 @@ class DecodeStage:
             pass
         if not self._others:
             return
-        while self._waiting:  # before anything is handed over, see `_may_wait`
-            self._near.out.decline(self._waiting.popleft()[1])
+        self.give_up_waiting()  # before anything is handed over, see `_may_wait`
         for sequence in [*self._here, *reversed(self._running.values())]:  # the oldest are soonest at their end
             num_blocks = self._kv.num_blocks_for(len(sequence.token_ids)) + 1
             target = self._roomiest(num_blocks)
@@ -245,7 +249,7 @@ class DecodeStage:
     def _hand_over(self, sequence: Sequence, target: InstanceId) -> None:
         """Leases the KV to another decode instance."""
         if self._running.pop(sequence.request_id, None) is None:
-            self._here.remove(sequence)
+            self._here.take(sequence.request_id)
         sequence.status = Status.LEASED
         self._num_handed_over += 1
         near = self._near
@@ -294,9 +298,7 @@ class DecodeStage:
     # ---- inside
 
     def _has(self, request_id: RequestId) -> bool:
-        waiting = (sequence for sequence, _ in self._waiting)
-        places = (waiting, self._here, self._offloaded)
-        return request_id in self._running or any(s.request_id == request_id for place in places for s in place)
+        return any(request_id in place for place in (self._running, self._waiting, self._here, self._offloaded))
 
     def _receive(self, order: Prefilled) -> None:
         ticket = order.ticket
@@ -309,7 +311,8 @@ class DecodeStage:
             self._near.out.fail(order.request_id, message, status=400, code="request_too_large")
             self._near.out.release(ticket)
         elif self._may_wait(ticket.holder):
-            self._waiting.append((sequence, ticket))
+            self._waiting.append(sequence)
+            self._tickets[sequence.request_id] = ticket
             self._pull_waiting()
         elif self._waiting or self._offloaded or self._leaving or not self._try_to_begin(sequence, ticket):
             self._near.out.decline(ticket)
@@ -387,8 +390,10 @@ class DecodeStage:
     def _pull_waiting(self) -> None:
         """Begins pulls in arrival order, for as many sequences as fit beside those that are here."""
         while self._waiting and not self._offloaded:
-            if self._try_to_begin(*self._waiting[0]):
-                self._waiting.popleft()
+            request_id = self._waiting.first.request_id
+            if self._try_to_begin(self._waiting.first, self._tickets[request_id]):
+                self._waiting.take(request_id)
+                del self._tickets[request_id]
             elif not self._kv.reclaim_waiting():
                 break
 
@@ -405,12 +410,12 @@ class DecodeStage:
     def _join(self, plan: DecodePlan) -> None:
         """Sequences whose KV is here join the batch. With nothing running, the oldest may push the youngest out."""
         while self._here and len(self._running) < self._max_num_seqs:
-            oldest = self._here[0]
+            oldest = self._here.first
             while not self._running and len(self._here) > 1 and not self._kv.make_room(oldest, len(oldest.token_ids)):
-                self._offload(self._here.pop(), plan)
+                self._offload(self._here.pop_last(), plan)
             if not self._kv.make_room(oldest, len(oldest.token_ids)):
                 break
-            self._run(self._here.popleft())
+            self._run(self._here.pop_first())
 
     def _run(self, sequence: Sequence) -> None:
         self._kv.hold(sequence, len(sequence.token_ids))
@@ -420,6 +425,8 @@ class DecodeStage:
     def _offload_until_all_can_grow(self, plan: DecodePlan) -> None:
         """Oldest first, every running sequence gets the block for its next token; the youngest pays for it."""
         for sequence in list(self._running.values()):
+            if self._kv.has_space(sequence):  # as for most tokens
+                continue
             while sequence.status is Status.RUNNING and not self._kv.make_room(sequence, len(sequence.token_ids)):
                 self._offload(self._youngest(), plan)
             if sequence.status is Status.RUNNING:
@@ -427,7 +434,7 @@ class DecodeStage:
 
     def _youngest(self) -> Sequence:
         if self._here:
-            return self._here.pop()
+            return self._here.pop_last()
         return self._running.pop(next(reversed(self._running)))
 
     def _offload(self, sequence: Sequence, plan: DecodePlan) -> None:
@@ -435,22 +442,22 @@ class DecodeStage:
         plan.offloads.append((sequence, self._kv.computed_blocks(sequence)))
         self._kv.free(sequence)
         sequence.status = Status.OFFLOADED
-        self._offloaded.appendleft(sequence)  # each one is older than those that left before it
+        self._offloaded.put_first(sequence)  # each one is older than those that left before it
         self.num_offloads += 1
 
     def _restore(self, plan: DecodePlan) -> None:
         while self._offloaded and not plan.offloads and len(self._running) < self._max_num_seqs:
-            sequence = self._offloaded[0]
+            sequence = self._offloaded.first
             if not self._kv.make_room(sequence, len(sequence.token_ids) + self._kv.block_tokens * len(self._running)):
                 break
-            self._run(self._offloaded.popleft())
+            self._run(self._offloaded.pop_first())
             plan.restores.append((sequence, self._kv.computed_blocks(sequence)))
 
     def _reserve_growth(self) -> None:
         """What newcomers must leave alone: one block per running sequence, and the way back of the oldest offloaded."""
         wanted = len(self._running)
         if self._offloaded:
-            wanted += self._kv.num_missing(self._offloaded[0], len(self._offloaded[0].token_ids))
+            wanted += self._kv.num_missing(self._offloaded.first, len(self._offloaded.first.token_ids))
         self._kv.growth_reserve = wanted
 
     def _end(self, sequence: Sequence) -> None:

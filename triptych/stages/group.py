@@ -20,6 +20,7 @@ from triptych.messages import (
     Submit,
     Wanted,
 )
+from triptych.routing import RoutingTable
 from triptych.stages.base import Surroundings, reader_lost, turn_away
 from triptych.stages.decode import DecodeStage
 from triptych.stages.encode import EncodeStage
@@ -112,6 +113,13 @@ class StageGroup:
         reader_lost(self._near, self._leases, instance)
         for stage in self:
             stage.lost(instance)
+
+    def table_changed(self, before: RoutingTable) -> None:
+        """Whoever waits here for space may go to an instance that decodes since the new table."""
+        near, stage = self._near, Stage.DECODE
+        known = {peer.id for peer in before.serving(stage)} | {near.instance}
+        if self.decode is not None and any(peer.id not in known for peer in near.table.serving(stage)):
+            self.decode.give_up_waiting()
 
     # ---- a change of role
 
