@@ -262,7 +262,7 @@ def _table_5(model: Model, *, quick: bool) -> dict[str, Any]:
 
 
 def _space(*, quick: bool) -> Iterator[Setting]:
-    batches = [(2, 1, 128)] if quick else itertools.product((1, 2, 4, 8), (1, 2, 8), (32, 128))
+    batches = [(2, 1, 128)] if quick else itertools.product((1, 2, 8), (1, 2), (32, 128))
     for batch, irp in itertools.product(batches, (True, False)):
         for encode, prefill in itertools.product(range(1, 7), range(1, 7)):
             if encode + prefill <= 7:

@@ -1,12 +1,8 @@
-import statistics
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from triptych.bench.client import Answer
 from triptych.bench.options import BenchOptions
-from triptych.bench.report import CpuSeconds, Record, Summary, percentile
+from triptych.bench.report import CpuSeconds, Record, Summary
 
 
 def answer(sent_at: float, *token_times: float, tokens: int | None = None) -> Answer:
@@ -46,11 +42,3 @@ def test_nothing_but_failures_is_still_a_summary() -> None:
     summary = Summary.of_run(BenchOptions(), [Record.of(0, 0, 0, Answer(0.0, error="x"))], 1.0, CpuSeconds(0.0))
     assert summary.ttft_ms is None
     assert summary.slo_attainment is None
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=50))
-def test_percentiles_are_those_of_the_standard_library(values: list[float]) -> None:
-    ordered = sorted(values)
-    cuts = statistics.quantiles(ordered, n=100, method="inclusive")
-    for percent in (50, 90, 99):
-        assert percentile(ordered, percent) == pytest.approx(cuts[percent - 1])

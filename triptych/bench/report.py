@@ -1,7 +1,6 @@
-"""From single answers to the figures of a run: percentiles, throughput, attainment, goodput."""
+"""From single answers to the figures of a run: latencies, throughput, attainment, goodput."""
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from triptych.bench.client import Answer
 from triptych.bench.options import BenchOptions
+from triptych.latency import Latencies, Objectives, percentile
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,43 +62,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             completion_tokens=num_tokens,
         )
 
-
-class Percentiles(msgspec.Struct, frozen=True):
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Percentiles | None":
-        if not values:
-            return None
-        ordered = sorted(values)
-        mean = math.fsum(ordered) / len(ordered)
-        return cls(mean, percentile(ordered, 50), percentile(ordered, 90), percentile(ordered, 99))
-
-
-class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """Latencies of one kind of requests, without those that failed."""
-
-    num_requests: int
-    num_failed: int
-    ttft_ms: Percentiles | None
-    tpot_ms: Percentiles | None
-    itl_ms: Percentiles | None
-    e2e_ms: Percentiles | None
-
-    @classmethod
-    def of(cls, records: Sequence[Record]) -> "Figures":
-        good = [record for record in records if record.error is None]
-        return cls(
-            num_requests=len(records),
-            num_failed=len(records) - len(good),
-            ttft_ms=_milliseconds([record.ttft_s for record in good]),
-            tpot_ms=_milliseconds([record.tpot_s for record in good]),
-            itl_ms=_milliseconds([gap for record in good for gap in record.itl_s]),
-            e2e_ms=_milliseconds([record.e2e_s for record in good]),
-        )
+    def meets(self, objectives: Objectives) -> bool:
+        """Of a request that succeeded."""
+        assert self.ttft_s is not None and self.e2e_s is not None, f"request {self.index} failed"
+        return objectives.met(self.ttft_s, self.tpot_s, self.e2e_s)
 
 
 class CpuSeconds(msgspec.Struct, frozen=True):
@@ -109,7 +76,7 @@ class CpuSeconds(msgspec.Struct, frozen=True):
     others: float | None = None
 
 
-class Summary(Figures, frozen=True, kw_only=True):
+class Summary(Latencies, frozen=True, kw_only=True):
     """Figures of a whole run. Failed requests count as missing their objectives."""
 
     duration_s: float
@@ -122,50 +89,34 @@ class Summary(Figures, frozen=True, kw_only=True):
     send_lag_ms_p99: float  # how late the client was against its own schedule
     cpu_s: CpuSeconds
     errors: dict[str, int]
-    kinds: dict[str, Figures]  # of a mix, by their names
+    kinds: dict[str, Latencies]  # of a mix, by their names
 
     @classmethod
     def of_run(
         cls, options: BenchOptions, records: Sequence[Record], duration_s: float, cpu_s: CpuSeconds
     ) -> "Summary":
         good = [record for record in records if record.error is None]
-        has_slo = options.slo_ttft_ms is not None or options.slo_tpot_ms is not None
-        num_met = sum(meets_objectives(record, options) for record in good)
+        objectives = Objectives(options.slo_ttft_ms, options.slo_tpot_ms)
+        num_met = sum(record.meets(objectives) for record in good)
         lags = sorted(record.sent_s - record.scheduled_s for record in records)
         images = {kind.name: kind.images for kind in options.mix}
         return cls(
-            **msgspec.structs.asdict(Figures.of(records)),
+            **msgspec.structs.asdict(Latencies.of(records)),
             duration_s=duration_s,
             requests_per_s=len(good) / duration_s,
             prompt_tokens_per_s=sum(record.prompt_tokens or 0 for record in good) / duration_s,
             output_tokens_per_s=sum(record.completion_tokens or 0 for record in good) / duration_s,
             images_per_s=sum(images[record.kind] for record in good) / duration_s,
-            slo_attainment=num_met / len(records) if has_slo else None,
-            goodput_requests_per_s=num_met / duration_s if has_slo else None,
+            slo_attainment=num_met / len(records) if objectives else None,
+            goodput_requests_per_s=num_met / duration_s if objectives else None,
             send_lag_ms_p99=1e3 * percentile(lags, 99),
             cpu_s=cpu_s,
             errors=dict(Counter(record.error for record in records if record.error is not None).most_common(20)),
             kinds={
-                kind.name: Figures.of([record for record in records if record.kind == kind.name])
+                kind.name: Latencies.of([record for record in records if record.kind == kind.name])
                 for kind in options.kinds
             },
         )
-
-
-def meets_objectives(record: Record, options: BenchOptions) -> bool:
-    """Of a request that succeeded. An answer of a single token has no TPOT to miss."""
-    assert record.ttft_s is not None, f"request {record.index} failed"
-    in_time = options.slo_ttft_ms is None or record.ttft_s * 1e3 <= options.slo_ttft_ms
-    in_pace = options.slo_tpot_ms is None or record.tpot_s is None or record.tpot_s * 1e3 <= options.slo_tpot_ms
-    return in_time and in_pace
-
-
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Of sorted values, linear between the two nearest."""
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def show(console: Console, summary: Summary) -> None:
@@ -195,7 +146,3 @@ def show(console: Console, summary: Summary) -> None:
     lines += [f"{count} x {error}" for error, count in summary.errors.items()]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _milliseconds(values: Sequence[float | None]) -> Percentiles | None:
-    return Percentiles.of([value * 1e3 for value in values if value is not None])

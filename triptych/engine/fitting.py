@@ -101,6 +101,11 @@ class Fitter:
             self._warm_up(runners, fresh)
         return Equipment(config, pools, stages, runners, transfers, thread_setter(config), watch.steps_s)
 
+    @property
+    def weights(self) -> Weights:
+        """Of the role that it was fitted for last."""
+        return self._weights
+
     # ---- weights
 
     def _take_weights(self, config: InstanceConfig) -> Weights:

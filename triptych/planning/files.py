@@ -51,18 +51,21 @@ def convert(value: Any, kind: type[Kind]) -> Kind:
 
 
 def write(path: str | Path, value: Any) -> None:
+    """Raises ConfigError if it cannot be written."""
+    write_bytes(path, dumped(value).encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
     """Beside its place first, so that whoever reads it never sees a part, also if this process is killed.
 
     Raises ConfigError if it cannot be written; what was there is then untouched.
     """
-    path, text = Path(path), dumped(value)
+    path = Path(path)
     beside = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             beside = file.name
-            file.write(text)
+            file.write(content)
         os.chmod(beside, 0o666 & ~_umask())
         os.replace(beside, path)
     except OSError as error:

@@ -104,6 +104,7 @@ class WaitingRoom(Generic[T]):
         self._lines: dict[Kind, _Line[T]] = {kind: _Line() for kind in Kind}
         self._instances: dict[Stage, int] = dict.fromkeys(Stage, 0)
         self._absent_since: dict[Stage, float] = dict.fromkeys(Stage, 0.0)
+        self.num_out = 0  # sequences with the instances
         self.returning: frozenset[Stage] = frozenset()  # served again soon: by whoever is changing its role
         self._count = itertools.count()
 
@@ -153,6 +154,7 @@ class WaitingRoom(Generic[T]):
                 self._tick(kind, now)
                 waiter = line.pop()
                 line.num_out += waiter.num_sequences
+                self.num_out += waiter.num_sequences
                 line.num_ahead += waiter.num_sequences
                 line.ahead += waiter.work
                 return waiter
@@ -163,6 +165,7 @@ class WaitingRoom(Generic[T]):
         line = self._lines[kind]
         assert line.num_out > 0, f"more {kind} sequences left than were sent"
         line.num_out -= 1
+        self.num_out -= 1
 
     def release(self, kind: Kind, work: Work, now: float, *, done: bool) -> None:
         """One sequence is past prefill, or was taken back before that."""
@@ -175,11 +178,6 @@ class WaitingRoom(Generic[T]):
             line.done_s += work.ahead_s
 
     # ---- what is known about it
-
-    @property
-    def num_out(self) -> int:
-        """Sequences with the instances."""
-        return sum(line.num_out for line in self._lines.values())
 
     def num_waiting(self, kind: Kind | None = None) -> int:
         """Sequences."""
