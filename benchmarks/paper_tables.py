@@ -238,27 +238,35 @@ def _shifted(model: Model, *, adaptive: bool) -> dict[str, float]:
 
 
 def _table_5(model: Model, *, quick: bool) -> dict[str, Any]:
-    """The optimum of the paper's restricted space (one batch size for each stage, IRP on or off) and ten random
-    members of it."""
+    """The optimum of the paper's restricted space (one batch size for each stage, IRP on or off) and random members of
+    it, of which the paper has ten."""
     space = list(_space(quick=quick))
     optimum = Setting("6e1p1d", batches=(2, 1, 128))
     goodputs = {setting: _goodput(setting, model) for setting in [*space, optimum]}
     best = max(goodputs.values())
     winners = [setting for setting in space if goodputs[setting] >= best - 1e-9]
-    randoms = [random.Random(seed).choice(space) for seed in range(10)]
-    ours = fmean(goodputs[setting] for setting in randoms)
+    rng, everybody = random.Random(0), [goodputs[setting] for setting in space]
+    ours = fmean(everybody)
+    tens = sorted(fmean(rng.choices(everybody, k=10)) for _ in range(1000))
     paper_ratio = TABLE_5["goodput"][0] / TABLE_5["goodput"][1]
     ttft_s, tpot_s = _at(optimum, model, 1.25)
     rows = [
         _compared("Table 5 goodput of the paper's optimum", TABLE_5["goodput"][0], goodputs[optimum]),
-        _compared("Table 5 goodput, mean of ten random", TABLE_5["goodput"][1], ours),
+        _compared("Table 5 goodput, mean of random ones", TABLE_5["goodput"][1], ours),
         _compared("Table 5 goodput, optimum / random", paper_ratio, goodputs[optimum] / ours),
         _compared("Table 5 TTFT of the optimum at 1.25 req/s", TABLE_5["ttft"][0], ttft_s),
         _compared("Table 5 TPOT of the optimum at 1.25 req/s", TABLE_5["tpot"][0], tpot_s),
     ]
     shown = sorted({(setting.placement, setting.parallel_encode) for setting in winners})
     print(f"    best of {len(space)}: {best:.2f} req/s by {shown}; the paper's optimum: {goodputs[optimum]:.2f}")
-    return {"rows": rows, "best": best, "best_placements": shown, "of": len(space)}
+    print(f"    means of ten random ones: {tens[50]:.2f} to {tens[950]:.2f} in nine of ten draws")
+    return {
+        "rows": rows,
+        "means_of_ten": [tens[50], tens[950]],
+        "best": best,
+        "best_placements": shown,
+        "of": len(space),
+    }
 
 
 def _space(*, quick: bool) -> Iterator[Setting]:

@@ -25,7 +25,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
     async def start(options: ServeOptions) -> None:
         started.append(options)
 
-    monkeypatch.setattr(cli, "_serve", start)
+    monkeypatch.setattr("triptych.commands.serve._serve", start)
+    monkeypatch.setattr("triptych.telemetry.set_up_logging", lambda level: None)  # it would outlive the test
     return started
 
 

@@ -79,8 +79,24 @@ def test_more_devices_are_faster_but_not_by_their_number() -> None:
 
 
 def test_degree_that_divides_no_heads_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tensor-parallel: 5 does not divide the 32 heads of internvl2-8b"):
+    with pytest.raises(ConfigError, match="--tensor-parallel: 5 does not divide the 32 heads of internvl2-8b"):
         analytic_profile(preset("internvl2-8b"), A100, tensor_parallel=5)
+
+
+def test_degree_that_no_engine_can_spread_heads_of_kv_over_is_refused() -> None:
+    shape = preset("qwen2.5-vl-7b")
+    assert (shape.language.heads, shape.language.kv_heads) == (28, 4)
+    for degree in (7, 14):
+        told = f"--tensor-parallel: {degree} neither divides the 4 heads of KV of qwen2.5-vl-7b nor is a multiple"
+        with pytest.raises(ConfigError, match=told):
+            analytic_profile(shape, A100, tensor_parallel=degree)
+
+
+def test_devices_beyond_the_heads_of_kv_hold_copies_of_them() -> None:
+    four, all_heads = (analytic_profile(preset("qwen2.5-vl-7b"), A100, tensor_parallel=n) for n in (4, 28))
+    assert four.memory.kv_token == preset("qwen2.5-vl-7b").kv_token_bytes
+    assert all_heads.memory.kv_token == 7 * four.memory.kv_token
+    assert all_heads.costs().decode_context == pytest.approx(four.costs().decode_context)  # of each device: one head
 
 
 def test_experts_are_read_when_there_are_tokens_for_them() -> None:

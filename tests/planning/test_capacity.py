@@ -4,16 +4,23 @@ One A100 with 80 GB. "DistServe" is an instance that encodes and prefills (`ep`)
 """
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.core import Role
+from triptych.core import Placement, Role
 from triptych.errors import ConfigError
 from triptych.planning.capacity import PAPER, Ask, Capacity, Limit, Most, Runtime, capacities, role_weights, together
+from triptych.planning.cost_model import Costs
+from triptych.planning.demand import Demand, Item
+from triptych.planning.embedding_room import blocks_of, least_blocks
 from triptych.planning.hardware import find_device
+from triptych.planning.instance import Sizes
+from triptych.planning.machines import Reach, require_room
 from triptych.planning.shapes import PRESETS, preset
+from triptych.planning.simulator import Simulation
 
 A100 = find_device("A100-80G")
 SIZES = ((313, 234), (787, 444), (4032, 3024))
@@ -166,7 +173,7 @@ def test_steps_in_chunks_take_what_one_step_cannot() -> None:
     parts = {row.role: row for row in capacities(preset("minicpm-v-2.6"), A100, ask, runtime=chunks)}
     assert whole[Role.E].batch.limit is Limit.MEMORY
     assert parts[Role.E].batch.limit is Limit.NONE
-    assert whole[Role.P].batch.limit is Limit.MEMORY
+    assert whole[Role.P].batch.limit is Limit.CACHE
     assert parts[Role.P].batch.limit is Limit.KV
     assert parts[Role.P].images_per_request.limit is Limit.CONTEXT
 
@@ -177,6 +184,45 @@ def test_cache_that_cannot_hold_a_request_limits_it() -> None:
     runtime = Runtime(embedding_bytes=5 * 13 * 256 * shape.row_bytes)
     assert Capacity(shape, A100, Role.P, ask, runtime=runtime).most_images() == Most(5, Limit.CACHE)
     assert Capacity(shape, A100, Role.D, ask, runtime=runtime).most_images() == Most(19, Limit.CONTEXT)
+
+
+def test_an_encoder_takes_a_request_unit_by_unit_and_a_batch_as_one() -> None:
+    shape = preset("internvl2-8b")
+    ask = Ask(width=4032, height=3024)
+    runtime = Runtime(embedding_bytes=5 * 13 * 256 * shape.row_bytes)
+    encoder = Capacity(shape, A100, Role.E, ask, runtime=runtime)
+    assert encoder.most_images().limit is not Limit.CACHE
+    assert encoder.most_requests() == Most(5, Limit.CACHE)
+    assert Capacity(shape, A100, Role.EP, ask, runtime=runtime).most_images() == Most(2, Limit.CACHE)
+    less_than_a_unit = Runtime(embedding_bytes=255 * shape.row_bytes)
+    assert Capacity(shape, A100, Role.E, ask, runtime=less_than_a_unit).most_images() == Most(0, Limit.CACHE)
+
+
+@pytest.mark.parametrize("role", [Role.P, Role.EP, Role.EPD])
+def test_the_usual_cache_holds_the_longest_prompt(role: Role) -> None:
+    chunks = Runtime(max_num_batched_tokens=2048, max_encode_tokens=1024)
+    for name in PRESETS:
+        for width, height in ((64, 64), (313, 234), (4032, 3024)):
+            most = Capacity(preset(name), A100, role, Ask(width=width, height=height), runtime=chunks).most_images()
+            assert most.limit is not Limit.CACHE, (name, width, most)
+
+
+@pytest.mark.parametrize("role", [Role.E, Role.P, Role.EP, Role.EPD])
+@pytest.mark.parametrize("num_units", [1, 4])
+@pytest.mark.parametrize("rows_of_unit", [640, 250])
+def test_what_an_embedding_cache_holds_is_what_the_stages_of_the_engine_say(
+    role: Role, num_units: int, rows_of_unit: int
+) -> None:
+    demand = Demand(0.0, (Item((rows_of_unit,)),) * num_units)
+    unit = blocks_of(rows_of_unit)
+    least = least_blocks(role, unit, num_units * unit)
+    placement = {Role.EP: "1ep1d", Role.EPD: "1epd"}.get(role, "1e1p1d")
+    for num_blocks in (least - 1, least):
+        sizes = {other: Sizes() for other in (Role.E, Role.P, Role.D)} | {role: Sizes(num_embedding_blocks=num_blocks)}
+        [record] = Simulation(Placement.parse(placement), Costs(encode_row=1e-6), sizes).run([demand])
+        with nullcontext() if num_blocks == least else pytest.raises(ConfigError, match="embedding cache"):
+            require_room(role, sizes[role], Reach.of([demand]))
+        assert (record.error is None) == (num_blocks == least), record.error
 
 
 @settings(max_examples=60, deadline=None)
@@ -224,6 +270,9 @@ def test_more_memory_never_holds_less(role: Role, factor: float) -> None:
         ({"text_tokens": -1}, "text-tokens: -1 is not valid; a number from 0 to"),
         ({"output_tokens": 0}, "output-tokens: 0 is not valid"),
         ({"utilization": 1.1}, "utilization: 1.1 is not valid; above 0 and at most 1 is needed"),
+        ({"max_num_batched_tokens": 0}, "max-num-batched-tokens: 0 is not valid"),
+        ({"max_encode_tokens": 0}, "max-encode-tokens: 0 is not valid"),
+        ({"embedding_bytes": 0.0}, "embedding-cache: 0 B is not valid; above 0 B is needed"),
         ({"max_num_batched_tokens": -5}, "max-num-batched-tokens: -5 is not valid"),
     ],
 )

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from triptych.planning import files
 from triptych.planning.distributions import (
+    MOST,
     Distribution,
     Lognormal,
     Megapixels,
@@ -56,6 +57,12 @@ def test_the_deviation_of_a_lognormal_is_its_cv_times_its_mean(rng: np.random.Ge
 def test_what_falls_outside_of_the_bounds_is_moved_to_them(rng: np.random.Generator, kind) -> None:
     drawn = sample(kind({"least": 2, "most": 8}), rng, MANY)
     assert (drawn.min(), drawn.max()) == (2, 8)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_number_is_larger_than_the_largest_that_may_be_written(rng: np.random.Generator) -> None:
+    for wide in (Lognormal(mean=MOST, cv=MOST), Normal(mean=MOST, deviation=MOST)):
+        assert counts(wide, rng, 10_000).max() == MOST
 
 
 def test_a_normal_number_is_never_negative(rng: np.random.Generator) -> None:
@@ -111,7 +118,8 @@ def test_megapixels_have_the_area_and_all_shapes(rng: np.random.Generator) -> No
         ({"distribution": "uniform", "least": 3, "most": 2}, "least: 3 is above most, 2; at most that is needed"),
         ({"distribution": "values", "values": [1, 2], "weights": [1]}, "1 weights for 2 values"),
         ({"distribution": "values", "values": [1], "weights": [0]}, "at least one must be above 0"),
-        ({"distribution": "lognormal", "mean": 0, "cv": 1}, "mean: 0 is not valid; a number above 0 is needed"),
+        ({"distribution": "lognormal", "mean": 0, "cv": 1}, "mean: 0 is not valid; a number above 0 and at most 1000"),
+        ({"distribution": "lognormal", "mean": 1e9, "cv": 1}, "mean: 1000000000.0 is not valid; a number above 0 and"),
     ],
 )
 def test_what_no_distribution_is_like_is_refused(value: object, told: str) -> None:

@@ -74,7 +74,10 @@ def test_hardware_file_that_is_wrong_is_refused_by_file_and_key(
 
 
 def test_device_that_is_nowhere_is_refused_with_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="gpu: 'B300' is neither a hardware file nor one of A100-40G, A100-80G"):
+    with pytest.raises(ConfigError, match="--gpu: 'B300' is neither a hardware file nor one of A100-40G, A100-80G"):
         find_device("B300")
+    for name in ("a" * 5000, "a\0b", ""):
+        with pytest.raises(ConfigError, match="is neither a hardware file nor one of"):
+            find_device(name)
     with pytest.raises(ConfigError, match="devices: is empty"):
         find_device(str(write(tmp_path / "empty.json", {})))

@@ -95,6 +95,15 @@ def test_names_of_two_kinds_are_never_the_same() -> None:
     assert not names[0] & names[1] and not blocks[0] & blocks[1]
 
 
+def test_prefixes_of_two_kinds_are_never_the_same_however_long_they_are() -> None:
+    of_kinds = [
+        drawn(Kind(shared_prefix=SharedPrefix(tokens=tokens, distinct=1000)), kind_number=number)
+        for number, tokens in enumerate((32_000, 16, 160))
+    ]
+    blocks = [{name for one in demands for name in one.prefix} for demands in of_kinds]
+    assert not blocks[0] & blocks[1] and not blocks[0] & blocks[2] and not blocks[1] & blocks[2]
+
+
 def test_a_shared_prefix_is_text_beside_and_names_its_full_blocks() -> None:
     prefix = SharedPrefix(tokens=3 * KV_BLOCK_TOKENS + 5, distinct=2)
     demands = drawn(Kind(text_tokens=10, shared_prefix=prefix))
@@ -122,6 +131,11 @@ def test_a_timeout_is_that_of_every_request() -> None:
 def test_the_seed_decides_everything() -> None:
     kind = Kind(text_tokens=Uniform(least=1, most=99), images=Images(size=["10x10", "20x20"]))
     assert drawn(kind, seed=1) == drawn(kind, seed=1) != drawn(kind, seed=2)
+
+
+def test_more_shared_text_than_memory_holds_is_refused() -> None:
+    with pytest.raises(ConfigError, match="shared_prefix: 100 texts of 10000000 tokens; at most 800000000 tokens"):
+        drawn(Kind(shared_prefix=SharedPrefix(tokens=10_000_000, distinct=100)), 10_000)
 
 
 def test_more_media_than_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,5 +37,7 @@ def test_what_is_neither_a_preset_nor_a_file_is_refused_with_the_presets(tmp_pat
     )
     with pytest.raises(ConfigError, match=told):
         load("pictues")
+    with pytest.raises(ConfigError, match="neither a workload file nor a preset"):
+        load("a" * 5000)
     with pytest.raises(ConfigError, match=r"missing\.json: cannot be read: No such file"):
         load(tmp_path / "missing.json")

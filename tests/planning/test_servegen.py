@@ -162,7 +162,7 @@ def test_windows_that_cannot_be_are_refused(tmp_path: Path, windows: str, told: 
         ({"0": PICTURES | {"text_tokens": "{1: nan}"}}, r"dataset\.json: no dataset .* is no probability by value"),
         ({"0": PICTURES | {"text_tokens": "{1: 0}"}}, r"dataset\.json: no dataset .* is no probability by value"),
         ({"60": PICTURES}, r"chunk-0-dataset\.json: nothing says what is asked for at 0 s"),
-        ([1], r"chunk-0-dataset\.json: no dataset of a client"),
+        ([1], r"chunk-0-dataset\.json: is no JSON object"),
     ],
 )
 def test_datasets_that_cannot_be_are_refused(tmp_path: Path, datasets: Any, told: str) -> None:
@@ -175,8 +175,22 @@ def test_a_folder_that_is_no_pool_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not a ServeGen client pool: no file chunk-K-trace\.csv in it"):
         load(tmp_path)
     (tmp_path / "chunk-0-trace.csv").write_text("0,1.0,1,Gamma,1,1\n")
-    with pytest.raises(ConfigError, match=r"chunk-0-dataset\.json: no dataset of a client: .*No such file"):
+    with pytest.raises(ConfigError, match=r"chunk-0-dataset\.json: cannot be read: No such file"):
         load(tmp_path)
+
+
+def test_nesting_and_empty_lines_are_no_crash(tmp_path: Path) -> None:
+    write_client(tmp_path, 0, "\ufeff0,1.0,1,Gamma,1,1\n\n", {"0": PICTURES})
+    assert len(load(tmp_path)[0].windows) == 1
+    (tmp_path / "chunk-0-dataset.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"chunk-0-dataset\.json: is nested too deeply"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"duration_s": 1e300}, {"max_requests": 3, "rate": 1e-310}])
+def test_a_part_that_would_take_for_ever_is_refused(pool: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"s would be played; at most 3\.16224e\+07 s are possible"):
+        servegen(pool, **options)
 
 
 def test_a_pool_in_which_nobody_sends_anything_is_refused(tmp_path: Path) -> None:

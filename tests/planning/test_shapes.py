@@ -223,7 +223,7 @@ def test_config_that_says_nothing_sensible_is_refused_by_its_key(change: dict[st
 def test_model_that_is_nowhere_is_refused_with_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"neither a folder, nor a config file, nor one of minicpm-v-2\.6"):
         find_shape("minicpm")
-    with pytest.raises(ConfigError, match=r"config.json: .*No such file"):
+    with pytest.raises(ConfigError, match=r"config.json: cannot be read: No such file"):
         find_shape(str(tmp_path))
     file = tmp_path / "config.json"
     file.write_text("[]")
@@ -232,6 +232,26 @@ def test_model_that_is_nowhere_is_refused_with_what_there_is(tmp_path: Path) -> 
     file.write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match=r"config.json: model_type: 'bert'"):
         find_shape(str(file))
+
+
+def test_a_model_that_no_file_can_be_called_is_refused_too(tmp_path: Path) -> None:
+    for name in ("", "a" * 5000, "a\0b"):
+        with pytest.raises(ConfigError, match=r"neither a folder, nor a config file, nor one of minicpm-v-2\.6"):
+            find_shape(name)
+    file = tmp_path / "config.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"config\.json: is nested too deeply"):
+        find_shape(str(file))
+
+
+def test_a_picture_that_the_processor_of_a_model_refuses_is_refused() -> None:
+    for name in ("qwen2.5-vl-7b", "qwen3-vl-8b"):
+        assert preset(name).image(30, 6000)
+        with pytest.raises(ConfigError, match="30x6001: one side is more than 200 times the other"):
+            preset(name).image(30, 6001)
+        with pytest.raises(ConfigError, match="6001x30: one side"):
+            preset(name).video(8, 6001, 30)
+    assert preset("internvl2-8b").image(1, 99_999)
 
 
 def test_media_that_a_model_does_not_take_is_refused() -> None:

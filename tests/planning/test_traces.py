@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -118,6 +121,30 @@ def test_another_rate_stretches_the_times(steady: Path) -> None:
     assert len(times) / times[-1] == pytest.approx(0.5)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_rate_at_which_requests_never_come_is_refused(steady: Path) -> None:
+    with pytest.raises(ConfigError, match="rate: 1e-310 req/s is too slow for the last request ever to come"):
+        played(steady, rate=PerSecond(1e-310))
+
+
+def test_what_spreadsheets_write_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.csv"
+    path.write_text(BURSTGPT + "\n", encoding="utf-8-sig")
+    assert len(list(burstgpt(path))) == 2
+    path.write_text(BURSTGPT + "\n119,ChatGPT,1,1,x\n", encoding="utf-8-sig")
+    with pytest.raises(ConfigError, match=r"sheet\.csv:6: 5 columns, 6 are needed"):
+        list(burstgpt(path))
+
+
+def test_the_encoding_is_not_that_of_the_locale(tmp_path: Path) -> None:
+    path = tmp_path / "mark.csv"
+    path.write_text("Timestamp,Request tokens,Response tokens,Ärger\n1,2,3,é\n", encoding="utf-8")
+    command = f"from triptych.planning.traces import burstgpt; print(len(list(burstgpt({str(path)!r}))))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == "1", found.stderr
+
+
 def test_a_part_without_requests_is_refused(steady: Path) -> None:
     with pytest.raises(ConfigError, match=r"steady\.csv: no request in the part that is played, from 500 s on"):
         played(steady, start=Seconds(500))
@@ -183,6 +210,11 @@ def test_a_malformed_number_of_seconds_is_named(tmp_path: Path, stamp: str) -> N
         ('{"timestamp": 5000, "input_length": 1}', "missing required field `output_length`"),
         ('{"timestamp": 5000, "input_length": -1, "output_length": 1}', "Expected `int` >= 0"),
         ('{"timestamp": 5000, "input_length": 1, "output_length": 1, "hash_ids": ["a"]}', "Expected `int`, got `str`"),
+        ('{"timestamp": 5000, "input_length": 1, "output_length": 1, "hash_ids": [-1]}', "Expected `int` >= 0"),
+        (
+            f'{{"timestamp": 5000, "input_length": 1, "output_length": 1, "hash_ids": [{10**60}]}}',
+            "Integer value out of range|Expected `int`|out of range",
+        ),
         ('{"timestamp": 5, "input_length": 1, "output_length": 1}', "earlier than the line before"),
     ],
 )

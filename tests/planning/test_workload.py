@@ -131,6 +131,9 @@ def test_there_are_examples() -> None:
          "kinds.a.images.count.weights: all weights are 0; at least one must be above 0"),
         ({"kinds": {"a": {"repeated": {"share": 1.5}}}}, "kinds.a.repeated.share: 1.5 is not valid; a number above"),
         ({"kinds": {"a": {"timeout": 3}}}, "kinds.a.timeout: 3 has no unit; use h, min, s, ms, us or ns"),
+        ({"kinds": {"a": {"timeout": "0 s"}}}, "kinds.a.timeout: 0 s, in which nothing can be answered; above 0 s is"),
+        ({"kinds": {"a": {"shared_prefix": {"tokens": 10**8}}}},
+         "kinds.a.shared_prefix.tokens: 100000000 is not valid; a whole number at least 1 and at most 10000000 is"),
         ({"slo": {"ttft": "0 s"}}, "slo.ttft: 0 s, which nothing can keep; above 0 s is needed"),
         ({"slo": {"ttft": "2 s", "e2e": "1 s"}}, "slo.e2e: 1 s is less than ttft, 2 s; at least that is needed"),
         ({"slo": {}}, "slo: nothing is bounded; at least one of ttft, tpot and e2e is needed"),
@@ -160,6 +163,15 @@ def test_a_file_is_named(tmp_path: Path) -> None:
 def test_a_span_in_which_nothing_comes_is_refused() -> None:
     with pytest.raises(ConfigError, match="good: no request comes within 1e-09 s; a longer duration is needed"):
         demands(num_requests=None, duration="1 ns")
+
+
+@pytest.mark.filterwarnings("error")
+def test_requests_that_would_never_come_are_refused() -> None:
+    never = "good: the requests would never come; a higher rate is needed"
+    with pytest.raises(ConfigError, match=never):
+        demands(arrivals={"process": "poisson", "rate": "1e-310 req/s"})
+    with pytest.raises(ConfigError, match=never):
+        demands(num_requests=None, phases=[{"num_requests": 3, "rate_factor": 1e-320}])
 
 
 def test_a_rate_that_cannot_be_is_refused() -> None:

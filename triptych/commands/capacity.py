@@ -1,7 +1,6 @@
 """`triptych capacity`: what fits on an instance of each role, from a config and a data sheet alone."""
 
-import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from triptych.planning.capacity import Ask, Most, RoleCapacity, Runtime
     from triptych.planning.hardware import Device
     from triptych.planning.model.shape import ModelShape
-
-SIZE = re.compile(r"([0-9]{1,7})x([0-9]{1,7})")
 
 
 def capacity(
@@ -37,7 +34,9 @@ def capacity(
     kv_fraction: Annotated[float, typer.Option(help="Share of the free memory for the KV cache.")] = 0.8,
     text_tokens: Annotated[int, typer.Option(help="Tokens of text in a prompt.")] = 22,
     output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 10,
-    utilization: Annotated[float, typer.Option(help="Share of the device's memory that may be used.")] = 0.9,
+    utilization: Annotated[
+        float | None, typer.Option(help="Share of the device's memory that may be used.", show_default="0.9")
+    ] = None,
     embedding_cache: Annotated[
         str | None, typer.Option(help="Its size, such as '2 GB'; room for one longest prompt if left out.")
     ] = None,
@@ -48,7 +47,8 @@ def capacity(
         int | None, typer.Option(help="Embedding rows of an encode step; all pictures of a batch at once if left out.")
     ] = None,
     as_paper: Annotated[
-        bool, typer.Option("--as-paper", help="Count as arXiv 2501.05460 did on its own system.")
+        bool,
+        typer.Option("--as-paper", help="Count as arXiv 2501.05460 did on its own system, whose numbers are fixed."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
@@ -57,7 +57,7 @@ def capacity(
     Nothing is loaded. A batch is one step, as the paper counts, unless the bounds of steps are given: all its pictures
     at once, then all its prompts.
     """
-    from triptych.planning.capacity import PAPER, Ask, Runtime, capacities
+    from triptych.planning.capacity import Ask, capacities
     from triptych.planning.hardware import find_device
     from triptych.planning.shapes import find_shape
 
@@ -66,13 +66,13 @@ def capacity(
         width=width, height=height, images=images_per_request, text_tokens=text_tokens, output_tokens=output_tokens
     )
     shape, device = find_shape(model), find_device(gpu)
-    chosen = Runtime(
+    runtime = _runtime(
+        as_paper,
         utilization=utilization,
         embedding_bytes=_bytes(embedding_cache),
         max_num_batched_tokens=max_num_batched_tokens,
         max_encode_tokens=max_encode_tokens,
     )
-    runtime = PAPER if as_paper else chosen
     found = capacities(shape, device, ask, kv_fraction=kv_fraction, runtime=runtime)
     if json:
         typer.echo(_json(shape, device, ask, kv_fraction, found))
@@ -81,10 +81,25 @@ def capacity(
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = SIZE.fullmatch(text)
-    if found is None or not int(found[1]) or not int(found[2]):
-        raise ConfigError(f"--image: {text!r} is not WIDTHxHEIGHT in pixels, such as 4032x3024")
-    return int(found[1]), int(found[2])
+    from triptych.planning.quantities import parse_pixels
+
+    try:
+        return parse_pixels(text)
+    except ValueError as error:
+        raise ConfigError(f"--image: {error}") from None
+
+
+def _runtime(as_paper: bool, **chosen: Any) -> "Runtime":
+    """With what was said and the defaults of the rest."""
+    from triptych.planning.capacity import PAPER, Runtime
+
+    said = {name: value for name, value in chosen.items() if value is not None}
+    if not as_paper:
+        return Runtime(**said)
+    for name in said:
+        flag = "embedding-cache" if name == "embedding_bytes" else name.replace("_", "-")
+        raise ConfigError(f"--{flag}: is that of the paper with --as-paper; leave one of them out")
+    return PAPER
 
 
 def _bytes(text: str | None) -> float | None:

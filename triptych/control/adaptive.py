@@ -84,7 +84,8 @@ class Adaptive:
 
     def look(self) -> None:
         """Decides, and begins the switch that was decided on. While one is under way it only watches."""
-        seen = self._observe()
+        frontend = self._frontend
+        seen = Observation.of(self._clock(), frontend.table, frontend.loads, frontend.demand())
         estimate = self._estimator.observe(seen)
         if self._switching is not None or not seen.roles:
             return
@@ -111,27 +112,8 @@ class Adaptive:
         finally:
             self._switching = None
 
-    def _observe(self) -> Observation:
-        frontend, demand = self._frontend, self._frontend.demand()
-        roles = {peer.id: peer.role for peer in frontend.table.peers.values() if not peer.leaving}
-        return Observation(
-            at_s=self._clock(),
-            roles=roles,
-            loads={id: load for id, load in frontend.loads.items() if id in roles},
-            queued_s=demand.queued_s,
-            ttft_slack=_share(demand.ttft_slack_s, demand.ttft_s),
-            tpot_slack=_share(demand.tpot_slack_s, demand.tpot_s),
-        )
-
     def _note(self, what: str, instance: InstanceId | None, text: str, numbers: dict[str, float]) -> None:
         self._controller.note(Event(what=what, instance=instance, text=text, numbers=numbers))
-
-
-def _share(slack_s: float | None, mean_s: float | None) -> float | None:
-    """Slack as a share of the objective, which is the sum of both."""
-    if slack_s is None or mean_s is None:
-        return None
-    return slack_s / (slack_s + mean_s)
 
 
 def _gist(decision: Decision) -> tuple[object, ...]:

@@ -25,11 +25,10 @@ class Adaptation:
 
     def _look(self) -> None:
         simulation = self._simulation
-        roles = simulation.roles()
-        loads = {id: load for id, load in simulation.loads.items() if id in roles}
-        seen = Observation(simulation.clock.now, roles, loads, simulation.queued_s())
+        router = simulation.frontend.router
+        seen = Observation.of(simulation.clock.now, simulation.table, simulation.loads, router.demand())
         estimate = self._estimator.observe(seen)
-        if self._is_switching:
+        if self._is_switching or not seen.roles:
             return
         decision = self._allocator.decide(estimate, seen)
         self.decisions.append(decision)
@@ -41,8 +40,11 @@ class Adaptation:
         assert made is not None
         self._is_switching = True
 
-        def done(steps_s: dict[str, float]) -> None:
-            self._is_switching = False
-            self._allocator.switched(made, steps_s, self._simulation.clock.now)
+        def done(steps_s: dict[str, float] | None) -> None:
+            self._is_switching, now = False, self._simulation.clock.now
+            if steps_s is None:
+                self._allocator.failed(now)
+            else:
+                self._allocator.switched(made, steps_s, now)
 
         self._simulation.switch_role(made.instance, made.after, done)

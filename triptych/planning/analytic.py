@@ -86,12 +86,9 @@ def analytic_profile(
     """Of an instance that is spread over `tensor_parallel` devices. `picture`: width and height of a large one of the
     workload, for which the cost of a unit is exact.
 
-    Raises ConfigError for a degree that does not divide the heads of the language model.
+    Raises ConfigError for a degree that no engine can spread the heads of the language model over.
     """
-    if tensor_parallel < 1 or shape.language.heads % tensor_parallel:
-        raise ConfigError(
-            f"tensor-parallel: {tensor_parallel} does not divide the {shape.language.heads} heads of {shape.name}"
-        )
+    _check_degree(shape, tensor_parallel)
     machine = _Machine(shape, device, tensor_parallel, efficiency or Efficiency(), picture)
     return Profile(
         model=shape.name,
@@ -110,6 +107,17 @@ def analytic_profile(
     )
 
 
+def _check_degree(shape: ModelShape, degree: int) -> None:
+    heads, kv_heads = shape.language.heads, shape.language.kv_heads
+    if degree < 1 or heads % degree:
+        raise ConfigError(f"--tensor-parallel: {degree} does not divide the {heads} heads of {shape.name}")
+    if kv_heads % degree and degree % kv_heads:
+        raise ConfigError(
+            f"--tensor-parallel: {degree} neither divides the {kv_heads} heads of KV of {shape.name} nor is a multiple "
+            "of them"
+        )
+
+
 class _Machine:
     """One instance. Seconds, unless the name says otherwise."""
 
@@ -118,6 +126,8 @@ class _Machine:
     ) -> None:
         self._shape, self._device, self._degree, self._efficiency = shape, device, degree, efficiency
         self._picture = picture
+        # Where there are more devices than heads of KV, several have the same head.
+        self._kv_token_bytes = shape.kv_token_bytes * max(1, degree // shape.language.kv_heads)
         self._read_rate = device.memory_bandwidth * efficiency.decode * degree
         self._link_rate = device.link * efficiency.link
 
@@ -135,6 +145,7 @@ class _Machine:
             message=Seconds(efficiency.message),
             transfer=Seconds(efficiency.transfer),
             bytes_per_second=BytesPerSecond(self._link_rate * self._degree),
+            host_bytes_per_second=BytesPerSecond(self._device.host_link * self._efficiency.link * self._degree),
             switch_weights=Seconds(efficiency.switch_books + halves / host_rate),
             switch_books=Seconds(efficiency.switch_books),
         )
@@ -148,7 +159,7 @@ class _Machine:
             encode_activations=Bytes(self._encode_activations()),
             language_activations=Bytes(FULL_STEP * token_bytes(shape)),
             runtime=Bytes(0.5e9 * self._degree),  # a CUDA context and its libraries
-            kv_token=Bytes(shape.kv_token_bytes),
+            kv_token=Bytes(self._kv_token_bytes),
             kv_sequence=Bytes(shape.kv_sequence_bytes),
             embedding_row=Bytes(shape.row_bytes),
             context_len=shape.context,
@@ -215,7 +226,7 @@ class _Machine:
         return {
             "decode_step": self._efficiency.decode_launch + one + self._latency(language.layers),
             "decode_sequence": max((full - one) / FULL_BATCH, compute) + self._reduce_token(),
-            "decode_context": self._shape.kv_token_bytes / self._read_rate,
+            "decode_context": self._kv_token_bytes / self._read_rate,
         }
 
     @property

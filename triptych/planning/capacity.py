@@ -10,17 +10,21 @@
 
 A batch is computed in one step, as the paper counts: all units of all its pictures, then all its prompts. An engine
 that cuts steps into chunks takes more: say how long they are (`Runtime.max_num_batched_tokens`, `max_encode_tokens`).
+The embedding cache must hold what one step encodes or prefills; a request that is alone may be encoded unit by unit.
 
 The constants that are no fact of a model or a device are fields of `Runtime`, and `PAPER` has those of the paper's
 system. `docs/capacity.md` compares the outcome with all published cells.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from triptych.config import EMBEDDING_BLOCK_TOKENS
 from triptych.core import Role, Stage
 from triptych.errors import ConfigError
+from triptych.planning.embedding_room import blocks_of, least_blocks
 from triptych.planning.hardware import Device
 from triptych.planning.model.shape import ModelShape
 from triptych.planning.model.tower import Tower
@@ -55,7 +59,7 @@ class Runtime:
 
     utilization: float = 0.9  # of the device; as vLLM and this engine by default
     embedding_bytes: float | None = None  # of the cache; None: room for the rows of one longest prompt
-    embedding_units: int = 0  # or for so many of the model's largest units
+    embedding_units: int = 0  # or for so many of the model's largest units; then any number of requests shares them
     pixels_reach_prefill: bool = False  # whether tensors of pixels go on to prefill with the request
     max_num_batched_tokens: int | None = None  # of a prefill step; None: all prompts of a batch at once
     max_encode_tokens: int | None = None  # rows of an encode step, as long as one unit has no more; None: all at once
@@ -132,10 +136,7 @@ class Capacity:
         self._prefills, self._decodes = Stage.PREFILL in role.stages, Stage.DECODE in role.stages
         self._runtime = runtime
         self.weights = role_weights(shape, role)
-        largest = max(unit.rows for unit in self._units(1))
-        self.embedding_cache = 0
-        if role.encodes or self._prefills:
-            self.embedding_cache = _embedding_bytes(shape, runtime, largest)
+        self.embedding_cache = self._cache_bytes() if role.encodes or self._prefills else 0
         self.free = int(device.memory * runtime.utilization - self.weights - self.embedding_cache)
         kv_bytes = kv_fraction * self.free if role.has_language_model else 0.0
         self._kv_bytes = max(0.0, kv_bytes)
@@ -172,10 +173,7 @@ class Capacity:
             return Limit.MEMORY
         if self.role.has_language_model and batch * self._kv_of(prompt) > self._kv_bytes:
             return Limit.KV
-        rows = images * sum(unit.rows for unit in self._units(images))
-        if self.embedding_cache and rows * self.shape.row_bytes > self.embedding_cache:
-            return Limit.CACHE
-        return None
+        return None if self._cache_holds(images, batch) else Limit.CACHE
 
     def prompt_tokens(self, images: int) -> int:
         return self._ask.text_tokens + images * self.shape.prompt_tokens(self._units(images))
@@ -188,17 +186,24 @@ class Capacity:
         return max(encode, prefill, decode)
 
     def _encode_step(self, images: int, batch: int) -> float:
+        return self._encoded_share(images, batch) * batch * images * encode_bytes(self.shape, self._units(images))
+
+    def _encoded_share(self, images: int, batch: int) -> float:
+        """Of all pictures of a batch: what one step encodes."""
+        if self._runtime.max_encode_tokens is None:
+            return 1.0
         units = self._units(images)
         rows = batch * images * sum(unit.rows for unit in units)
-        share = 1.0
-        if self._runtime.max_encode_tokens is not None:
-            share = min(1.0, max(self._runtime.max_encode_tokens, *(unit.rows for unit in units), 1) / rows)
-        return share * batch * images * encode_bytes(self.shape, units)
+        return min(1.0, max(self._runtime.max_encode_tokens, *(unit.rows for unit in units), 1) / rows)
+
+    def _prefilled_share(self, images: int, batch: int) -> float:
+        """Of all prompts of a batch: what one step prefills."""
+        tokens = batch * self.prompt_tokens(images)
+        return min(1.0, (self._runtime.max_num_batched_tokens or tokens) / tokens)
 
     def _prefill_step(self, images: int, batch: int) -> float:
         units, tokens = self._units(images), batch * self.prompt_tokens(images)
-        share = min(1.0, (self._runtime.max_num_batched_tokens or tokens) / tokens)
-        beside = 0.0
+        share, beside = self._prefilled_share(images, batch), 0.0
         if self._runtime.pixels_reach_prefill:
             beside += pixel_bytes(self.shape, units)
         if self.role.encodes:  # what the encoder gave lives beside the inputs that it was copied into
@@ -216,6 +221,33 @@ class Capacity:
         is_longer = self.prompt_tokens(images) + self._ask.output_tokens > self.shape.context
         return Limit.CONTEXT if is_longer else share
 
+    def _cache_bytes(self) -> int:
+        runtime, row_bytes = self._runtime, self.shape.row_bytes
+        if runtime.embedding_bytes is not None:
+            return int(runtime.embedding_bytes)
+        if runtime.embedding_units:
+            return runtime.embedding_units * max(unit.rows for unit in self._units(1)) * row_bytes
+        blocks = math.ceil(self.shape.context * max(map(self._blocks_of_row, (1, 2)))) + 1
+        return least_blocks(self.role, blocks, blocks) * EMBEDDING_BLOCK_TOKENS * row_bytes
+
+    def _cache_holds(self, images: int, batch: int) -> bool:
+        if not (self.role.encodes or self._prefills):
+            return True
+        units, row_bytes = self._units(images), self.shape.row_bytes
+        if self._runtime.embedding_units:
+            return images * sum(unit.rows for unit in units) * row_bytes <= self.embedding_cache
+        of_request = images * sum(blocks_of(unit.rows) for unit in units)
+        encoded = max(blocks_of(unit.rows) for unit in units)
+        if batch > 1:
+            encoded = max(encoded, math.ceil(self._encoded_share(images, batch) * batch * of_request))
+        prefilled = of_request * math.ceil(self._prefilled_share(images, batch) * batch)
+        needed = least_blocks(self.role, encoded, prefilled)
+        return needed <= self.embedding_cache // (EMBEDDING_BLOCK_TOKENS * row_bytes)
+
+    def _blocks_of_row(self, images: int) -> float:
+        units = self._units(images)
+        return sum(blocks_of(unit.rows) for unit in units) / sum(unit.rows for unit in units)
+
     def _kv_of(self, prompt: int) -> float:
         tokens = prompt + (self._ask.output_tokens if self._decodes else 0)
         return tokens * self.shape.kv_token_bytes + self.shape.kv_sequence_bytes
@@ -226,19 +258,21 @@ class Capacity:
 
 def _check(ask: Ask, kv_fraction: float, runtime: Runtime) -> None:
     if not 0 < kv_fraction < 1:
-        raise ConfigError(f"kv-fraction: {kv_fraction:g} is not valid; a number above 0 and below 1 is needed")
+        raise ConfigError(f"--kv-fraction: {kv_fraction:g} is not valid; a number above 0 and below 1 is needed")
     if not 0 < runtime.utilization <= 1:
-        raise ConfigError(f"utilization: {runtime.utilization:g} is not valid; above 0 and at most 1 is needed")
+        raise ConfigError(f"--utilization: {runtime.utilization:g} is not valid; above 0 and at most 1 is needed")
+    if runtime.embedding_bytes is not None and not 0 < runtime.embedding_bytes < math.inf:
+        raise ConfigError(f"--embedding-cache: {runtime.embedding_bytes:g} B is not valid; above 0 B is needed")
     for key, number, least in (
-        ("max-num-batched-tokens", runtime.max_num_batched_tokens or 1, 1),
-        ("max-encode-tokens", runtime.max_encode_tokens or 1, 1),
+        ("max-num-batched-tokens", runtime.max_num_batched_tokens, 1),
+        ("max-encode-tokens", runtime.max_encode_tokens, 1),
         ("image", min(ask.width, ask.height), 1),
         ("images-per-request", ask.images, 1),
         ("text-tokens", ask.text_tokens, 0),
         ("output-tokens", ask.output_tokens, 1),
     ):
-        if not least <= number <= MOST:
-            raise ConfigError(f"{key}: {number} is not valid; a number from {least} to {MOST} is needed")
+        if number is not None and not least <= number <= MOST:
+            raise ConfigError(f"--{key}: {number} is not valid; a number from {least} to {MOST} is needed")
 
 
 def _largest(limit: Callable[[int], Limit | None]) -> Most:
@@ -266,13 +300,6 @@ def role_weights(shape: ModelShape, role: Role) -> int:
     """Bytes."""
     numbers = shape.encoder_parameters * role.encodes + shape.language_parameters * role.has_language_model
     return numbers * shape.weight_bytes
-
-
-def _embedding_bytes(shape: ModelShape, runtime: Runtime, rows_of_unit: int) -> int:
-    if runtime.embedding_bytes is not None:
-        return int(runtime.embedding_bytes)
-    rows = runtime.embedding_units * rows_of_unit if runtime.embedding_units else shape.context
-    return rows * shape.row_bytes
 
 
 # ---- activations

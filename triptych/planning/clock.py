@@ -37,6 +37,11 @@ class Clock:
         heapq.heappush(self._heap, (self.now + seconds, next(self._order), event))
         return event
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing else happens at this moment: what an action would do after no time it can do at its end."""
+        return not self._heap or self._heap[0][0] > self.now
+
     def run(self, until: Callable[[], bool]) -> None:
         """Until it says so, asked after each event, or until nothing is left to happen."""
         heap = self._heap

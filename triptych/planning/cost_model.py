@@ -31,6 +31,7 @@ class Costs:
     bytes_per_second: float = 10e9  # into one instance
     kv_token_bytes: int = 0
     embedding_row_bytes: int = 0
+    host_bytes_per_second: float = inf  # KV that goes to host memory and back, where decode is short of blocks
     switch_weights: float = 0.7  # a role switch that changes which half of the model is loaded
     switch_books: float = 0.05  # one that keeps it
     cores: float = inf  # that all processes share; infinite: every instance has a device of its own
@@ -77,6 +78,9 @@ class Costs:
     def pull_s(self, region: str, num_tokens: int) -> float:
         token_bytes = self.kv_token_bytes if region == "kv" else self.embedding_row_bytes
         return self.transfer + num_tokens * token_bytes / self.bytes_per_second
+
+    def offload_s(self, num_tokens: int) -> float:
+        return num_tokens * self.kv_token_bytes / self.host_bytes_per_second
 
     def switch_s(self, before: Role, after: Role) -> float:
         """Without the drain. Halves that the new role does not need are dropped, which takes no time."""

@@ -1,9 +1,17 @@
-"""What clients ask for on simulated time: when, which media, how much text, how long an answer."""
+"""What clients ask for on simulated time: when, which media, how much text, how long an answer.
 
+Files are checked where they are read; what is asserted here is that whoever made a demand did so.
+"""
+
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from triptych.config import KV_BLOCK_TOKENS
+
+MOST_NAMES = 1 << 127  # of media and of blocks: larger ones are the simulator's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +23,9 @@ class Item:
     nbytes: int = 0  # of the file
     modality: str = "image"  # or video, audio
     name: int | None = None  # equal names are equal items, which caches know; None: unlike all others
+
+    def __post_init__(self) -> None:
+        assert self.name is None or 0 <= self.name < MOST_NAMES, f"{self.name} is no name: 0 to 2**127 - 1 are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,14 @@ class Demand:
     prefix: tuple[int, ...] = ()  # names of the leading full KV blocks of its text; (): shares no beginning
     timeout_s: float | None = None
     lead_tokens: int = 0  # of the text: they come before the media, the others behind them
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.at_s < math.inf, f"comes at {self.at_s} s"
+        if self.prefix:
+            named = len(self.prefix) * KV_BLOCK_TOKENS
+            assert named <= self.text_tokens, f"{named} tokens of {self.text_tokens} have names"
+            least, most = min(self.prefix), max(self.prefix)
+            assert 0 <= least <= most < MOST_NAMES, f"{least} to {most} are no names: 0 to 2**127 - 1 are"
 
     @property
     def media_rows(self) -> int:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from triptych.planning.quantities import PixelSize, parse_pixels
 
-Number = Annotated[float, Meta(ge=0, le=10_000_000)]
-Positive = Annotated[float, Meta(gt=0)]
+MOST = 10_000_000
+Number = Annotated[float, Meta(ge=0, le=MOST)]
+Positive = Annotated[float, Meta(gt=0, le=MOST)]
 Numbers = Annotated[list[Number], Meta(min_length=1)]
 PixelSizes = Annotated[list[PixelSize], Meta(min_length=1)]
 Shape = str  # "WIDTH:HEIGHT", as in PixelSize
@@ -175,7 +176,7 @@ def _check_bounds(least: float, most: float | None) -> None:
 
 
 def _clipped(drawn: Floats, bounds: Normal | Lognormal) -> Floats:
-    return np.clip(drawn, bounds.least, bounds.most)
+    return np.clip(drawn, bounds.least, MOST if bounds.most is None else bounds.most)
 
 
 def _shaped(sizes: Megapixels, rng: np.random.Generator, number: int) -> list[tuple[int, int]]:

@@ -7,11 +7,14 @@ for encode), because these do not change when an instance gets faster, and told 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import msgspec
 
 from triptych.core import InstanceId, Role, Stage
 from triptych.messages import Load
+from triptych.router.demand import Demand
+from triptych.routing import RoutingTable
 
 MEMORY_S = 12.0  # time constant of the arrival rates: how fast a shift is believed
 STEP_MEMORY_S = 60.0  # of what is known about decode steps, which only the hardware changes
@@ -32,9 +35,28 @@ class Observation:
     ttft_slack: float | None = None  # 1 - recent TTFT / SLO: negative where it is violated; None without SLO or news
     tpot_slack: float | None = None
 
+    @classmethod
+    def of(cls, at_s: float, table: RoutingTable, loads: Mapping[InstanceId, Load], demand: Demand) -> Self:
+        roles = {peer.id: peer.role for peer in table.peers.values() if not peer.leaving}
+        return cls(
+            at_s,
+            roles,
+            {id: load for id, load in loads.items() if id in roles},
+            demand.queued_s,
+            _share(demand.ttft_slack_s, demand.ttft_s),
+            _share(demand.tpot_slack_s, demand.tpot_s),
+        )
+
     def serving(self, stage: Stage) -> list[Load]:
         """What those report that serve the stage."""
         return [load for id, load in self.loads.items() if stage in self.roles[id].stages]
+
+
+def _share(slack_s: float | None, mean_s: float | None) -> float | None:
+    """Slack as a share of the objective, which is the sum of both."""
+    if slack_s is None or mean_s is None:
+        return None
+    return slack_s / (slack_s + mean_s)
 
 
 class StageEstimate(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -33,13 +34,26 @@ BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 def read(path: str | Path, kind: type[Kind]) -> Kind:
     """What the file says. Raises ConfigError naming the file, the key and what is valid there."""
     try:
-        value = _load(Path(path))
+        value = _load(Path(path), _object)
         _check_finite(value, "")
         return convert(value, kind)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: is nested too deeply") from None
+
+
+def load_object(path: str | Path) -> dict[str, Any]:
+    """A JSON object of others, which may have anything in it. Raises ConfigError naming the file."""
+    try:
+        value = _load(Path(path), dict)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: is no JSON object")
+    return value
 
 
 def convert(value: Any, kind: type[Kind]) -> Kind:
@@ -87,10 +101,10 @@ def _umask() -> int:
     return umask
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, made: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=_object)
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=made)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -29,6 +29,7 @@ from triptych.router.admission import deadline_exceeded
 from triptych.router.attempts import Attempt, Task
 from triptych.router.dispatch import Wire
 from triptych.router.generation import Generation, PreparedPrompt
+from triptych.router.ledger import Ledger, Reservation
 from triptych.router.output import Output
 from triptych.router.router import Router
 from triptych.router.waiting import Kind
@@ -100,7 +101,6 @@ class SimulatedFrontend:
         self._wire = wire
         self._server = server
         self._client = client
-        self._has_pace = admission.slo_tpot_ms is not None  # which the router keeps an eye on
         self._prefix_caching = prefix_caching
         self.router = Router(
             admission,
@@ -113,6 +113,8 @@ class SimulatedFrontend:
             retried=lambda reason: None,
             fail=self._fail_all,
         )
+        self._ledger = Ledger(admission.max_media_held_bytes, clock)
+        self._held: dict[Record, Reservation] = {}  # of the media of those that are open
         self._tasks: dict[Generation, Task] = {}
         self._records: dict[Generation, Record] = {}
         self._numbers = itertools.count(1)
@@ -129,12 +131,15 @@ class SimulatedFrontend:
         self._clock.after(self._costs.arrival, self._arrived, record)
 
     def _arrived(self, record: Record) -> None:
+        nbytes = sum(item.nbytes for item in record.demand.media)
         try:
             self.router.admission.check_any(self._clock.now)  # before a byte of it is read
+            if nbytes:
+                self._held[record] = self._ledger.reserve()
+                self._held[record].take(nbytes)
         except RequestError as error:
             self._end(record, error)
             return
-        nbytes = sum(item.nbytes for item in record.demand.media)
         seconds = self._costs.server_request + nbytes * self._costs.server_media_byte
         seconds += len(self.router.table.peers) * self._costs.server_peer
         self._server.run(seconds, self._take, record)
@@ -240,11 +245,15 @@ class SimulatedFrontend:
     def _tell(self, attempt: Attempt, num_tokens: int, *, is_last: bool) -> None:
         """More than one where an instance made several steps at once."""
         task, output, now = attempt.task, attempt.task.output, self._clock.now
-        if self._has_pace:
-            if output.token_ids:
-                self.router.observe_gap((now - output.last_token_at) / num_tokens)
-            output.last_token_at = now
+        is_first = not output.token_ids
         output.token_ids += [PLACEHOLDER] * num_tokens
+        if is_first:
+            self.router.times.first(now - task.generation.arrived_at)
+        else:
+            gap_s = (now - output.last_token_at) / num_tokens
+            self.router.times.next(gap_s, num_tokens)
+            self.router.observe_gap(attempt, gap_s, num_tokens)
+        output.last_token_at = now
         record = self._records[task.generation]
         record.num_attempts = task.num_attempts
         if self._client.takes_time:
@@ -261,6 +270,9 @@ class SimulatedFrontend:
 
     def _end(self, record: Record, error: RequestError | None) -> None:
         self.num_open -= 1
+        held = self._held.pop(record, None)
+        if held is not None:
+            held.close()
         if error is None:
             record.finished_s = self._clock.now
         else:
@@ -289,5 +301,4 @@ class SimulatedFrontend:
 
     def queued_s(self) -> dict[Stage, float]:
         """Predicted seconds of one instance's work that wait here."""
-        work = self.router.room.queued()
-        return {Stage.ENCODE: work.encode_s, Stage.PREFILL: work.prefill_s, Stage.DECODE: work.decode_s}
+        return dict(self.router.demand().queued_s)

@@ -1,7 +1,7 @@
 """What a device computes, holds and moves in a second, and what it costs: from data sheets, or from a user's file."""
 
+import os
 from importlib import resources
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -52,13 +52,13 @@ def find_device(text: str) -> Device:
 
     Raises ConfigError naming the devices that there are.
     """
-    path, _, name = text.rpartition(":") if ":" in text and not Path(text).exists() else (text, "", "")
-    if Path(path).is_file():
+    path, _, name = text.rpartition(":") if ":" in text and not os.path.exists(text) else (text, "", "")
+    if os.path.isfile(path):
         return _pick(_named(files.read(path, Hardware)), name, path)
     known = known_devices()
     found = next((device for other, device in known.items() if other.lower() == text.lower()), None)
     if found is None:
-        raise ConfigError(f"gpu: {text!r} is neither a hardware file nor one of {', '.join(known)}")
+        raise ConfigError(f"--gpu: {text!r} is neither a hardware file nor one of {', '.join(known)}")
     return found
 
 

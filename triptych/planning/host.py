@@ -55,6 +55,13 @@ class Host:
         self._share()
         return job
 
+    def cancel(self, job: Job) -> None:
+        """Its process has ended: it gets no more, and its callback is not called. Idempotent."""
+        if job in self._jobs:
+            self._advance()
+            del self._jobs[job]
+            self._share()
+
     def used_s(self, job: Job) -> float:
         """What it has had until now."""
         return job.used_s + job.rate * (self._clock.now - self._changed_at)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from triptych.config import EMBEDDING_BLOCK_TOKENS, KV_BLOCK_TOKENS, SchedulingConfig
-from triptych.core import Chunk, EncodeWork, InstanceId, Role, SampledToken, Stage
+from triptych.core import Chunk, EncodeWork, InstanceId, RequestId, Role, SampledToken, Stage
 from triptych.engine.pace import Metronome, Pace
 from triptych.engine.reports import load_of
 from triptych.errors import InstanceError
@@ -21,7 +21,7 @@ from triptych.messages import FRONTEND, AnyMessage, Evicted, Load, Peer, Tokens
 from triptych.planning.clock import Clock, Event
 from triptych.planning.cost_model import Costs
 from triptych.planning.demand import Item
-from triptych.planning.host import Host, weight_of
+from triptych.planning.host import Host, Job, weight_of
 from triptych.routing import RoutingTable
 from triptych.stages.base import Pull, Surroundings
 from triptych.stages.group import StageGroup
@@ -121,6 +121,9 @@ class SimulatedInstance:
         self._inbox: list[AnyMessage | Settled | Leave | RoutingTable] = []
         self._busy = False  # a step is under way, the next turn is on its way, or it changes its role
         self._gone = False
+        self._job: Job | None = None  # the last one on the host
+        self._working_on: list[RequestId] = []  # in the step that is under way
+        self._moved_s = 0.0  # what KV that went to host memory and back takes of the next step
         self._has_rested = True  # since its last language step
         self._leave: Leave | None = None
         self._run: DecodeRun | None = None
@@ -146,11 +149,15 @@ class SimulatedInstance:
         if self._inbox:
             self._news()
 
-    def kill(self) -> None:
-        """From now on it does nothing and says nothing but the tokens of steps that it has made."""
+    def kill(self) -> list[RequestId]:
+        """From now on it does nothing and says nothing but the tokens of steps that it has made. Returns those that it
+        was working on, as its black box would have them."""
+        if self._job is not None and self._host is not None:
+            self._host.cancel(self._job)
         if self._run is not None:
             self._say_what_is_done(self._run)
         self._gone = True
+        return self._working_on if self._busy else []
 
     def _install(self, role: Role, sizes: Sizes) -> None:
         self.role, self.sizes = role, sizes
@@ -216,22 +223,22 @@ class SimulatedInstance:
         if self._host is None:
             self._later(seconds, done, *arguments)
         else:
-            self._host.run(seconds, self._weight, self._unless_gone, done, arguments)
+            self._job = self._host.run(seconds, self._weight, self._unless_gone, done, arguments)
 
     def _receive(self) -> None:
         if not self._inbox:
             return
         inbox, self._inbox = self._inbox, []
         for item in inbox:
-            if isinstance(item, Settled):
+            if isinstance(item, Load):
+                self.near.take_load(item)
+            elif isinstance(item, Settled):
                 self.stages.pulled(item.pull.key, item.error)
             elif isinstance(item, Leave):
                 self._leave = item
                 self.stages.leave(item.room)
             elif isinstance(item, RoutingTable):
                 self._take_table(item)
-            elif isinstance(item, Load):
-                self.near.take_load(item)
             else:
                 taken = self.stages.take(item)
                 assert taken, f"{self.id} cannot take a {type(item).__name__}"
@@ -261,6 +268,8 @@ class SimulatedInstance:
         works = self.stages.schedule_encode(self.pace.of(Stage.ENCODE), self.sizes.max_encode_tokens)
         if works:
             self._flush()
+            assert self.stages.encode is not None
+            self._working_on = list(self.stages.encode.running_requests)
             seconds = self._costs.encode_s(works, self._network.items)
             self._compute(seconds, self._encoded, works, self._clock.now)
         else:
@@ -281,8 +290,9 @@ class SimulatedInstance:
             chunks = self.stages.prefill.schedule(self.sizes.max_num_batched_tokens - len(decodes))
         if chunks or decodes:
             self._flush()
+            self._working_on = [chunk.sequence.request_id for chunk in [*decodes, *chunks]]
         if chunks:
-            seconds = self._costs.language_s(decodes, chunks) + self._wake_s()
+            seconds = self._costs.language_s(decodes, chunks) + self._wake_s() + self._take_moved_s()
             self._compute(seconds, self._spoken, decodes, chunks, self._clock.now)
         elif decodes:
             self._begin_decodes(decodes)
@@ -292,9 +302,15 @@ class SimulatedInstance:
     def _schedule_decode(self) -> list[Chunk]:
         if self.stages.decode is None or self._decode_wait_s() > 0:
             return []
-        chunks = self.stages.decode.schedule().chunks
-        self._metronome.stepped((chunk.sequence.request_id for chunk in chunks), self._clock.now)
-        return chunks
+        plan = self.stages.decode.schedule()
+        num_blocks = sum(len(blocks) for _, blocks in [*plan.offloads, *plan.restores])
+        self._moved_s += self._costs.offload_s(num_blocks * KV_BLOCK_TOKENS)
+        self._metronome.stepped((chunk.sequence.request_id for chunk in plan.chunks), self._clock.now)
+        return plan.chunks
+
+    def _take_moved_s(self) -> float:
+        moved_s, self._moved_s = self._moved_s, 0.0
+        return moved_s
 
     def _decode_wait_s(self) -> float:
         """How long the next decode step is held back, as the engine does while a request waits for encoders."""
@@ -337,6 +353,8 @@ class SimulatedInstance:
             leave, self._leave = self._leave, None
             self._busy = True
             leave.drained()
+        elif self._busy and self._host is None and self._clock.is_quiet:
+            self._turn()
         elif self._busy:
             self._later(0.0, self._turn)
         elif wait_s > 0:
@@ -351,8 +369,9 @@ class SimulatedInstance:
 
     def _begin_decodes(self, chunks: list[Chunk]) -> None:
         context = sum(chunk.start for chunk in chunks)
-        num_steps = self._num_equal_steps(chunks, context)
-        seconds = self._costs.decodes_s(len(chunks), context, num_steps)
+        moved_s = self._take_moved_s()
+        num_steps = 1 if moved_s else self._num_equal_steps(chunks, context)
+        seconds = moved_s + self._costs.decodes_s(len(chunks), context, num_steps)
         if self._host is not None:
             seconds += self._wake_s()
             self._compute(seconds, self._decoded_once, chunks, self._clock.now)

@@ -12,6 +12,7 @@ from triptych.config import KV_BLOCK_TOKENS
 from triptych.errors import ConfigError
 from triptych.planning.demand import Demand, Item, Rows, dealt
 from triptych.planning.distributions import (
+    MOST,
     Distribution,
     Integers,
     Number,
@@ -24,11 +25,10 @@ from triptych.planning.distributions import (
 )
 from triptych.planning.quantities import Seconds
 
-Count = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 
 MOST_REPEATED = 1_000_000
-MOST_ITEMS = 50_000_000
+MOST_ITEMS = 50_000_000  # media of all requests, or blocks of all shared texts
 
 
 class Images(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,7 +67,7 @@ class Repeated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class SharedPrefix(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Text at the beginning of prompts, such as a system prompt, beside `text_tokens`."""
 
-    tokens: Count
+    tokens: Annotated[int, Meta(ge=1, le=MOST)]
     distinct: Annotated[int, Meta(ge=1, le=MOST_REPEATED)] = 1
     share: Share = 1.0  # of the requests that begin with one of them
 
@@ -84,6 +84,10 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     repeated: Repeated | None = None
     shared_prefix: SharedPrefix | None = None
     timeout: Seconds | None = None
+
+    def __post_init__(self) -> None:
+        if self.timeout == 0:
+            raise ValueError("timeout: 0 s, in which nothing can be answered; above 0 s is needed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +202,14 @@ def _begun(
     drawn = rng.integers(prefix.distinct, size=len(text))
     has_one = rng.random(len(text)) < prefix.share
     names: dict[int, tuple[int, ...]] = {-1: ()}
-    for number in set(drawn.tolist()):
-        first = (kind_number * MOST_REPEATED + number) * num_blocks
+    texts = set(drawn.tolist())
+    if len(texts) * num_blocks > MOST_ITEMS:
+        raise ConfigError(
+            f"shared_prefix: {len(texts)} texts of {prefix.tokens} tokens; at most {MOST_ITEMS * KV_BLOCK_TOKENS} "
+            "tokens are possible together"
+        )
+    for number in texts:
+        first = kind_number << 80 | number << 40  # room for any number of blocks
         names[number] = tuple(range(first, first + num_blocks))
     prefixes = [names[number] for number in np.where(has_one, drawn, -1).tolist()]
     return text + has_one * prefix.tokens, prefixes

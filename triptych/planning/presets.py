@@ -1,5 +1,6 @@
 """Workloads by name, for those who have no file yet, and files by path."""
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def load(name: str | Path) -> Workload:
     if name in PRESETS:
         return PRESETS[str(name)]
     path = Path(name)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not os.path.exists(path):
         close = get_close_matches(str(name), PRESETS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(f"{name}: neither a workload file nor a preset; {hint}presets are {', '.join(PRESETS)}")

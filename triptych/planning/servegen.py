@@ -12,7 +12,6 @@ The pool says how many rows an item has, not how large it is: a row stands for 2
 """
 
 import csv
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triptych.errors import ConfigError
+from triptych.planning import files
 from triptych.planning.arrivals import LEAST_SHAPE, MOST_CV, Gamma, Intervals, Poisson, Weibull, until
 from triptych.planning.demand import Demand, Item, dealt
 from triptych.planning.distributions import pick
@@ -34,6 +34,7 @@ Integers = NDArray[np.int64]
 MOST_TOKENS, MOST_ITEMS = 10_000_000, 10_000  # of one request: more is a mistake in the file
 PIXELS_PER_ROW = 28 * 28
 JPEG_BYTES_PER_PIXEL = 0.25
+MOST_S = 366 * 86_400.0  # of recorded time: all windows of all clients are gone through
 MODALITIES = ("image", "video", "audio")
 
 
@@ -123,6 +124,8 @@ def servegen(
         lasts_s = max_requests / rate if rate is not None else _seconds_for(clients, start_s, max_requests)
     if lasts_s is None:
         lasts_s = clients[0].lasts_s - start_s % clients[0].lasts_s
+    if not lasts_s <= MOST_S:
+        raise ConfigError(f"{path}: {lasts_s:g} s would be played; at most {MOST_S:g} s are possible")
     expected = sum(client.expected(start_s, start_s + lasts_s) for client in clients)
     if expected <= 0:
         raise ConfigError(f"{path}: no client sends anything within {lasts_s:g} s from {start_s:g} s on")
@@ -208,9 +211,8 @@ def _client(trace: Path, dataset: Path) -> Client:
 def _windows(path: Path) -> list[Window]:
     rows: list[tuple[float, float, Intervals]] = []
     try:
-        with open(path, newline="") as file:
-            for number, line in enumerate(csv.reader(file), 1):
-                rows.append(_row(line, f"{path}:{number}"))
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows += (_row(line, f"{path}:{number}") for number, line in enumerate(csv.reader(file), 1) if line)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     starts = [start for start, _, _ in rows]
@@ -241,8 +243,8 @@ def _process(family: str, rate: PerSecond, shape: float) -> Intervals:
 
 
 def _datasets(path: Path) -> dict[float, dict[str, Spread]]:
+    read = files.load_object(path)
     try:
-        read = json.loads(path.read_text())
         datasets = {
             float(start): {
                 name: _spread(text, MOST_ITEMS if name.endswith("_count") else MOST_TOKENS)
@@ -250,7 +252,7 @@ def _datasets(path: Path) -> dict[float, dict[str, Spread]]:
             }
             for start, fields in read.items()
         }
-    except (OSError, ValueError, AttributeError, OverflowError) as error:
+    except (ValueError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{path}: no dataset of a client: {error}") from None
     for start, fields in datasets.items():
         needed = {"text_tokens", "output_tokens"} | {

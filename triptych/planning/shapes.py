@@ -5,6 +5,7 @@ names: a checkpoint's folder, a config file, or one of the models described in `
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from triptych.errors import ConfigError
+from triptych.planning import files
 from triptych.planning.model.configs import Fields
 from triptych.planning.model.families import FAMILIES
 from triptych.planning.model.shape import ModelShape
@@ -52,10 +54,10 @@ def _weight_bytes(config: Fields) -> int:
 
 def find_shape(model: str) -> ModelShape:
     """Of a checkpoint's folder, a config file, or one of PRESETS. Raises ConfigError naming what there is."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if model and os.path.isdir(path):  # unlike those of Path these take any text
         return _read(path / "config.json", path.resolve().name, _processor(path))
-    if path.is_file():
+    if os.path.isfile(path):
         return _read(path, path.stem, None)
     if model in PRESETS:
         return preset(model)
@@ -73,25 +75,15 @@ def _processor(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            found |= _read_object(folder / name)
+            found |= files.load_object(folder / name)
     if (folder / "video_preprocessor_config.json").is_file():
-        found["video_processor"] = _read_object(folder / "video_preprocessor_config.json")
+        found["video_processor"] = files.load_object(folder / "video_preprocessor_config.json")
     return found
 
 
 def _read(file: Path, name: str, processor: Mapping[str, Any] | None) -> ModelShape:
-    config = _read_object(file)
+    config = files.load_object(file)
     try:
         return replace(shape_of(config, processor), name=name)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: is no JSON object")
-    return value

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import isinf
 
 from triptych.config import AdmissionConfig
-from triptych.core import InstanceId, Placement, Role, Stage
+from triptych.core import InstanceId, Placement, RequestId, Role, Stage
 from triptych.messages import FRONTEND, AnyMessage, Load, Peer, SlabDescription, Table
 from triptych.planning.clock import Clock
 from triptych.planning.cost_model import Costs
@@ -42,7 +42,7 @@ class SwitchOrder:
     """A role switch under way."""
 
     role: Role
-    done: Callable[[dict[str, float]], None]
+    done: Callable[[dict[str, float] | None], None]
     began_s: float
     drain_s: float = 0.0
 
@@ -177,8 +177,9 @@ class Simulation:
 
     # ---- role switches
 
-    def switch_role(self, id: InstanceId, role: Role, done: Callable[[dict[str, float]], None]) -> None:
-        """No new work for the instance; it leaves its role, takes the new one, and `done` gets the steps."""
+    def switch_role(self, id: InstanceId, role: Role, done: Callable[[dict[str, float] | None], None]) -> None:
+        """No new work for the instance; it leaves its role, takes the new one, and `done` gets the steps, or None if it
+        ended on the way."""
         assert id not in self._orders, f"{id} changes its role already"
         self._orders[id] = SwitchOrder(role, done, self.clock.now)
         self._publish()
@@ -213,17 +214,17 @@ class Simulation:
         if id not in self._lost:
             self._lost.add(id)
             self.losses.append(Loss(id, self.clock.now))
-            self.instances[id].kill()
-            self.clock.after(failure.found_s, self._found, self.losses[-1], failure.restart_s)
+            suspects = self.instances[id].kill()
+            self.clock.after(failure.found_s, self._found, self.losses[-1], failure.restart_s, suspects)
 
-    def _found(self, loss: Loss, restart_s: float) -> None:
+    def _found(self, loss: Loss, restart_s: float, suspects: list[RequestId]) -> None:
         """In the order of the controller: first the table without it, then what it means for requests."""
         id = loss.instance
         order = self._orders.pop(id, None)
         self._publish(without=id)
-        self.frontend.router.instance_lost(id)
+        self.frontend.router.instance_lost(id, suspects)
         if order is not None:
-            order.done({"drain": self.clock.now - order.began_s})
+            order.done(None)
         self.clock.after(restart_s, self._restart, loss)
 
     def _restart(self, loss: Loss) -> None:

@@ -13,6 +13,7 @@ all of them are taken to be of one size, and what its rows leave of ContextToken
 
 import csv
 import gzip
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,7 +38,9 @@ MOONCAKE_BLOCK_TOKENS = 512
 KV_BLOCKS = MOONCAKE_BLOCK_TOKENS // KV_BLOCK_TOKENS
 JPEG_BYTES_PER_PIXEL = 0.25  # about what a photograph takes at the usual qualities
 MOST_TOKENS, MOST_ITEMS = 10_000_000, 10_000  # of one request: more is a mistake in the file
+MOST_HASH = (1 << 63) - 1
 USUAL_SIZE = "1024x768"
+TEXT: Any = {"newline": "", "encoding": "utf-8-sig"}  # what spreadsheets write begins with a mark
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,7 +112,7 @@ class _MooncakeLine(msgspec.Struct):
     timestamp: Annotated[float, Meta(ge=0)]
     input_length: Annotated[int, Meta(ge=0, le=MOST_TOKENS)]
     output_length: Annotated[int, Meta(ge=0, le=MOST_TOKENS)]
-    hash_ids: list[int] = []
+    hash_ids: list[Annotated[int, Meta(ge=0, le=MOST_HASH)]] = []
 
 
 def mooncake(path: str | Path) -> Stream:
@@ -154,6 +157,8 @@ def _stretched(demands: list[Demand], duration_s: float | None, rate: float, pat
     if lasts_s <= 0:
         raise ConfigError(f"{path}: rate: all requests that are played come at one moment, which is no rate to change")
     factor = len(demands) / lasts_s / rate
+    if not demands[-1].at_s * factor < math.inf:
+        raise ConfigError(f"{path}: rate: {rate:g} req/s is too slow for the last request ever to come")
     return [replace(demand, at_s=demand.at_s * factor) for demand in demands]
 
 
@@ -173,6 +178,9 @@ def _table(path: Path, columns: dict[str, str], demand: Callable[..., Demand | N
         places = [header.index(name) if name in header else len(header) + i for i, name in enumerate(columns)]
         defaults = list(columns.values())
         for row in lines:
+            if not row:
+                yield lines.line_num, None
+                continue
             if len(row) < len(header):
                 raise ValueError(f"{len(row)} columns, {len(header)} are needed")
             row += defaults if len(row) == len(header) else []
@@ -193,7 +201,7 @@ def _read(path: Path, rows: Callable[[IO[str]], Iterator[tuple[int, Demand | Non
     """Names the line that cannot be read: the one after the last that could."""
     line = 0
     try:
-        with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else open(path, newline="") as file:
+        with gzip.open(path, "rt", **TEXT) if path.suffix == ".gz" else open(path, **TEXT) as file:
             for number, demand in rows(file):
                 line = number
                 if demand is not None:

@@ -118,20 +118,25 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         when, which, begins_s = self._rng(0), self._rng(1), 0.0
         times: list[Floats] = []
         kinds: list[Integers] = []
-        assert self.arrivals is not None
         for period in self.periods():
-            if period.duration is not None:
-                found = times_within(self.arrivals, when, period.duration, period.rate_factor)
-                lasts_s = float(period.duration)
-            else:
-                found = first_times(self.arrivals, when, period.num_requests or 0, period.rate_factor)
-                lasts_s = float(found[-1])
+            found, lasts_s = self._within(period, when)
             times.append(begins_s + found)
             kinds.append(self._drawn(period.mix, len(found), which))
             begins_s += lasts_s
         if not sum(map(len, times)):
             raise ConfigError(f"{self.name}: no request comes within {begins_s:g} s; a longer duration is needed")
         return np.concatenate(times), np.concatenate(kinds)
+
+    def _within(self, period: Period, rng: np.random.Generator) -> tuple[Floats, float]:
+        """Times since the period began, and how long it lasts."""
+        assert self.arrivals is not None
+        if period.duration is not None:
+            return times_within(self.arrivals, rng, period.duration, period.rate_factor), float(period.duration)
+        with np.errstate(all="ignore"):  # what overflows is refused
+            found = first_times(self.arrivals, rng, period.num_requests or 0, period.rate_factor)
+        if not np.isfinite(found).all():
+            raise ConfigError(f"{self.name}: the requests would never come; a higher rate is needed")
+        return found, float(found[-1])
 
     def _drawn(self, mix: dict[str, float] | None, number: int, rng: np.random.Generator) -> Integers:
         return pick(list(_weights(self.kinds, mix).values()), rng, number)

@@ -18,6 +18,8 @@ from triptych.router.waiting import NO_WORK, Waiter, WaitingRoom
 
 logger = logging.getLogger(__name__)
 
+EARLY_S = 1e-3  # that a timer may be, by rounding: nothing waits for the rest of it
+
 
 class Backlog:
     """Tasks from the moment they are asked for until they are dropped. `attempts` are those with the instances."""
@@ -38,12 +40,12 @@ class Backlog:
         self._recovery_timeout_s = config.recovery_timeout_s
         self._dispatcher = dispatcher
         self._clock = clock
-        self._slots = slots
         self._retried = retried
         self._fail = fail
         self._quarantine = Quarantine()
         self._wanting: dict[Attempt, float] = {}  # those that miss units while nobody encodes, and since when
         self._recovery: Timer | None = None
+        self._is_pumping = False
 
     def queue(self, tasks: list[Task]) -> None:
         """They go to the instances together as soon as it is their turn: at once, if nothing is before them."""
@@ -51,7 +53,8 @@ class Backlog:
         plan = self._dispatcher.plan(first, len(tasks))
         arrived_at, deadline = first.generation.arrived_at, first.generation.deadline
         queued_at = now if first.suspected_at is None else first.suspected_at
-        waiter = Waiter(tasks, first.kind, len(tasks), plan.work, arrived_at, queued_at, deadline)
+        goes_on = first.output.num_tokens > 0
+        waiter = Waiter(tasks, first.kind, len(tasks), plan.work, arrived_at, queued_at, deadline, goes_on)
         for task in tasks:
             task.waiter = waiter
         self.room.add(waiter, now)
@@ -117,10 +120,6 @@ class Backlog:
         self._release(attempt, done=True)
         self._pump()
 
-    def observe_gap(self, gap_s: float) -> None:
-        """Between two tokens of an answer."""
-        self._slots.observe(gap_s, self.room.num_out, self._clock.now)
-
     def decodes(self, attempt: Attempt, instance: InstanceId) -> None:
         """A token came from the instance that decodes it: a suspect got past where an instance ended with it."""
         attempt.decodes_at(instance)
@@ -135,6 +134,9 @@ class Backlog:
 
     def _pump(self, newest: Waiter[list[Task]] | None = None, plan: Plan | None = None) -> None:
         """Sends all that may go now. `plan` is that of the `newest`, made just now."""
+        if self._is_pumping:  # one that cannot be sent fails, which asks for this again: it goes on anyway
+            return
+        self._is_pumping = True
         while (waiter := self.room.take(self._clock.now)) is not None:
             try:
                 self._send(waiter, plan if waiter is newest else None)
@@ -142,6 +144,7 @@ class Backlog:
                 logger.exception("%s: cannot be sent", waiter.what[0].output.request_id)
                 self._unsend(waiter)
                 self._fail(waiter.what[0].generation, broken())
+        self._is_pumping = False
 
     def _send(self, waiter: Waiter[list[Task]], plan: Plan | None) -> None:
         tasks = waiter.what
@@ -214,13 +217,13 @@ class Backlog:
             since = min((since for _, _, since in self._stalled()), default=None)
             if since is not None:
                 wait_s = since + self._recovery_timeout_s - self._clock.now
-                self._recovery = self._clock.after(wait_s, self._give_up_stalled)
+                self._recovery = self._clock.after(max(wait_s, 0.0), self._give_up_stalled)
 
     def _give_up_stalled(self) -> None:
         self._recovery = None
-        overdue = self._clock.now - self._recovery_timeout_s
+        now = self._clock.now
         for generation, stage, since in list(self._stalled()):
-            if since <= overdue:
+            if since + self._recovery_timeout_s <= now + EARLY_S:
                 self._fail(generation, unavailable(stage))
         self._watch_stalled()
 

@@ -34,8 +34,10 @@ class AnswerTimes:
     def first(self, after_s: float) -> None:
         self.ttft_s = after_s if self.ttft_s is None else self.ttft_s + _TTFT_WEIGHT * (after_s - self.ttft_s)
 
-    def next(self, gap_s: float) -> None:
-        self.tpot_s = gap_s if self.tpot_s is None else self.tpot_s + _GAP_WEIGHT * (gap_s - self.tpot_s)
+    def next(self, gap_s: float, times: int = 1) -> None:
+        """So many tokens with that time between two of them."""
+        weight = _GAP_WEIGHT if times == 1 else 1.0 - (1.0 - _GAP_WEIGHT) ** times
+        self.tpot_s = gap_s if self.tpot_s is None else self.tpot_s + weight * (gap_s - self.tpot_s)
 
     def slack_s(self, admission: AdmissionConfig) -> tuple[float | None, float | None]:
         return _slack_s(admission.slo_ttft_ms, self.ttft_s), _slack_s(admission.slo_tpot_ms, self.tpot_s)

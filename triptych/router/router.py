@@ -7,16 +7,18 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 
 from triptych.config import AdmissionConfig
-from triptych.core import InstanceId, RequestId
+from triptych.core import InstanceId, RequestId, Stage
 from triptych.errors import RequestError
 from triptych.messages import Abort, AnyMessage, Evicted, Failed, Load, Located, Table, TokenUpdate, Wanted
 from triptych.router.admission import Admission, broken, lost_too_often, poisonous
 from triptych.router.attempts import Attempt
 from triptych.router.backlog import Backlog
 from triptych.router.clock import Clock
+from triptych.router.demand import AnswerTimes, Demand
 from triptych.router.dispatch import Dispatcher, Wire
 from triptych.router.generation import Generation
 from triptych.router.slots import Slots
+from triptych.router.waiting import Kind
 from triptych.routing import RoutingTable
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class Router:
         self.room = self.backlog.room
         self.attempts = self.backlog.attempts
         self.admission = Admission(config, self.room)
+        self.times = AnswerTimes()
+        self._config = config
         self._wire = wire
         self._clock = clock
         self._fail = fail
@@ -62,6 +66,20 @@ class Router:
     @property
     def table(self) -> RoutingTable:
         return self.dispatcher.table
+
+    def demand(self) -> Demand:
+        """What is asked of the instances, and how answers are doing."""
+        now, queued = self._clock.now, self.room.queued()
+        ttft_slack_s, tpot_slack_s = self.times.slack_s(self._config)
+        return Demand(
+            {Stage.ENCODE: queued.encode_s, Stage.PREFILL: queued.prefill_s, Stage.DECODE: queued.decode_s},
+            {kind: self.room.num_waiting(kind) for kind in Kind},
+            {kind: self.room.predicted_wait_s(kind, now) for kind in Kind},
+            self.times.ttft_s,
+            self.times.tpot_s,
+            ttft_slack_s,
+            tpot_slack_s,
+        )
 
     # ---- what instances say
 
@@ -106,9 +124,11 @@ class Router:
         if attempt.decoder != instance and index > attempt.start and attempt.task.output.num_tokens == index + 1:
             self.backlog.decodes(attempt, instance)
 
-    def observe_gap(self, gap_s: float) -> None:
-        """Between two tokens of an answer."""
-        self.slots.observe(gap_s, self.room.num_out, self._clock.now)
+    def observe_gap(self, attempt: Attempt, gap_s: float, num_tokens: int = 1) -> None:
+        """So many tokens of an attempt came, each that long after the one before it. The first one of an attempt tells
+        how long it was taken up again, not how fast instances are."""
+        if attempt.task.output.num_tokens - num_tokens > attempt.start:
+            self.slots.observe(gap_s, self.room.num_out, self._clock.now, num_tokens)
 
     def _located(self, message: Located) -> None:
         attempt = self.attempts.get(message.request_id)

@@ -76,7 +76,8 @@ NO_WORK = Work()
 
 @dataclass(slots=True, eq=False)
 class Waiter(Generic[T]):
-    """Sequences that are sent together. `arrived_at` is when the client asked: queued again, it keeps its place."""
+    """Sequences that are sent together. `arrived_at` is when the client asked: queued again, it keeps its place.
+    `goes_on`: an answer that has begun, and lost its instance. It goes before all others and needs no slot."""
 
     what: T
     kind: Kind
@@ -85,6 +86,7 @@ class Waiter(Generic[T]):
     arrived_at: float
     queued_at: float
     deadline: float | None = None
+    goes_on: bool = False
     is_waiting: bool = False
 
 
@@ -146,11 +148,10 @@ class WaitingRoom(Generic[T]):
     def take(self, now: float) -> Waiter[T] | None:
         """The next one that may go to the instances, None if there is none: of the kind that has least with them.
         Each of its sequences counts for the window until `release`, and has its slot until `leave`."""
-        if not self._has_slot:
-            return None
-        for kind in sorted(LIGHTEST_FIRST, key=lambda kind: self._lines[kind].num_out):
+        has_slot = self._has_slot
+        for kind in sorted(LIGHTEST_FIRST, key=lambda kind: self._lines[kind].place):
             line = self._lines[kind]
-            if line.num_waiting and self._has_room(kind, line):
+            if line.num_waiting and (has_slot or line.first.goes_on) and self._has_room(kind, line):
                 self._tick(kind, now)
                 waiter = line.pop()
                 line.num_out += waiter.num_sequences
@@ -206,7 +207,10 @@ class WaitingRoom(Generic[T]):
 
     # ---- inside
 
-    def _place(self, waiter: Waiter[T]) -> float:
+    def _place(self, waiter: Waiter[T]) -> tuple[bool, float]:
+        return not waiter.goes_on, self._turn(waiter)
+
+    def _turn(self, waiter: Waiter[T]) -> float:
         match self._config.schedule:
             case "fcfs":
                 return waiter.arrived_at
@@ -247,7 +251,7 @@ class _Line(Generic[T]):
     """Those of one kind that wait, what of it is with the instances, and how fast these have been."""
 
     def __init__(self) -> None:
-        self.heap: list[tuple[float, int, Waiter[T]]] = []
+        self.heap: list[tuple[tuple[bool, float], int, Waiter[T]]] = []
         self.num_removed = 0  # of these: they are skipped
         self.num_waiting = 0
         self.queued = NO_WORK
@@ -261,13 +265,24 @@ class _Line(Generic[T]):
     def waiting(self) -> Iterator[Waiter[T]]:
         return (waiter for _, _, waiter in self.heap if waiter.is_waiting)
 
-    def pop(self) -> Waiter[T]:
-        while True:
-            _, _, waiter = heapq.heappop(self.heap)
-            if waiter.is_waiting:
-                self._leave(waiter)
-                return waiter
+    @property
+    def place(self) -> tuple[bool, int]:
+        """Among the lines: one whose first goes on comes before the others, then the one that has least out."""
+        return not (self.num_waiting and self.first.goes_on), self.num_out
+
+    @property
+    def first(self) -> Waiter[T]:
+        """Whose turn it is, if any waits."""
+        while not self.heap[0][2].is_waiting:
+            heapq.heappop(self.heap)
             self.num_removed -= 1
+        return self.heap[0][2]
+
+    def pop(self) -> Waiter[T]:
+        waiter = self.first
+        heapq.heappop(self.heap)
+        self._leave(waiter)
+        return waiter
 
     def remove(self, waiter: Waiter[T]) -> None:
         """Without a search; those that were removed are swept out before they are more than the others."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from msgspec.structs import replace
 
 from triptych.config import AdmissionConfig
-from triptych.core import InstanceId, RequestId, SamplingParams, Stage
+from triptych.core import InstanceId, RequestId, SamplingParams
 from triptych.errors import RequestError, shutting_down
 from triptych.messages import (
     AnyMessage,
@@ -27,7 +27,7 @@ from triptych.model.processor import Processor
 from triptych.router.admission import deadline_exceeded
 from triptych.router.attempts import Task
 from triptych.router.clock import LoopClock
-from triptych.router.demand import AnswerTimes, Demand
+from triptych.router.demand import Demand
 from triptych.router.dispatch import Wire
 from triptych.router.generation import Generation, PreparedPrompt
 from triptych.router.ledger import Ledger, Reservation
@@ -89,7 +89,6 @@ class Frontend:
         )
         # What all requests hold of their bodies and media, also before they are asked for here.
         self.ledger = Ledger(self._config.max_media_held_bytes, self._clock, self._count_refusal)
-        self._times = AnswerTimes()
         self._open: dict[Generation, dict[Task, None]] = {}  # what is not answered yet
         self._idle = asyncio.Event()
         self._idle.set()
@@ -207,17 +206,7 @@ class Frontend:
         return self._router.dispatcher.room()
 
     def demand(self) -> Demand:
-        now, queued = self._clock.now, self._router.room.queued()
-        ttft_slack_s, tpot_slack_s = self._times.slack_s(self._config)
-        return Demand(
-            {Stage.ENCODE: queued.encode_s, Stage.PREFILL: queued.prefill_s, Stage.DECODE: queued.decode_s},
-            {kind: self._router.room.num_waiting(kind) for kind in Kind},
-            {kind: self._router.room.predicted_wait_s(kind, now) for kind in Kind},
-            self._times.ttft_s,
-            self._times.tpot_s,
-            ttft_slack_s,
-            tpot_slack_s,
-        )
+        return self._router.demand()
 
     # ---- what instances report
 
@@ -282,14 +271,15 @@ class Frontend:
         if output.num_tokens == 1:
             after_s = now - task.generation.arrived_at
             self._telemetry.first_token(after_s, len(task.prompt.token_ids))
-            self._times.first(after_s)
+            self._router.times.first(after_s)
             if self._timeline is not None:
                 self._timeline.first_token(output.request_id, now)
         else:
             gap_s = now - output.last_token_at
             self._telemetry.next_token(gap_s)
-            self._times.next(gap_s)
-            self._router.observe_gap(gap_s)
+            self._router.times.next(gap_s)
+            assert task.attempt is not None, f"{output.request_id} got a token from nobody"
+            self._router.observe_gap(task.attempt, gap_s)
         output.last_token_at = now
 
     def _finish(self, task: Task, *, by_instance: bool, now: float) -> None:

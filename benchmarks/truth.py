@@ -1,0 +1,263 @@
+"""Is the simulator right? The live engine and the simulator with a measured profile, on equal requests at equal times.
+
+    python benchmarks/truth.py                       # measures a profile first
+    python benchmarks/truth.py --profile profile.json
+    python benchmarks/truth.py --quick               # two workloads, a loose bound
+
+The built-in model, one thread per instance, so that up to five processes share the cores: server, load generator and
+instances. Arrivals are Poisson, and independent of answers; answers have a fixed length. A load is a share of what the
+simulator says that the placement can do. Every round has other requests; workloads take turns, and the medians over
+the rounds are compared: of the quiet ones, where there are any. What strangers took of the cores during a run is
+measured, and the simulated machine has so much less: that they were there is not the simulator's to foresee.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from measuring import FOREIGN_LIMIT, Engine, Round, add_common_options, disturbance, one_round, verdict, write_result
+from servers import ForeignLoad, triptych_server
+
+from triptych.bench.workload import picture
+from triptych.config import GIB
+from triptych.core import Placement, Role
+from triptych.planning import files
+from triptych.planning.demand import Demand, Item
+from triptych.planning.frontend import Record
+from triptych.planning.instance import Sizes
+from triptych.planning.profile import Profile
+from triptych.planning.simulator import Simulation
+from triptych.serve import SHARED_DECODE_INTERVAL_MS
+
+MEDIAN_LIMIT, WORST_LIMIT = 0.15, 0.30
+QUICK_LIMIT = 1.0
+ROWS = 16  # of any picture of the sizes here, with the built-in model
+LEAD_TOKENS = 8  # of its chat template, before the first picture
+CAPACITY_REQUESTS = 200
+FIGURES = ("ttft", "tpot", "throughput")
+FEWEST, MOST = 16, 400  # requests of one run
+LOOK_S = 1.0
+LEAST_CORES = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    placement: str
+    images: int
+    side: int  # pixels
+    text_tokens: int
+    output_tokens: int
+    load: float  # share of what the placement can do
+
+    @property
+    def name(self) -> str:
+        pictures = f"{self.images} x {self.side}px" if self.images else "text"
+        return f"{self.placement} {pictures} {self.text_tokens}+{self.output_tokens} at {self.load:.0%}"
+
+
+CASES = [
+    Case("1epd", 0, 0, 64, 32, 0.1),
+    Case("1epd", 2, 448, 32, 16, 0.6),
+    Case("1epd", 8, 224, 32, 32, 0.4),
+    Case("1e1pd", 1, 896, 32, 32, 0.1),
+    Case("1e1pd", 4, 448, 32, 32, 0.6),
+    Case("1e1pd", 1, 1344, 32, 16, 0.8),
+    Case("1ep1d", 0, 0, 512, 48, 0.6),
+    Case("1ep1d", 2, 448, 32, 48, 0.5),
+    Case("1e1p1d", 0, 0, 128, 64, 0.5),
+    Case("1e1p1d", 2, 672, 32, 16, 0.1),
+    Case("1e1p1d", 4, 448, 32, 32, 0.7),
+    Case("2epd", 1, 448, 32, 32, 0.1),
+    Case("2epd", 2, 448, 64, 32, 0.8),
+    Case("2e1pd", 8, 448, 32, 16, 0.1),
+    Case("2e1pd", 4, 672, 32, 32, 0.6),
+]
+QUICK_CASES = [Case("1epd", 0, 0, 64, 32, 0.3), Case("1e1pd", 2, 448, 32, 16, 0.3)]
+
+
+def main() -> None:
+    options = _options()
+    profile = _profile(options)
+    cases = [case for case in (QUICK_CASES if options.quick else CASES) if options.only in case.name]
+    runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
+    for number in range(1 if options.quick else options.rounds):
+        for placement in dict.fromkeys(case.placement for case in cases):
+            with triptych_server("--placement", placement, "--threads", 1, *options.serve.split()) as (url, pid):
+                engine = Engine("live", url, [pid])
+                for case in cases:
+                    if case.placement == placement:
+                        wait_until_quiet(options.wait, [pid])
+                        runs[case].append(_compare(case, profile, engine, number, options.seconds))
+    rows = [_row(case, found) for case, found in runs.items()]
+    errors = [row["errors"][figure] for row in rows for figure in FIGURES]
+    limits = (QUICK_LIMIT, QUICK_LIMIT) if options.quick else (MEDIAN_LIMIT, WORST_LIMIT)
+    print()
+    verdicts = []
+    for figure in FIGURES:
+        of_one = [row["errors"][figure] for row in rows]
+        verdicts.append(verdict(f"{figure}: median relative error over workloads", median(of_one), limits[0]))
+        verdicts.append(verdict(f"{figure}: worst relative error", max(of_one), limits[1]))
+    write_result("truth", options, profile=_plain(profile), rows=rows, verdicts=verdicts)
+    sys.exit(0 if max(errors) <= limits[1] and all(one["reached"] for one in verdicts) else 1)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(parser, rounds=3, requests=0)
+    parser.add_argument("--profile", type=Path, help="file that triptych profile wrote; measured anew if left out")
+    parser.add_argument("--only", default="", help="workloads whose name has this in it")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of arrivals in one run")
+    parser.add_argument(
+        "--wait", type=float, default=20.0, help="seconds that a run waits for a quiet machine, at most"
+    )
+    return parser.parse_args()
+
+
+def _profile(options: argparse.Namespace) -> Profile:
+    if options.profile is not None:
+        return Profile.load(options.profile)
+    wait_until_quiet(options.wait, [])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "profile.json")
+        command = [sys.executable, "-m", "triptych.cli", "profile", "--threads", "1", "--output", str(path)]
+        subprocess.run([*command, "--quick"] if options.quick else command, check=True)
+        return Profile.load(path)
+
+
+def wait_until_quiet(limit_s: float, pids: list[int]) -> None:
+    """Until nobody but these processes works, or so long; rows say what disturbed them."""
+    deadline = time.perf_counter() + limit_s
+    while time.perf_counter() < deadline:
+        load = ForeignLoad(pids)
+        time.sleep(LOOK_S)
+        if load.stop() < FOREIGN_LIMIT:
+            return
+
+
+# ---- one workload, live and simulated
+
+
+def _compare(case: Case, profile: Profile, engine: Engine, number: int, seconds: float) -> dict[str, Any]:
+    rate = case.load * _capacity(case, profile)
+    requests = round(min(MOST, max(FEWEST, rate * seconds)))
+    live = one_round(
+        engine,
+        [engine],
+        seed=1000 + number,
+        requests=requests,
+        rate=rate,
+        images=case.images,
+        image_sizes=(f"{case.side or 224}x{case.side or 224}",),
+        prompt_tokens=case.text_tokens,
+        output_tokens=case.output_tokens,
+        warmup=3,
+    )
+    if live["num_failed"]:
+        raise RuntimeError(f"{case.name}: {live['errors']}")
+    simulated = _simulate(case, profile, _demands(case, live), live["load"]["foreign_cores"])
+    found = {"rate": rate, "requests": requests, "live": _live(live), "simulated": _simulated(simulated)}
+    note = disturbance([live])
+    print(f"{case.name:36s} {rate:6.2f} req/s  {_line(found)}  {note}", flush=True)
+    return {**found, "load": live["load"], "note": note}
+
+
+def _demands(case: Case, live: Round) -> list[Demand]:
+    """The requests that the live engine got: when, and of which size."""
+    nbytes = len(picture((0, 0, 0), case.side, case.side, "jpeg")) if case.images else 0
+    item = Item((ROWS,), case.side * case.side, nbytes)
+    return [
+        Demand(
+            record["scheduled_s"],
+            (item,) * case.images,
+            record["prompt_tokens"] - ROWS * case.images,
+            record["completion_tokens"],
+            lead_tokens=LEAD_TOKENS,
+        )
+        for record in live["requests"]
+    ]
+
+
+def _simulate(case: Case, profile: Profile, demands: Sequence[Demand], foreign_cores: float = 0.0) -> list[Record]:
+    placement, costs = Placement.parse(case.placement), profile.costs()
+    costs = replace(costs, cores=max(LEAST_CORES, costs.cores - foreign_cores))
+    crowded = len(placement.roles) > (profile.costs_of_steps.cores or len(placement.roles))
+    sizes = {role: _sizes(profile, role, crowded) for role in set(placement.roles)}
+    return Simulation(placement, costs, sizes).run(demands)
+
+
+def _sizes(profile: Profile, role: Role, crowded: bool) -> Sizes:
+    """What `triptych serve` gives an instance."""
+    interval_ms = SHARED_DECODE_INTERVAL_MS if crowded else 0.0
+    return profile.sizes(role, kv_bytes=GIB, prefix_caching=True, decode_interval_ms=interval_ms)
+
+
+def _capacity(case: Case, profile: Profile) -> float:
+    """Requests a second, if there are always some: many at once, so that the first and the last weigh little."""
+    demand = {"prompt_tokens": case.text_tokens + ROWS * case.images, "completion_tokens": case.output_tokens}
+    requests = [{**demand, "scheduled_s": 0.0} for _ in range(CAPACITY_REQUESTS)]
+    records = _simulate(case, profile, _demands(case, {"requests": requests}))
+    ends = sorted(record.finished_s for record in records if record.finished_s is not None)
+    return CAPACITY_REQUESTS / ends[-1]
+
+
+def _live(found: Round) -> dict[str, float]:
+    """Answers end with their last token, also where that one has no text of its own."""
+    requests = found["requests"]
+    ends = [record["sent_s"] + record["e2e_s"] for record in requests]
+    return {
+        "ttft": fmean(record["ttft_s"] for record in requests),
+        "tpot": fmean((one["e2e_s"] - one["ttft_s"]) / (one["completion_tokens"] - 1) for one in requests),
+        "throughput": len(requests) / max(ends),
+    }
+
+
+def _simulated(records: Sequence[Record]) -> dict[str, float]:
+    return {
+        "ttft": fmean(record.ttft_s for record in records),
+        "tpot": fmean(record.tpot_s or 0.0 for record in records),
+        "throughput": len(records) / max(record.finished_s or 0.0 for record in records),
+    }
+
+
+# ---- what comes of it
+
+
+def _row(case: Case, all_runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    runs = [run for run in all_runs if not run["note"]] or all_runs
+    live = {figure: median(run["live"][figure] for run in runs) for figure in FIGURES}
+    simulated = {figure: median(run["simulated"][figure] for run in runs) for figure in FIGURES}
+    found = {
+        "workload": case.name,
+        "live": live,
+        "simulated": simulated,
+        "errors": {figure: abs(simulated[figure] / live[figure] - 1) for figure in FIGURES},
+        "quiet_runs": sum(not run["note"] for run in all_runs),
+        "runs": list(all_runs),
+    }
+    print(f"{case.name:36s} {'median':>12s}  {_line(found)}", flush=True)
+    return found
+
+
+def _line(found: dict[str, Any]) -> str:
+    live, simulated = found["live"], found["simulated"]
+    parts = []
+    for figure, unit, scale in (("ttft", "ms", 1e3), ("tpot", "ms", 1e3), ("throughput", "req/s", 1.0)):
+        real, predicted = live[figure] * scale, simulated[figure] * scale
+        parts.append(f"{figure} {real:7.2f} -> {predicted:7.2f} {unit} ({predicted / real - 1:+4.0%})")
+    return "  ".join(parts)
+
+
+def _plain(profile: Profile) -> Any:
+    return json.loads(files.dumped(profile))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Launch scripts for vLLM and SGLang: every instance on GPUs of its own, with the flags of its role, and a proxy."""
+
+import json
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from triptych.core import Placement
+from triptych.errors import ConfigError
+from triptych.planning.export import can_export, export
+from triptych.planning.space import Candidate
+
+MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+def make(placement: str, **options: object) -> Candidate:
+    return Candidate(placement=Placement.parse(placement), **options)
+
+
+def commands(script: str) -> list[list[str]]:
+    """The words of every command that the script starts."""
+    joined = script.replace("\\\n", " ")
+    return [shlex.split(line)[:-1] for line in joined.splitlines() if line.endswith("&")]
+
+
+def after(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("placement", ["2epd", "2e1pd", "1e1p1d", "3e2p1d", "2ep1d"])
+def test_the_scripts_are_shell(engine: str, placement: str):
+    script = export(engine, make(placement, degrees=(1, 1, 1)), "a model's folder")
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False).returncode == 0
+    assert "MODEL='a model'\"'\"'s folder'" in script
+
+
+def test_vllm_gets_producers_and_consumers_on_gpus_of_their_own():
+    *instances, proxy = commands(export("vllm", make("2e1p1d", degrees=(1, 2, 2), max_num_seqs=32), MODEL))
+    assert [words[0] for words in instances] == [f"CUDA_VISIBLE_DEVICES={gpus}" for gpus in ("0", "1", "2,3", "4,5")]
+    configs = [json.loads(after(words, "--ec-transfer-config")) for words in instances[:3]]
+    assert [config["ec_role"] for config in configs] == ["ec_producer", "ec_producer", "ec_consumer"]
+    assert configs[0]["ec_connector_extra_config"] == {"shared_storage_path": "$STORE"}
+    assert "--mm-encoder-only" in instances[0] and "--mm-encoder-only" not in instances[2]
+    assert [json.loads(after(words, "--kv-transfer-config"))["kv_role"] for words in instances[2:]] == [
+        "kv_producer",
+        "kv_consumer",
+    ]
+    assert [after(words, "--tensor-parallel-size") for words in instances] == ["1", "1", "2", "2"]
+    assert after(instances[3], "--max-num-seqs") == "32"
+    assert after(proxy, "--encode-servers-urls") == "http://127.0.0.1:8100,http://127.0.0.1:8101"
+    assert after(proxy, "--prefill-servers-urls") == "http://127.0.0.1:8102"
+    assert after(proxy, "--decode-servers-urls") == "http://127.0.0.1:8103"
+
+
+def test_vllm_without_a_prefill_stage_says_so():
+    *_, proxy = commands(export("vllm", make("1e2pd"), MODEL))
+    assert after(proxy, "--prefill-servers-urls") == "disable"
+    assert after(proxy, "--decode-servers-urls") == "http://127.0.0.1:8101,http://127.0.0.1:8102"
+
+
+def test_vllm_splits_prefill_from_decode_without_encoders():
+    ep, _, d, proxy = commands(export("vllm", make("2ep1d"), MODEL))
+    assert "--ec-transfer-config" not in ep
+    assert json.loads(after(d, "--kv-transfer-config"))["kv_role"] == "kv_consumer"
+    assert proxy[proxy.index("--prefiller-ports") + 1 : proxy.index("--decoder-hosts")] == ["8100", "8101"]
+
+
+def test_aggregated_instances_are_data_parallel():
+    (vllm,), (sglang,) = (commands(export(engine, make("4epd", degrees=(2, 2, 2)), MODEL)) for engine in ENGINES)
+    assert vllm[0] == sglang[0] == "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7"
+    assert (after(vllm, "--data-parallel-size"), after(vllm, "--tensor-parallel-size")) == ("4", "2")
+    assert (after(sglang, "--dp-size"), after(sglang, "--tp-size")) == ("4", "2")
+
+
+def test_sglang_gets_encoders_language_models_and_a_router():
+    e0, _, p, d, router = commands(export("sglang", make("2e1p1d", max_num_batched_tokens=4096), MODEL))
+    assert "--encoder-only" in e0 and "--language-only" in p and "--language-only" not in d
+    assert p[p.index("--encoder-urls") + 1 :][:2] == ["http://127.0.0.1:8100", "http://127.0.0.1:8101"]
+    assert (after(p, "--disaggregation-mode"), after(d, "--disaggregation-mode")) == ("prefill", "decode")
+    assert after(p, "--chunked-prefill-size") == "4096"
+    assert (after(router, "--prefill"), after(router, "--decode")) == ("http://127.0.0.1:8102", "http://127.0.0.1:8103")
+
+
+def test_what_has_no_equivalent_stands_in_comments():
+    script = export("vllm", make("2e1p1d", schedule="slo"), MODEL)
+    said = re.findall(r"^# No equivalent: (.*)", script, re.M)
+    assert any("prefill that starts before" in text for text in said)
+    assert any("the order slo" in text for text in said)
+    assert not any("one encoder;" in text for text in said)
+    assert any("on one encoder;" in text for text in _said(make("2e1p1d", parallel_encode=False)))
+
+
+def _said(candidate: Candidate) -> list[str]:
+    return re.findall(r"^# No equivalent: (.*)", export("sglang", candidate, MODEL), re.M)
+
+
+@pytest.mark.parametrize("placement", ["1e1pd1epd", "1ed1p", "1ep1pd"])
+def test_a_shape_that_no_proxy_routes_is_refused(placement: str):
+    assert not can_export(make(placement))
+    with pytest.raises(ConfigError, match=f"--export: vllm has no equivalent of {placement}"):
+        export("vllm", make(placement), MODEL)
+
+
+ENGINES = ("vllm", "sglang")

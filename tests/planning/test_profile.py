@@ -1,0 +1,156 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from triptych.core import Role
+from triptych.errors import ConfigError
+from triptych.planning import files
+from triptych.planning.profile import Made, Memory, Profile, Residual, StageCosts
+from triptych.planning.quantities import Bytes, BytesPerSecond, DollarsPerHour, Seconds
+
+
+def make_profile(*, device: float = 80e9, cores: int | None = None, **costs: float) -> Profile:
+    return Profile(
+        model="small",
+        hardware="a GPU",
+        kind="measured",
+        costs_of_steps=StageCosts(
+            bytes_per_second=BytesPerSecond(3e9),
+            switch_weights=Seconds(0.7),
+            switch_books=Seconds(0.05),
+            cores=cores,
+            **{name: Seconds(value) for name, value in costs.items()},
+        ),
+        memory=Memory(
+            device=Bytes(device),
+            encoder_weights=Bytes(1e9),
+            language_weights=Bytes(16e9),
+            encode_activations=Bytes(2e9),
+            language_activations=Bytes(1e9),
+            runtime=Bytes(5e8),
+            kv_token=Bytes(57344),
+            embedding_row=Bytes(7168),
+            context_len=4096,
+        ),
+        price=DollarsPerHour(1.29),
+        residuals={"encode": Residual(samples=12, median=0.03, worst=0.11)},
+        made=Made(date="2026-11-23", version="0.1", threads=1),
+    )
+
+
+def saved(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@given(
+    costs=st.dictionaries(st.sampled_from(["encode_step", "prefill_pair", "server_token"]), st.floats(0, 1e3)),
+    cores=st.none() | st.integers(1, 64),
+)
+@settings(deadline=None)
+def test_a_profile_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, costs: dict[str, float], cores: int | None
+) -> None:
+    path, profile = tmp_path_factory.getbasetemp() / "profile.json", make_profile(cores=cores, **costs)
+    profile.save(path)
+    assert Profile.load(path) == profile
+
+
+def test_a_file_gives_its_numbers_with_their_units(tmp_path: Path) -> None:
+    make_profile(encode_step=0.0012).save(tmp_path / "profile.json")
+    content = saved(tmp_path / "profile.json")
+    assert content["costs"]["encode_step"] == "1.2 ms"
+    assert content["memory"]["device"] == "80 GB"
+    assert content["price"] == "1.29 USD/h"
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("costs", "encode_stepp"), "1 ms", "costs.encode_stepp"),
+        (("costs", "encode_step"), 0.001, "costs.encode_step"),
+        (("costs", "encode_step"), "-1 ms", "costs.encode_step"),
+        (("costs", "encode_step"), "1 GB", "costs.encode_step"),
+        (("costs", "encode_step"), math.nan, "costs.encode_step"),
+        (("costs", "bytes_per_second"), "0 GB/s", "bytes_per_second"),
+        (("costs", "cores"), 0, "costs.cores"),
+        (("memory", "context_len"), 0, "memory.context_len"),
+        (("kind",), "guessed", "kind"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_its_key(tmp_path: Path, keys: tuple[str, ...], value: object, said: str) -> None:
+    path = tmp_path / "profile.json"
+    make_profile().save(path)
+    content = saved(path)
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=said) as caught:
+        Profile.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_without_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    content = json.loads(files.dumped(make_profile()))
+    del content["memory"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="memory"):
+        Profile.load(path)
+
+
+def test_the_simulator_gets_every_cost() -> None:
+    costs = make_profile(encode_step=0.001, message=0.0002).costs()
+    assert (costs.encode_step, costs.message, costs.cores) == (0.001, 0.0002, math.inf)
+    assert (costs.kv_token_bytes, costs.embedding_row_bytes, costs.bytes_per_second) == (57344, 7168, 3e9)
+    assert make_profile(cores=2).costs().cores == 2
+
+
+def test_a_role_has_the_weights_of_the_halves_that_it_uses() -> None:
+    memory = make_profile().memory
+    assert memory.used(Role.E) == 0.5e9 + 1e9 + 2e9
+    assert memory.used(Role.D) == memory.used(Role.P) == 0.5e9 + 16e9 + 1e9
+    assert memory.used(Role.EPD) == 0.5e9 + 1e9 + 16e9 + 2e9
+
+
+def test_only_roles_with_a_language_model_have_kv_blocks() -> None:
+    profile = make_profile()
+    assert profile.sizes(Role.E, kv_fraction=0.8).num_kv_blocks == 0
+    assert profile.sizes(Role.D, kv_fraction=0.8).num_embedding_blocks == 0
+    sizes = profile.sizes(Role.PD, kv_bytes=2e9)
+    assert sizes.num_kv_blocks == int(2e9 / (16 * 57344))
+    assert sizes.num_embedding_blocks == (1 << 28) // (16 * 7168)
+
+
+def test_a_share_for_kv_is_of_what_weights_leave() -> None:
+    profile = make_profile()
+    free = 80e9 - profile.memory.used(Role.P)
+    blocks = profile.sizes(Role.P, kv_fraction=0.5, max_num_seqs=1024).num_kv_blocks
+    assert blocks == int(0.5 * free / (16 * 57344))
+
+
+def test_no_more_blocks_than_a_full_batch_could_fill() -> None:
+    assert make_profile().sizes(Role.P, kv_fraction=0.8, max_num_seqs=2).num_kv_blocks == 2 * 257
+
+
+def test_a_model_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"memory.device: 10 GB cannot hold"):
+        make_profile(device=10e9).sizes(Role.P, kv_fraction=0.8)
+    with pytest.raises(ConfigError, match=r"memory.context_len: one request of 4096 tokens needs"):
+        make_profile(device=17.6e9).sizes(Role.P, kv_fraction=0.8)
+
+
+def test_a_share_for_kv_above_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"kv_fraction: 1\.5 is not above 0"):
+        make_profile().sizes(Role.P, kv_fraction=1.5)
+
+
+def test_prices_may_be_missing() -> None:
+    assert structs.replace(make_profile(), price=None).price is None
