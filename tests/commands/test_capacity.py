@@ -70,11 +70,11 @@ def test_model_is_a_checkpoint_or_its_config_and_the_device_a_file(tmp_path: Pat
     [
         (["gpt-9"], "model 'gpt-9': neither a folder, nor a config file, nor one of minicpm-v-2.6"),
         (["internvl2-8b", "--gpu", "B300"], "--gpu: 'B300' is neither a hardware file nor one of A100-40G"),
-        (["internvl2-8b", "--image", "4k"], "--image: '4k' is no size in pixels; use WIDTHxHEIGHT such as 4032x3024, each from 1 to 99999"),
+        (["internvl2-8b", "--image", "4k"], "--image: '4k' is no size in pixels; use WIDTHxHEIGHT"),
         (["internvl2-8b", "--image", "0x10"], "--image: '0x10' is no size in pixels"),
         (["internvl2-8b", "--image", "100000x3"], "--image: '100000x3' is no size in pixels; use WIDTHxHEIGHT"),
         (["qwen2.5-vl-7b", "--image", "1x99999"], "1x99999: one side is more than 200 times the other"),
-        (["internvl2-8b", "--max-num-batched-tokens", "0"], "--max-num-batched-tokens: 0 is not valid; a number from 1"),
+        (["internvl2-8b", "--max-num-batched-tokens", "0"], "--max-num-batched-tokens: 0 is not valid; a number"),
         (["internvl2-8b", "--max-encode-tokens", "0"], "--max-encode-tokens: 0 is not valid; a number from 1 to"),
         (["internvl2-8b", "--embedding-cache", "0 GB"], "--embedding-cache: 0 B is not valid; above 0 B is needed"),
         (["internvl2-8b", "--as-paper", "--utilization", "0.5"], "--utilization: is that of the paper with --as-paper"),

@@ -206,6 +206,16 @@ def test_a_picture_that_was_there_before_is_not_encoded_again():
     assert [records[0].ttft_s, records[2].ttft_s] == pytest.approx([0.8 + 0.00001 + 0.12] * 2)
 
 
+def test_an_item_is_read_once_for_all_its_steps_and_by_every_instance_that_encodes_a_part_of_it():
+    costs, slices = replace(PLAIN, encode_pixel=1e-3), Item((8,) * 6, pixels=1000)
+    asked = Demand(0.0, media=(slices,), text_tokens=4, output_tokens=1)
+    small = replace(WHOLE, max_encode_tokens=8)
+    (one,) = simulate("1e1p1d", asked, costs=costs, sizes=small)
+    assert one.ttft_s == pytest.approx(1.0 + 4.8 + 0.52, abs=0.01)
+    (two,) = simulate("2e1p1d", asked, costs=costs, sizes=small)
+    assert two.ttft_s == pytest.approx(1.0 + 2.4 + 0.52, abs=0.01)
+
+
 def test_a_beginning_that_was_there_before_is_not_computed_again():
     first = Demand(0.0, text_tokens=40, prefix=(1, 2))
     asked = [first, replace(first, at_s=10.0), replace(first, at_s=20.0, prefix=(1, 3)), Demand(30.0, text_tokens=40)]

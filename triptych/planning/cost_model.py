@@ -1,6 +1,6 @@
 """How long things take on one instance, as few coefficients: what stands in for `runner.run` and for the links."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
@@ -49,15 +49,11 @@ class Costs:
         of_request = self.server_request or self.server_media_byte or self.server_peer
         return bool(of_request or self.server_step or self.server_token or self.server_report)
 
-    def encode_s(self, works: list[EncodeWork], items: Mapping[bytes, Item]) -> float:
-        """`items` by the hash of their media; an item is read once for all its units of a step."""
+    def encode_s(self, works: list[EncodeWork], read: Iterable[Item]) -> float:
+        """`read`: items that are read for this step; those that were read for an earlier one are still there."""
         rows = sum(work.unit.num_tokens for work in works)
         seconds = self.encode_step + len(works) * self.encode_unit + rows * self.encode_row
-        if self.encode_item or self.encode_pixel:
-            for hash_ in {work.media.hash for work in works}:
-                item = items.get(hash_)  # None: the request ended while it was on its way
-                seconds += self.encode_item + (0 if item is None else item.pixels) * self.encode_pixel
-        return seconds
+        return seconds + sum(self.encode_item + item.pixels * self.encode_pixel for item in read)
 
     def language_s(self, decodes: list[Chunk], chunks: list[Chunk]) -> float:
         """One forward over both: the larger of the fixed parts, and the sum of the others."""

@@ -4,6 +4,7 @@ It makes the same steps as `engine.engine.Engine`: messages are taken between tw
 take comes from a cost model. Decode steps in which nothing can change are made in one event, with the same outcome.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from triptych.stages.base import Pull, Surroundings
 from triptych.stages.group import StageGroup
 
 TOKEN = SampledToken(1)
+ITEMS_AT_HAND = 4  # that an encoder has read and keeps, as `model.encoder` does
 ENCODE_NICENESS = 5  # of encode-only instances where processes share cores, as `triptych serve` sets it
 
 
@@ -170,6 +172,7 @@ class SimulatedInstance:
             self.pools.embeddings = EmbeddingCache(sizes.num_embedding_blocks, EMBEDDING_BLOCK_TOKENS)
         self.stages = StageGroup(role, self.near, self.pools, sizes.scheduling)
         self._weight = weight_of(ENCODE_NICENESS if role is Role.E else 0)
+        self._at_hand: OrderedDict[bytes, None] = OrderedDict()
         self._metronome = Metronome(sizes.decode_interval_ms / 1e3)
 
     @property
@@ -189,7 +192,8 @@ class SimulatedInstance:
 
     def deliver(self, message: AnyMessage) -> None:
         self._inbox.append(message)
-        self._news()
+        if self._run is None or not isinstance(message, Load):  # no decode step hangs on how busy others are
+            self._news()
 
     def settled(self, pull: Pull, error: InstanceError | None = None) -> None:
         """A pull of this instance is over. Said twice, it was over before."""
@@ -270,10 +274,23 @@ class SimulatedInstance:
             self._flush()
             assert self.stages.encode is not None
             self._working_on = list(self.stages.encode.running_requests)
-            seconds = self._costs.encode_s(works, self._network.items)
+            seconds = self._costs.encode_s(works, self._read(works))
             self._compute(seconds, self._encoded, works, self._clock.now)
         else:
             self._speak(encoded=False)
+
+    def _read(self, works: list[EncodeWork]) -> list[Item]:
+        """Items that have to be read for a step: the encoder keeps the last few at hand."""
+        read: list[Item] = []
+        for media in {work.media.hash: work.media for work in works}.values():
+            item = self._network.items.get(media.hash)  # None: the request ended while it was on its way
+            if media.hash not in self._at_hand and item is not None:
+                read.append(item)
+            self._at_hand[media.hash] = None
+            self._at_hand.move_to_end(media.hash)
+            if len(self._at_hand) > ITEMS_AT_HAND:
+                self._at_hand.popitem(last=False)
+        return read
 
     def _encoded(self, works: list[EncodeWork], began_s: float) -> None:
         assert self.stages.encode is not None

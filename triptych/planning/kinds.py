@@ -86,7 +86,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     timeout: Seconds | None = None
 
     def __post_init__(self) -> None:
-        if self.timeout == 0:
+        if self.timeout is not None and self.timeout <= 0:
             raise ValueError("timeout: 0 s, in which nothing can be answered; above 0 s is needed")
 
 
