@@ -1,16 +1,14 @@
-"""Who decodes: every P gives to the least loaded D that it knows of, or to the better of two drawn at random.
+"""Who decodes: every P gives to the least loaded of all D that it knows of, or of its share of them.
 
     python benchmarks/decode_choice.py
 
 What a P knows of a D is up to a heartbeat old, and all P know the same: so all give to the same D until it says so.
 Simulated with the first case of `scale.py` at rates in proportion to the number of instances. The second way is
-not built: this script puts it in the place of `routing.pick_decode`.
+`routing.pick_decode`; this script puts the first one in its place.
 """
 
 import argparse
-import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ from triptych.messages import Peer
 from triptych.planning.evaluation import MAX_QUEUE_S
 from triptych.planning.figures import meets
 from triptych.planning.simulator import Options, Simulation
-from triptych.routing import Loads, RoutingTable, pick_decode
+from triptych.routing import Loads, RoutingTable, pick, pick_decode
 from triptych.stages import prefill
 
-Picker = Callable[[RoutingTable, Loads, InstanceId], Peer]
+Picker = Callable[[RoutingTable, Loads, InstanceId, str], Peer]
 RATE_OF_EACH = 0.44  # req/s of an instance
 RUNS = {32: 1.0, 128: 1.0, 512: 0.4}  # by the number of instances, how long requests arrive: of the seconds of the case
 
@@ -52,13 +50,12 @@ def _options() -> argparse.Namespace:
 
 
 def _pickers() -> dict[str, Picker]:
-    return {"least loaded": pick_decode, "best of two": partial(_best_of_two, random.Random(1))}
+    return {"of all": _of_all, "of its share": pick_decode}
 
 
-def _best_of_two(rng: random.Random, table: RoutingTable, loads: Loads, prefill: InstanceId) -> Peer:
+def _of_all(table: RoutingTable, loads: Loads, prefill: InstanceId, request_id: str) -> Peer:
     """Where no instance both prefills and decodes."""
-    peers = table.serving(Stage.DECODE)
-    return min(rng.sample(peers, min(2, len(peers))), key=lambda peer: loads.get(peer.id, 0.0))
+    return pick(table, Stage.DECODE, loads, prefer=prefill)
 
 
 def _row(case: Case, number: int, times: float, name: str, picker: Picker) -> dict[str, Any]:

@@ -52,15 +52,15 @@ def test_without_an_instance_of_a_stage_the_request_gets_503(stage):
 
 def test_a_prefill_instance_hands_on_to_the_least_loaded_decode_instance():
     table = make_table(p0="p", d0="d", pd0="pd")
-    assert pick_decode(table, {"d0": 1.0}, InstanceId("p0")).id == "pd0"
-    assert pick_decode(table, {"pd0": 1.0}, InstanceId("p0")).id == "d0"
+    assert pick_decode(table, {"d0": 1.0}, InstanceId("p0"), "r").id == "pd0"
+    assert pick_decode(table, {"pd0": 1.0}, InstanceId("p0"), "r").id == "d0"
 
 
 def test_an_instance_that_prefills_and_decodes_keeps_a_sequence_unless_a_pure_decode_instance_is_less_loaded():
     table = make_table(pd0="pd", epd0="epd", d0="d")
-    assert pick_decode(table, {}, InstanceId("pd0")).id == "pd0"
-    assert pick_decode(table, {"pd0": 1.0}, InstanceId("pd0")).id == "d0"
-    assert pick_decode(table, {"pd0": 1.0, "d0": 2.0}, InstanceId("pd0")).id == "pd0"
+    assert pick_decode(table, {}, InstanceId("pd0"), "r").id == "pd0"
+    assert pick_decode(table, {"pd0": 1.0}, InstanceId("pd0"), "r").id == "d0"
+    assert pick_decode(table, {"pd0": 1.0, "d0": 2.0}, InstanceId("pd0"), "r").id == "pd0"
 
 
 def test_no_circle_of_instances_can_hand_sequences_to_each_other():
@@ -73,14 +73,27 @@ def test_no_circle_of_instances_can_hand_sequences_to_each_other():
     for prefill in table.serving(Stage.PREFILL):
         for idle in decoders:
             loads = {peer.id: float(peer is not idle) for peer in decoders}
-            picked = pick_decode(table, loads, prefill.id)
+            picked = pick_decode(table, loads, prefill.id, "r")
             assert picked is prefill or rank[picked.id] > rank[prefill.id]
 
 
+def test_many_that_prefill_do_not_all_choose_the_same_one_in_between_two_reports():
+    names = {f"p{i}": "p" for i in range(16)} | {f"d{i}": "d" for i in range(16)}
+    table, loads = make_table(**names), {InstanceId(f"d{i}"): float(i) for i in range(16)}
+    picked = [pick_decode(table, loads, InstanceId(f"p{i % 16}"), f"r{i}").id for i in range(320)]
+    assert max(picked.count(name) for name in set(picked)) < 80
+    assert picked.count("d15") < 10, "the busiest one of two is never chosen"
+
+
+def test_one_that_prefills_alone_knows_best():
+    table, loads = make_table(p0="p", d0="d", d1="d", d2="d"), {"d0": 2.0, "d1": 1.0, "d2": 3.0}
+    assert {pick_decode(table, loads, InstanceId("p0"), f"r{i}").id for i in range(20)} == {"d1"}
+
+
 def test_an_instance_that_is_no_longer_in_the_table_still_hands_on():
-    assert pick_decode(make_table(d0="d"), {}, InstanceId("p0")).id == "d0"
+    assert pick_decode(make_table(d0="d"), {}, InstanceId("p0"), "r").id == "d0"
     with pytest.raises(RequestError):
-        pick_decode(make_table(p0="p"), {}, InstanceId("p0"))
+        pick_decode(make_table(p0="p"), {}, InstanceId("p0"), "r")
 
 
 def test_units_of_one_request_are_spread_over_all_encode_instances():

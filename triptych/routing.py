@@ -1,6 +1,7 @@
 """Who does what: an immutable picture of the cluster and pure pickers over it. Knows no socket and no clock."""
 
-from collections.abc import Collection, Iterable, Mapping
+import random
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -44,23 +45,34 @@ def pick(table: RoutingTable, stage: Stage, loads: Loads, prefer: InstanceId | N
 
     Raises RequestError(503) if there is none.
     """
-    candidates = table.serving(stage)
-    if not candidates:
-        raise RequestError(f"no instance serves {stage.name.lower()} at the moment", status=503, code="unavailable")
-    return min(candidates, key=lambda peer: (loads.get(peer.id, 0.0), peer.id != prefer))
+    return _least_loaded(table.serving(stage), stage, loads, prefer)
 
 
-def pick_decode(table: RoutingTable, loads: Loads, prefill: InstanceId) -> Peer:
+def pick_decode(table: RoutingTable, loads: Loads, prefill: InstanceId, request_id: str) -> Peer:
     """Who decodes what `prefill` has prefilled: the least loaded; among equals `prefill` itself.
+
+    Loads are a report old, and every instance that prefills sees the same ones: where there are several, each request
+    is shown its share of those that decode, at least two, drawn by its id. Or all would choose the same one until the
+    next report (the power of two choices: Mitzenmacher, IEEE TPDS 2001).
 
     An instance that decodes as well hands on to itself or to one that only decodes: two instances that prefill could
     each fill their KV pool with sequences that wait for space in the other's. Raises RequestError(503).
     """
     own = table.peers.get(prefill)
-    if own is None or Stage.DECODE not in own.role.stages:
-        return pick(table, Stage.DECODE, loads, prefer=prefill)
-    allowed = {id: peer for id, peer in table.peers.items() if peer is own or Stage.PREFILL not in peer.role.stages}
-    return pick(RoutingTable(table.version, allowed), Stage.DECODE, loads, prefer=prefill)
+    candidates = table.serving(Stage.DECODE)
+    if own is not None and Stage.DECODE in own.role.stages:
+        candidates = tuple(peer for peer in candidates if peer is own or Stage.PREFILL not in peer.role.stages)
+    share = max(-(-len(candidates) // max(len(table.serving(Stage.PREFILL)), 1)), 2)
+    if share < len(candidates):
+        drawn = random.Random(request_id).sample(candidates, share)
+        candidates = tuple(peer for peer in candidates if peer in drawn or peer is own)
+    return _least_loaded(candidates, Stage.DECODE, loads, prefill)
+
+
+def _least_loaded(candidates: Sequence[Peer], stage: Stage, loads: Loads, prefer: InstanceId | None) -> Peer:
+    if not candidates:
+        raise RequestError(f"no instance serves {stage.name.lower()} at the moment", status=503, code="unavailable")
+    return min(candidates, key=lambda peer: (loads.get(peer.id, 0.0), peer.id != prefer))
 
 
 def assign_units(

@@ -72,4 +72,6 @@ def test_a_server_that_costs_nothing_is_no_process() -> None:
 def test_instances_are_not_slowed_by_a_busy_server() -> None:
     """The first picture is encoded while the server reads the third request."""
     simulation = played(replace(COSTS, server_request=1.0), [Demand(0.0, (PICTURE,)) for _ in range(3)])
-    assert [record.ttft_s for record in simulation.records] == pytest.approx([3.0, 3.0, 3.0 + 0.1 + COSTS.transfer + 0.01])
+    assert [record.ttft_s for record in simulation.records] == pytest.approx(
+        [3.0, 3.0, 3.0 + 0.1 + COSTS.transfer + 0.01]
+    )

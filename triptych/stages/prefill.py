@@ -583,7 +583,7 @@ class PrefillStage:
         peer = None if job.decode is None else near.table.peers.get(job.decode)
         if peer is None or (peer.leaving and peer.id != near.instance):
             try:
-                job.decode = pick_decode(near.table, loads, near.instance).id
+                job.decode = pick_decode(near.table, loads, near.instance, job.sequence.request_id).id
             except RequestError:
                 if not near.serves_here(Stage.DECODE):
                     return None
