@@ -1,5 +1,6 @@
 """Frozen configuration, validated once and passed down in parts: a class takes the part it needs."""
 
+import re
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -29,6 +30,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights from the config alone
     max_model_len: Count | None = None  # prompt + output tokens of one request; None: what model and memory allow
     seed: int = 0  # of dummy weights
+
+    def __post_init__(self) -> None:
+        known = re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", self.device) is not None
+        require(known, "device", f"{self.device!r} is none of cpu, cuda, cuda:N")
 
 
 class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -84,7 +84,7 @@ def test_roles_follow_the_load() -> None:
     assert not fixed["runs"][0]["switches"]
     assert {switch["after"] for switch in adaptive["runs"][0]["switches"]} == {"e"}
     assert adaptive["runs"][0]["figures"]["duration_s"] < fixed["runs"][0]["figures"]["duration_s"]
-    assert "became e instead of p" in call(*load, "--adaptive")
+    assert "became e instead of" in call(*load, "--adaptive")
 
 
 # ---- several rates
@@ -92,10 +92,10 @@ def test_roles_follow_the_load() -> None:
 
 def test_several_rates_are_columns_and_the_highest_that_keeps_the_slo_is_the_goodput() -> None:
     load = ("--placement", "5e2p1d", *PAPER, "--slo-ttft", "2 s", "--requests", "40")
-    found = answer(*load, "--rates", "2,0.05,0.1,4,1,3")
-    assert [run["rate"] for run in found["runs"]] == [0.05, 0.1, 1.0, 2.0, 3.0, 4.0]
+    found = answer(*load, "--rates", "2,0.05,0.1,40,1,20")
+    assert [run["rate"] for run in found["runs"]] == [0.05, 0.1, 1.0, 2.0, 20.0, 40.0]
     kept = [run["rate"] for run in found["runs"] if run["figures"]["slo_attainment"] >= 0.9]
-    assert len(kept) < 4
+    assert 0 < len(kept) < 5
     assert found["goodput"] == kept[-1]
     output = call(*load, "--rates", "0.05,0.1,1,2,3,4")
     assert output.count("requests sent per second") == 2

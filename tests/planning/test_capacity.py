@@ -233,12 +233,13 @@ def test_what_an_embedding_cache_holds_is_what_the_stages_of_the_engine_say(
     st.integers(50, 5000),
     st.integers(1, 20),
     st.floats(0.05, 0.95),
+    st.sampled_from([Runtime(), Runtime(max_num_batched_tokens=2048, max_encode_tokens=1024), PAPER]),
 )
 def test_what_is_found_fits_and_one_more_does_not(
-    name: str, role: Role, width: int, height: int, images: int, kv_fraction: float
+    name: str, role: Role, width: int, height: int, images: int, kv_fraction: float, runtime: Runtime
 ) -> None:
     ask = Ask(width=width, height=height, images=images)
-    capacity = Capacity(preset(name), A100, role, ask, kv_fraction=kv_fraction)
+    capacity = Capacity(preset(name), A100, role, ask, kv_fraction=kv_fraction, runtime=runtime)
     most_images, most_requests = capacity.most_images(), capacity.most_requests()
     assert most_images.number == 0 or capacity.limit(most_images.number, 1) is None
     assert capacity.limit(most_images.number + 1, 1) is most_images.limit

@@ -254,6 +254,13 @@ def test_a_picture_that_the_processor_of_a_model_refuses_is_refused() -> None:
     assert preset("internvl2-8b").image(1, 99_999)
 
 
+def test_a_config_by_which_pictures_become_nothing_is_refused() -> None:
+    found = json.loads(Path("triptych/planning/data/models/internvl2-8b.json").read_text(encoding="utf-8"))
+    small = shape_of(found["config"] | {"force_image_size": 1}, found.get("processor"))
+    with pytest.raises(ConfigError, match="a picture of 640x480 has a unit without rows by the sizes in its config"):
+        small.image(640, 480)
+
+
 def test_media_that_a_model_does_not_take_is_refused() -> None:
     with pytest.raises(ConfigError, match="qwen3-vl-8b: takes no audio"):
         preset("qwen3-vl-8b").audio(3.0)

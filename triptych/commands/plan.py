@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
+from triptych.commands.arguments import check_folders, check_range, quantity
 from triptych.config import require
 from triptych.errors import EXIT_FAILED, ConfigError
 
@@ -92,7 +93,7 @@ def plan(
     _check_numbers(gpus, beta, goodput, attainment, requests, trials, seed, processes)
     require(objective in ("goodput", "cost"), "--objective", f"{objective!r} is none of goodput, cost")
     require(export in (None, "vllm", "sglang"), "--export", f"{export!r} is none of vllm, sglang")
-    _check_folders({"--output": output, "--png": png})
+    check_folders({"--output": output, "--png": png})
 
     from triptych.planning import presets, shapes
     from triptych.planning.goals import LeastCost, MostGoodput
@@ -143,26 +144,11 @@ def _check_numbers(
         ("--seed", seed, 0, 2**32 - 1),
         ("--processes", processes, 1, 1024),
     ):
-        require(number is None or low <= number <= high, flag, f"{number} is not between {low} and {high}")
+        check_range(flag, number, low, high)
     require(math.isfinite(beta) and beta >= 0, "--beta", f"{beta} is not a finite number of at least 0")
     served = goodput is None or (math.isfinite(goodput) and goodput > 0)
     require(served, "--goodput", f"{goodput} is not a finite number above 0")
     require(attainment is None or 0 < attainment <= 1, "--attainment", f"{attainment} is not above 0 and at most 1")
-
-
-def _check_folders(files: dict[str, Path | None]) -> None:
-    """Before anything is simulated."""
-    for flag, path in files.items():
-        if path is not None:
-            require(path.parent.is_dir(), flag, f"{path}: there is no folder {path.parent}")
-            require(not path.is_dir(), flag, f"{path} is a folder")
-
-
-def _quantity(flag: str, kind: type[Unit], text: str) -> Unit:
-    try:
-        return kind.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"{flag}: {error}") from None
 
 
 def _slo(workload: "Workload", where: str, ttft: str | None, tpot: str | None, attainment: float | None) -> "Slo":
@@ -174,7 +160,7 @@ def _slo(workload: "Workload", where: str, ttft: str | None, tpot: str | None, a
 
     fields = {} if workload.slo is None else asdict(workload.slo)
     given = {"ttft": ("--slo-ttft", ttft), "tpot": ("--slo-tpot", tpot)}
-    fields |= {name: _quantity(flag, Seconds, text) for name, (flag, text) in given.items() if text is not None}
+    fields |= {name: quantity(flag, Seconds, text) for name, (flag, text) in given.items() if text is not None}
     fields |= {} if attainment is None else {"attainment": attainment}
     require(fields.get("ttft") is not None, "--slo-ttft", f"{where} has no slo.ttft, so it is needed, such as '2 s'")
     try:
@@ -210,7 +196,7 @@ def _num_gpus(gpus: int | None, budget: str | None, profiles: "dict[int, Profile
     if gpus is not None:
         return gpus
     assert budget is not None
-    dollars = _quantity("--budget", DollarsPerHour, budget)
+    dollars = quantity("--budget", DollarsPerHour, budget)
     degree, profile = min(profiles.items())
     price = profile.price
     require(price is not None and price > 0, "--budget", f"{profile.hardware} has no price; give --gpus")

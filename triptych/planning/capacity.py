@@ -186,29 +186,29 @@ class Capacity:
         return max(encode, prefill, decode)
 
     def _encode_step(self, images: int, batch: int) -> float:
-        return self._encoded_share(images, batch) * batch * images * encode_bytes(self.shape, self._units(images))
+        return self._encoded(images, batch) * images * encode_bytes(self.shape, self._units(images))
 
-    def _encoded_share(self, images: int, batch: int) -> float:
-        """Of all pictures of a batch: what one step encodes."""
+    def _encoded(self, images: int, batch: int) -> float:
+        """Requests whose pictures one step encodes; less than 1 where it is a part of them."""
         if self._runtime.max_encode_tokens is None:
-            return 1.0
-        units = self._units(images)
-        rows = batch * images * sum(unit.rows for unit in units)
-        return min(1.0, max(self._runtime.max_encode_tokens, *(unit.rows for unit in units), 1) / rows)
+            return batch
+        rows = [unit.rows for unit in self._units(images)]
+        return min(batch, max(self._runtime.max_encode_tokens, *rows, 1) / (images * sum(rows)))
 
-    def _prefilled_share(self, images: int, batch: int) -> float:
-        """Of all prompts of a batch: what one step prefills."""
-        tokens = batch * self.prompt_tokens(images)
-        return min(1.0, (self._runtime.max_num_batched_tokens or tokens) / tokens)
+    def _prefilled(self, images: int, batch: int) -> float:
+        """Requests that one step prefills, likewise."""
+        if self._runtime.max_num_batched_tokens is None:
+            return batch
+        return min(batch, self._runtime.max_num_batched_tokens / self.prompt_tokens(images))
 
     def _prefill_step(self, images: int, batch: int) -> float:
-        units, tokens = self._units(images), batch * self.prompt_tokens(images)
-        share, beside = self._prefilled_share(images, batch), 0.0
+        units, beside = self._units(images), 0.0
         if self._runtime.pixels_reach_prefill:
             beside += pixel_bytes(self.shape, units)
         if self.role.encodes:  # what the encoder gave lives beside the inputs that it was copied into
             beside += sum(unit.rows for unit in units) * self.shape.row_bytes
-        return share * (tokens * token_bytes(self.shape) + batch * images * beside)
+        of_request = self.prompt_tokens(images) * token_bytes(self.shape) + images * beside
+        return self._prefilled(images, batch) * of_request
 
     def most_kv(self, images: int) -> float | Limit:
         """The largest share of the free memory that the KV cache can have where one request of so many pictures comes
@@ -239,8 +239,8 @@ class Capacity:
         of_request = images * sum(blocks_of(unit.rows) for unit in units)
         encoded = max(blocks_of(unit.rows) for unit in units)
         if batch > 1:
-            encoded = max(encoded, math.ceil(self._encoded_share(images, batch) * batch * of_request))
-        prefilled = of_request * math.ceil(self._prefilled_share(images, batch) * batch)
+            encoded = max(encoded, math.ceil(self._encoded(images, batch) * of_request))
+        prefilled = of_request * math.ceil(self._prefilled(images, batch))
         needed = least_blocks(self.role, encoded, prefilled)
         return needed <= self.embedding_cache // (EMBEDDING_BLOCK_TOKENS * row_bytes)
 

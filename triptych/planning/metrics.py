@@ -3,15 +3,8 @@
 from triptych.core import FinishReason
 from triptych.planning.frontend import Record
 from triptych.planning.simulator import Simulation
+from triptych.router.admission import REFUSALS
 from triptych.telemetry import InstanceSample, Telemetry
-
-REASONS = {  # of a refusal, by the code of its error, as the server counts them
-    "overloaded": "overload",
-    "unavailable": "unavailable",
-    "instance_lost": "unavailable",
-    "deadline_exceeded": "deadline",
-    "poison": "poison",
-}
 
 
 def tell(telemetry: Telemetry, simulation: Simulation) -> None:
@@ -28,7 +21,7 @@ def tell(telemetry: Telemetry, simulation: Simulation) -> None:
 
 def _tell_request(telemetry: Telemetry, record: Record) -> None:
     if record.error is not None:
-        telemetry.refused(REASONS[record.error])
+        telemetry.refused(REFUSALS[record.error])
         return
     telemetry.first_token(record.ttft_s, record.demand.prompt_tokens)
     for _ in range(record.num_tokens - 1):

@@ -12,6 +12,16 @@ UNAVAILABLE_RETRY_S = 2.0  # about the time in which a lost instance is started 
 BUSY_RETRY_S = 1.0  # where nothing can be predicted
 
 
+REFUSALS = {  # why requests are refused, as metrics say it, by the code of the error
+    "overloaded": "overload",
+    "unavailable": "unavailable",
+    "instance_lost": "unavailable",
+    "deadline_exceeded": "deadline",
+    "poison": "poison",
+    "shutting_down": "shutting_down",
+}
+
+
 def unavailable(stage: Stage) -> RequestError:
     text = f"no instance serves {stage.name.lower()} at the moment"
     return RequestError(text, status=503, code="unavailable", retry_after_s=UNAVAILABLE_RETRY_S)

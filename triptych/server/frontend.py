@@ -24,7 +24,7 @@ from triptych.messages import (
     TokenUpdate,
 )
 from triptych.model.processor import Processor
-from triptych.router.admission import deadline_exceeded
+from triptych.router.admission import REFUSALS, deadline_exceeded
 from triptych.router.attempts import Task
 from triptych.router.clock import LoopClock
 from triptych.router.demand import Demand
@@ -40,13 +40,6 @@ from triptych.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
-_REFUSALS = {  # why requests are refused, by the code of the error
-    "overloaded": "overload",
-    "unavailable": "unavailable",
-    "deadline_exceeded": "deadline",
-    "poison": "poison",
-    "shutting_down": "shutting_down",
-}
 
 
 class Frontend:
@@ -356,7 +349,7 @@ class Frontend:
     # ---- inside
 
     def _count_refusal(self, error: RequestError) -> None:
-        reason = _REFUSALS.get(error.code or "")
+        reason = REFUSALS.get(error.code or "")
         if reason is not None:
             self._telemetry.refused(reason)
 

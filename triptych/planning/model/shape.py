@@ -74,7 +74,12 @@ class ModelShape:
         if self.pictures is None:
             raise ConfigError(f"{self.name}: takes no pictures")
         _require_positive(width=width, height=height)
-        return self.pictures.units(width, height, num_images)
+        units = self.pictures.units(width, height, num_images)
+        if min(unit.rows for unit in units) < 1:
+            raise ConfigError(
+                f"{self.name}: a picture of {width}x{height} has a unit without rows by the sizes in its config"
+            )
+        return units
 
     def video_units(self, frames: int, width: int, height: int) -> Units:
         if self.videos is None:
