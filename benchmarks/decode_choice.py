@@ -19,9 +19,9 @@ from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, Stage
 from triptych.latency import milliseconds
 from triptych.messages import Peer
-from triptych.planning.evaluation import MAX_QUEUE_S
-from triptych.planning.figures import meets
-from triptych.planning.simulator import Options, Simulation
+from triptych.planning.search.evaluation import MAX_QUEUE_S
+from triptych.planning.simulation.figures import meets
+from triptych.planning.simulation.simulator import Options, Simulation
 from triptych.routing import Loads, RoutingTable, pick, pick_decode
 from triptych.stages import prefill
 

@@ -33,7 +33,7 @@ KINDS = (
 )
 SLO_TTFT_MS, SLO_TPOT_MS = 2000.0, 400.0
 MAX_QUEUE_S = 0.6
-AROUND = (0.6, 0.8, 1.0, 1.2)  # rates, as parts of the capacity
+AROUND = (0.8, 1.2, 1.6, 2.0, 2.5)  # rates, as parts of the capacity
 OVERLOAD = 5.0
 REFUSED_WITHIN_S = 0.1
 

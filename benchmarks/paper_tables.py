@@ -27,13 +27,13 @@ from measuring import write_result
 
 from triptych.config import AdmissionConfig
 from triptych.core import Placement, Role
-from triptych.planning.adaptation import Adaptation
-from triptych.planning.cost_model import Costs
-from triptych.planning.demand import Item, Phase, poisson
-from triptych.planning.frontend import Record
-from triptych.planning.instance import Sizes
-from triptych.planning.reference import PAPER_COSTS, PICTURE_4K, paper_shifting_load
-from triptych.planning.simulator import Options, Simulation
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.reference import PAPER_COSTS, PICTURE_4K, paper_shifting_load
+from triptych.planning.simulation.adaptation import Adaptation
+from triptych.planning.simulation.frontend import Record
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.simulator import Options, Simulation
+from triptych.planning.workloads.demand import Item, Phase, poisson
 
 FRAME = Item((64,))  # of Video-MME: one slice
 SEEDS = range(2)  # of arrivals: the paper has one

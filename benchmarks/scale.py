@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py
 
-Instances, requests and links are modelled: with what the paper's engine took on an A100 (`planning/reference`), and by
-the roofline of an H100 (`planning/analytic`), which is many times as fast. The server process is measured on this
-machine (`router_costs.py`), and simulated as one process on one core. Stages, memory and the router are those of the
+Instances, requests and links are modelled: with what the paper's engine took on an A100 (`planning/costs/reference`),
+and by the roofline of an H100 (`planning/costs/analytic`), which is many times as fast. The server process is measured
+on this machine (`router_costs.py`), and simulated as one process on one core. Stages, memory and the router are those of the
 engine and the server. docs/scale.md says what came of it.
 """
 
@@ -25,24 +25,24 @@ from router_costs import ServerCosts, measured
 from triptych.config import AdmissionConfig
 from triptych.core import Placement, Role
 from triptych.latency import Objectives
-from triptych.planning.analytic import analytic_profile
-from triptych.planning.cost_model import Costs
-from triptych.planning.demand import Demand, Rows
-from triptych.planning.evaluation import MAX_QUEUE_S, Evaluator
-from triptych.planning.figures import meets
-from triptych.planning.hardware import find_device
-from triptych.planning.instance import Sizes
-from triptych.planning.kinds import Repeated
-from triptych.planning.load import Load
-from triptych.planning.machines import FixedMachines, Machines, ProfiledMachines, Reach
+from triptych.planning.costs.analytic import analytic_profile
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.hardware import find_device
+from triptych.planning.costs.profile import Profile
+from triptych.planning.costs.reference import PAPER_COSTS
+from triptych.planning.costs.shapes import find_shape
 from triptych.planning.model.shape import ModelShape
-from triptych.planning.presets import load
-from triptych.planning.profile import Profile
-from triptych.planning.reference import PAPER_COSTS
-from triptych.planning.shapes import find_shape
-from triptych.planning.simulator import Options, Simulation
-from triptych.planning.space import Candidate
-from triptych.planning.workload import Workload
+from triptych.planning.search.evaluation import MAX_QUEUE_S, Evaluator
+from triptych.planning.search.load import Load
+from triptych.planning.search.machines import FixedMachines, Machines, ProfiledMachines, Reach
+from triptych.planning.search.space import Candidate
+from triptych.planning.simulation.figures import meets
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.simulator import Options, Simulation
+from triptych.planning.workloads.demand import Demand, Rows
+from triptych.planning.workloads.kinds import Repeated
+from triptych.planning.workloads.presets import load
+from triptych.planning.workloads.workload import Workload
 
 NUMBERS = (8, 16, 32, 64, 128, 256, 512, 1024)
 STEP = 1.04  # between the rates that are tried

@@ -3,7 +3,7 @@
     python benchmarks/shifting_load.py
 
 100 requests of one 4K picture, 3 a second; the first 10 ask for 50 tokens, the others for 500; 8 instances that start
-as 5E1P2D. Once with the paper's costs, once scaled to the built-in model: `triptych/planning/reference.py` has both
+as 5E1P2D. Once with the paper's costs, once scaled to the built-in model: `planning/costs/reference.py` has both
 and the source of each number. Stages, memory and routing are those of the engine, only forwards and links are a model.
 
 Adaptive is compared with three static placements: the paper's start, which is the one that can serve the first phase at
@@ -22,11 +22,8 @@ from typing import Any
 from measuring import verdict, write_result
 
 from triptych.core import Placement, Role
-from triptych.planning.adaptation import Adaptation
-from triptych.planning.cost_model import Costs
-from triptych.planning.frontend import Record
-from triptych.planning.instance import Sizes
-from triptych.planning.reference import (
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.reference import (
     BUILT_IN_COSTS,
     BUILT_IN_PICTURE,
     PAPER_COSTS,
@@ -34,8 +31,11 @@ from triptych.planning.reference import (
     built_in_shifting_load,
     paper_shifting_load,
 )
-from triptych.planning.simulator import Simulation
-from triptych.planning.workload import Demand, Phase, poisson
+from triptych.planning.simulation.adaptation import Adaptation
+from triptych.planning.simulation.frontend import Record
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.simulator import Simulation
+from triptych.planning.workloads.workload import Demand, Phase, poisson
 
 START = "5e1p2d"
 NUM_INSTANCES = 8

@@ -3,8 +3,8 @@
     python benchmarks/simulator_speed.py
 
 A request is one 4K picture, 22 tokens of text and 100 of an answer, with the costs of the paper's system
-(`planning/reference.py`). Told is CPU time: one process computes, whatever else the machine does. Requests that the
-simulated server refuses, because they would have to wait longer than five minutes, are counted: they cost less.
+(`planning/costs/reference.py`). Told is CPU time: one process computes, whatever else the machine does. Requests that
+the simulated server refuses, because they would have to wait longer than five minutes, are counted: they cost less.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from typing import Any
 from measuring import verdict, write_result
 
 from triptych.core import Placement
-from triptych.planning.demand import Phase, poisson
-from triptych.planning.reference import PAPER_COSTS, PICTURE_4K
-from triptych.planning.simulator import Simulation
+from triptych.planning.costs.reference import PAPER_COSTS, PICTURE_4K
+from triptych.planning.simulation.simulator import Simulation
+from triptych.planning.workloads.demand import Phase, poisson
 
 CASES = (("5e2p1d", 5.0), ("8epd", 6.0), ("3e2p3d", 4.0))  # and requests per second
 TEXT_TOKENS, OUTPUT_TOKENS = 22, 100

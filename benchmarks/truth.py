@@ -30,11 +30,11 @@ from triptych.bench.workload import picture
 from triptych.config import GIB
 from triptych.core import Placement, Role
 from triptych.planning import files
-from triptych.planning.demand import Demand, Item
-from triptych.planning.frontend import Record
-from triptych.planning.instance import Sizes
-from triptych.planning.profile import Profile
-from triptych.planning.simulator import Simulation
+from triptych.planning.costs.profile import Profile
+from triptych.planning.simulation.frontend import Record
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.simulator import Simulation
+from triptych.planning.workloads.demand import Demand, Item
 from triptych.serve import SHARED_DECODE_INTERVAL_MS
 
 MEDIAN_LIMIT, WORST_LIMIT = 0.15, 0.30

@@ -5,7 +5,7 @@ import pytest
 from tests.checkpoints import make_checkpoint
 from triptych.config import ModelConfig
 from triptych.engine.profiling import STAGES, Effort, Measured, Profiler
-from triptych.planning.fit import fit
+from triptych.planning.costs.fit import fit
 
 LEAST = Effort(
     repeats=1,

@@ -2,13 +2,13 @@
 
 from triptych.core import Placement
 from triptych.latency import Objectives
-from triptych.planning.cost_model import Costs
-from triptych.planning.evaluation import Evaluator
-from triptych.planning.instance import Sizes
-from triptych.planning.load import Load
-from triptych.planning.machines import FixedMachines
-from triptych.planning.space import Candidate
-from triptych.planning.workload import Item, Phase, poisson
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.search.evaluation import Evaluator
+from triptych.planning.search.load import Load
+from triptych.planning.search.machines import FixedMachines
+from triptych.planning.search.space import Candidate
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.workloads.workload import Item, Phase, poisson
 
 COSTS = Costs(
     encode_row=0.001, prefill_step=0.01, prefill_token=0.0004, decode_step=0.01, decode_sequence=0.001, message=0.0

@@ -3,12 +3,12 @@
 import pytest
 
 from triptych.core import Placement, Role
-from triptych.planning.adaptation import Adaptation
-from triptych.planning.frontend import Record
-from triptych.planning.instance import Sizes
-from triptych.planning.reference import PAPER_COSTS, PICTURE_4K, paper_shifting_load
-from triptych.planning.simulator import Simulation
-from triptych.planning.workload import Phase, poisson
+from triptych.planning.costs.reference import PAPER_COSTS, PICTURE_4K, paper_shifting_load
+from triptych.planning.simulation.adaptation import Adaptation
+from triptych.planning.simulation.frontend import Record
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.simulator import Simulation
+from triptych.planning.workloads.workload import Phase, poisson
 
 QUICK = Sizes(heartbeat_s=1.0)
 

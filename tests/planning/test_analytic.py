@@ -7,11 +7,11 @@ from msgspec.structs import asdict, replace
 
 from triptych.core import Role
 from triptych.errors import ConfigError
-from triptych.planning.analytic import PARTS, Efficiency, analytic_profile, calibrated
-from triptych.planning.cost_model import Costs
-from triptych.planning.hardware import find_device, known_devices
-from triptych.planning.profile import Profile, StageCosts
-from triptych.planning.shapes import PRESETS, preset, shape_of
+from triptych.planning.costs.analytic import PARTS, Efficiency, analytic_profile, calibrated
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.hardware import find_device, known_devices
+from triptych.planning.costs.profile import Profile, StageCosts
+from triptych.planning.costs.shapes import PRESETS, preset, shape_of
 
 A100 = find_device("A100-80G")
 AUDIO = {"model_type": "qwen2_audio"}

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 
 from triptych.planning import files
-from triptych.planning.arrivals import AllAtOnce, Arrivals, Gamma, Poisson, Uniform, Weibull, first_times, times_within
 from triptych.planning.quantities import PerSecond
+from triptych.planning.workloads.arrivals import (
+    AllAtOnce,
+    Arrivals,
+    Gamma,
+    Poisson,
+    Uniform,
+    Weibull,
+    first_times,
+    times_within,
+)
 
 RATE = PerSecond(4)
 PROCESSES = [

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tests.planning.places import COSTS, make_candidate, make_evaluator, make_load
 from triptych.latency import Objectives
-from triptych.planning import bounds
-from triptych.planning.cost_model import Costs
-from triptych.planning.workload import Demand, Item
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.search import bounds
+from triptych.planning.workloads.workload import Demand, Item
 
 PLACEMENTS = "1epd 2epd 1e1p1d 3e1p1d 2e1pd 1e2pd 2ep1d 1ed1p 1e1epd".split()
 

@@ -12,15 +12,25 @@ from hypothesis import strategies as st
 
 from triptych.core import Placement, Role
 from triptych.errors import ConfigError
-from triptych.planning.capacity import PAPER, Ask, Capacity, Limit, Most, Runtime, capacities, role_weights, together
-from triptych.planning.cost_model import Costs
-from triptych.planning.demand import Demand, Item
-from triptych.planning.embedding_room import blocks_of, least_blocks
-from triptych.planning.hardware import find_device
-from triptych.planning.instance import Sizes
-from triptych.planning.machines import Reach, require_room
-from triptych.planning.shapes import PRESETS, preset
-from triptych.planning.simulator import Simulation
+from triptych.planning.costs.capacity import (
+    PAPER,
+    Ask,
+    Capacity,
+    Limit,
+    Most,
+    Runtime,
+    capacities,
+    role_weights,
+    together,
+)
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.embedding_room import blocks_of, least_blocks
+from triptych.planning.costs.hardware import find_device
+from triptych.planning.costs.shapes import PRESETS, preset
+from triptych.planning.search.machines import Reach, require_room
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.simulator import Simulation
+from triptych.planning.workloads.demand import Demand, Item
 
 A100 = find_device("A100-80G")
 SIZES = ((313, 234), (787, 444), (4032, 3024))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.planning.test_capacity import MODELS, SIZES, TABLE_2, TABLE_3, TABLE_8, paper_capacity
-from triptych.planning.capacity import Limit
+from triptych.planning.costs.capacity import Limit
 
 PAGE = Path("docs/capacity.md").read_text(encoding="utf-8")
 

@@ -6,8 +6,8 @@ import pytest
 
 from tests.planning.places import make_candidate, make_evaluator, make_load
 from triptych.errors import ConfigError
-from triptych.planning.charts import attainment_chart, plan_chart
-from triptych.planning.plan import Curve, spread
+from triptych.planning.search.charts import attainment_chart, plan_chart
+from triptych.planning.search.plan import Curve, spread
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

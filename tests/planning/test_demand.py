@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from triptych.planning.demand import Demand, Item, Phase, dealt, poisson
+from triptych.planning.workloads.demand import Demand, Item, Phase, dealt, poisson
 
 
 def test_a_prompt_is_its_text_and_the_rows_of_its_media() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triptych.planning import files
-from triptych.planning.distributions import (
+from triptych.planning.workloads.distributions import (
     MOST,
     Distribution,
     Lognormal,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triptych.core import Role
-from triptych.planning.embedding_room import blocks_of, least_blocks
+from triptych.planning.costs.embedding_room import blocks_of, least_blocks
 from triptych.stages.group import ENCODE_SHARE
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from triptych.core import Placement
 from triptych.errors import ConfigError
-from triptych.planning.export import can_export, export
-from triptych.planning.space import Candidate
+from triptych.planning.search.export import can_export, export
+from triptych.planning.search.space import Candidate
 
 MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, Placement, Role
 from triptych.latency import Objectives, Percentiles
-from triptych.planning.cost_model import Costs
-from triptych.planning.figures import Figures, highest_rate, idle_shares
-from triptych.planning.instance import Sizes
-from triptych.planning.metrics import tell
-from triptych.planning.simulator import Options, Simulation
-from triptych.planning.workload import Demand
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.simulation.figures import Figures, highest_rate, idle_shares
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.metrics import tell
+from triptych.planning.simulation.simulator import Options, Simulation
+from triptych.planning.workloads.workload import Demand
 from triptych.telemetry import Telemetry
 
 PLAIN = Costs(prefill_token=0.01, decode_step=0.1, message=0.0, transfer=0.0)

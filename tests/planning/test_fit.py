@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.planning.fit import Sample, fit
+from triptych.planning.costs.fit import Sample, fit
 
 NAMES = ("step", "item", "row")
 COSTS = st.fixed_dictionaries(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from triptych.errors import ConfigError
-from triptych.planning.hardware import find_device, known_devices
+from triptych.planning.costs.hardware import find_device, known_devices
 
 MINE = {
     "flops": "100 TFLOP/s",

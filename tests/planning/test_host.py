@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triptych.planning.clock import Clock
-from triptych.planning.host import Host, Job, weight_of
+from triptych.planning.simulation.clock import Clock
+from triptych.planning.simulation.host import Host, Job, weight_of
 
 Plan = list[tuple[float, float, float, float]]  # begins at, seconds, weight, threads
 

@@ -7,11 +7,11 @@ import pytest
 from tests.planning.rows import SimpleRows
 from triptych.config import KV_BLOCK_TOKENS
 from triptych.errors import ConfigError
-from triptych.planning import kinds
-from triptych.planning.demand import Demand, Item
-from triptych.planning.distributions import Uniform
-from triptych.planning.kinds import Audio, Images, Kind, Repeated, SharedPrefix, Videos, requests
 from triptych.planning.quantities import Seconds
+from triptych.planning.workloads import kinds
+from triptych.planning.workloads.demand import Demand, Item
+from triptych.planning.workloads.distributions import Uniform
+from triptych.planning.workloads.kinds import Audio, Images, Kind, Repeated, SharedPrefix, Videos, requests
 
 
 def drawn(kind: Kind, number: int = 1000, seed: int = 0, kind_number: int = 0) -> list[Demand]:

@@ -7,13 +7,13 @@ from tests.planning.places import make_candidate
 from triptych.config import GIB
 from triptych.core import Role
 from triptych.errors import ConfigError
-from triptych.planning.analytic import analytic_profile
-from triptych.planning.hardware import find_device
-from triptych.planning.instance import Sizes
-from triptych.planning.machines import ProfiledMachines, Reach, require_room
+from triptych.planning.costs.analytic import analytic_profile
+from triptych.planning.costs.hardware import find_device
+from triptych.planning.costs.shapes import find_shape
 from triptych.planning.quantities import Bytes
-from triptych.planning.shapes import find_shape
-from triptych.planning.workload import Demand, Item
+from triptych.planning.search.machines import ProfiledMachines, Reach, require_room
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.workloads.workload import Demand, Item
 
 SHAPE, DEVICE = find_shape("qwen2.5-vl-7b"), find_device("A100-80G")
 PROFILES = {degree: analytic_profile(SHAPE, DEVICE, tensor_parallel=degree) for degree in (1, 2)}

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from triptych.core import Placement
-from triptych.planning.cost_model import Costs
-from triptych.planning.demand import Demand, Item
-from triptych.planning.frontend import Record
-from triptych.planning.simulator import Simulation
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.simulation.frontend import Record
+from triptych.planning.simulation.simulator import Simulation
+from triptych.planning.workloads.demand import Demand, Item
 
 PLAIN = Costs(encode_step=0.02, prefill_step=0.01, decode_step=0.001, message=0.0, transfer=0.0, cores=16)
 PICTURE = Item((16,))

@@ -7,11 +7,11 @@ import pytest
 
 from triptych.config import AdmissionConfig
 from triptych.core import Placement
-from triptych.planning.cost_model import Costs
-from triptych.planning.demand import Demand, Item
-from triptych.planning.frontend import Record
-from triptych.planning.instance import Sizes
-from triptych.planning.simulator import Options, Simulation
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.simulation.frontend import Record
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.simulator import Options, Simulation
+from triptych.planning.workloads.demand import Demand, Item
 
 SHARED = Costs(  # two cores for everything
     encode_step=0.002, encode_unit=0.06, prefill_step=0.004, prefill_token=0.0002, decode_step=0.006,

@@ -6,7 +6,7 @@ import pytest
 
 from tests.planning.rows import SimpleRows
 from triptych.errors import ConfigError
-from triptych.planning.presets import PRESETS, load, paper_synthetic
+from triptych.planning.workloads.presets import PRESETS, load, paper_synthetic
 
 
 @pytest.mark.parametrize("name", PRESETS)

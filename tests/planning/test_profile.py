@@ -11,7 +11,7 @@ from msgspec import structs
 from triptych.core import Role
 from triptych.errors import ConfigError
 from triptych.planning import files
-from triptych.planning.profile import Made, Memory, Profile, Residual, StageCosts
+from triptych.planning.costs.profile import Made, Memory, Profile, Residual, StageCosts
 from triptych.planning.quantities import Bytes, BytesPerSecond, DollarsPerHour, Seconds
 
 

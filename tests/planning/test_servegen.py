@@ -10,10 +10,10 @@ import pytest
 
 from tests.planning.rows import SimpleRows
 from triptych.errors import ConfigError
-from triptych.planning.demand import Demand
 from triptych.planning.quantities import PerSecond
-from triptych.planning.servegen import PIXELS_PER_ROW, load, servegen
-from triptych.planning.traces import Trace
+from triptych.planning.workloads.demand import Demand
+from triptych.planning.workloads.servegen import PIXELS_PER_ROW, load, servegen
+from triptych.planning.workloads.traces import Trace
 
 NOTHING = "{0: 1.0}"
 PICTURES = {

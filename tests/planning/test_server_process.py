@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from triptych.core import Placement
-from triptych.planning.cost_model import Costs
-from triptych.planning.demand import Demand, Item
-from triptych.planning.simulator import Simulation
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.simulation.simulator import Simulation
+from triptych.planning.workloads.demand import Demand, Item
 
 COSTS = Costs(encode_unit=0.1, prefill_step=0.01, decode_step=0.01, message=0.0)
 PICTURE = Item((16,), nbytes=1000)

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, Placement, Role
-from triptych.planning.cost_model import Costs
-from triptych.planning.failures import Failure
-from triptych.planning.frontend import Record
-from triptych.planning.instance import Sizes
-from triptych.planning.simulator import Options, Simulation
-from triptych.planning.workload import Demand, Item, Phase, poisson
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.simulation.failures import Failure
+from triptych.planning.simulation.frontend import Record
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.simulator import Options, Simulation
+from triptych.planning.workloads.workload import Demand, Item, Phase, poisson
 
 PLAIN = Costs(  # every number has its own decimal place, so that a sum says what is in it
     encode_row=0.1, prefill_token=0.01, decode_step=0.001, decode_sequence=0.0001, message=0.0, transfer=0.00001

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.planning.places import make_candidate
 from triptych.core import Role, unserved
-from triptych.planning.space import Space
+from triptych.planning.search.space import Space
 
 PAPER = Space(  # section E.4: stages apart or together on eight GPUs, all of them used
     num_gpus=8, whole=True, roles=(Role.E, Role.P, Role.D), parallel_encode=(True, False)

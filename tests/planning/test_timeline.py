@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from triptych.core import InstanceId, Placement, Role
-from triptych.planning import history
-from triptych.planning.cost_model import Costs
-from triptych.planning.demand import Demand, Item
-from triptych.planning.failures import Failure
-from triptych.planning.instance import Sizes
-from triptych.planning.simulator import Options, Simulation
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.simulation import history
+from triptych.planning.simulation.failures import Failure
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.simulator import Options, Simulation
+from triptych.planning.workloads.demand import Demand, Item
 from triptych.timeline import Timeline
 
 PLAIN = Costs(encode_row=0.1, prefill_token=0.01, decode_step=0.001, decode_sequence=0.0001, message=0.0, transfer=1e-5)

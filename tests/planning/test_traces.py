@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tests.planning.rows import SimpleRows
 from triptych.config import KV_BLOCK_TOKENS
 from triptych.errors import ConfigError
-from triptych.planning.demand import Demand, Item
 from triptych.planning.quantities import PerSecond, Seconds
-from triptych.planning.traces import Trace, azure, burstgpt, mooncake
+from triptych.planning.workloads.demand import Demand, Item
+from triptych.planning.workloads.traces import Trace, azure, burstgpt, mooncake
 
 AZURE = """\
 TIMESTAMP,NumImages,ContextTokens,GeneratedTokens
@@ -139,7 +139,7 @@ def test_what_spreadsheets_write_is_read(tmp_path: Path) -> None:
 def test_the_encoding_is_not_that_of_the_locale(tmp_path: Path) -> None:
     path = tmp_path / "mark.csv"
     path.write_text("Timestamp,Request tokens,Response tokens,Ärger\n1,2,3,é\n", encoding="utf-8")
-    command = f"from triptych.planning.traces import burstgpt; print(len(list(burstgpt({str(path)!r}))))"
+    command = f"from triptych.planning.workloads.traces import burstgpt; print(len(list(burstgpt({str(path)!r}))))"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     found = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
     assert found.stdout.strip() == "1", found.stderr

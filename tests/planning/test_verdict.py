@@ -3,9 +3,9 @@
 import pytest
 
 from tests.planning.places import make_candidate
-from triptych.planning.goals import Goal, LeastCost, MostGoodput
-from triptych.planning.search import Found, Outcome
-from triptych.planning.verdict import verdict
+from triptych.planning.search.goals import Goal, LeastCost, MostGoodput
+from triptych.planning.search.search import Found, Outcome
+from triptych.planning.search.verdict import verdict
 
 SPLIT, WHOLE = make_candidate("2e1pd"), make_candidate("3epd")
 

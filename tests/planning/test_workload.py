@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from tests.planning.rows import SimpleRows
 from triptych.errors import ConfigError
 from triptych.planning import files
-from triptych.planning.arrivals import AllAtOnce, Gamma, Poisson, Uniform, Weibull
-from triptych.planning.demand import Demand
-from triptych.planning.kinds import Images, Kind
-from triptych.planning.presets import load
 from triptych.planning.quantities import PerSecond, Seconds
-from triptych.planning.workload import Period, Slo, Workload
+from triptych.planning.workloads.arrivals import AllAtOnce, Gamma, Poisson, Uniform, Weibull
+from triptych.planning.workloads.demand import Demand
+from triptych.planning.workloads.kinds import Images, Kind
+from triptych.planning.workloads.presets import load
+from triptych.planning.workloads.workload import Period, Slo, Workload
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "workloads").glob("*.json"))
 WEIGHTLESS = {"distribution": "values", "values": [1], "weights": [0]}

@@ -9,11 +9,12 @@ import msgspec
 import pytest
 
 from tests.planning.rows import SimpleRows
-from triptych.planning import arrivals, distributions, files, kinds, quantities
-from triptych.planning.distributions import Distribution, Sizes
-from triptych.planning.presets import PRESETS, load
-from triptych.planning.traces import Trace
-from triptych.planning.workload import Period, Slo, Workload
+from triptych.planning import files, quantities
+from triptych.planning.workloads import arrivals, distributions, kinds
+from triptych.planning.workloads.distributions import Distribution, Sizes
+from triptych.planning.workloads.presets import PRESETS, load
+from triptych.planning.workloads.traces import Trace
+from triptych.planning.workloads.workload import Period, Slo, Workload
 
 PAGE = Path("docs/workloads.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)

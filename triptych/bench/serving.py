@@ -19,7 +19,7 @@ from triptych.bench.options import BenchOptions
 from triptych.bench.run import measure
 from triptych.bench.workload import picture
 from triptych.errors import InstanceError
-from triptych.planning.fit import Fit, Sample, fit
+from triptych.planning.costs.fit import Fit, Sample, fit
 
 STOP_S = 30.0
 PINGS = 200

@@ -9,8 +9,8 @@ from triptych.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from triptych.planning.capacity import Ask, Most, RoleCapacity, Runtime
-    from triptych.planning.hardware import Device
+    from triptych.planning.costs.capacity import Ask, Most, RoleCapacity, Runtime
+    from triptych.planning.costs.hardware import Device
     from triptych.planning.model.shape import ModelShape
 
 
@@ -57,9 +57,9 @@ def capacity(
     Nothing is loaded. A batch is one step, as the paper counts, unless the bounds of steps are given: all its pictures
     at once, then all its prompts.
     """
-    from triptych.planning.capacity import Ask, capacities
-    from triptych.planning.hardware import find_device
-    from triptych.planning.shapes import find_shape
+    from triptych.planning.costs.capacity import Ask, capacities
+    from triptych.planning.costs.hardware import find_device
+    from triptych.planning.costs.shapes import find_shape
 
     width, height = _size(image)
     ask = Ask(
@@ -91,7 +91,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _runtime(as_paper: bool, **chosen: Any) -> "Runtime":
     """With what was said and the defaults of the rest."""
-    from triptych.planning.capacity import PAPER, Runtime
+    from triptych.planning.costs.capacity import PAPER, Runtime
 
     said = {name: value for name, value in chosen.items() if value is not None}
     if not as_paper:
@@ -167,7 +167,7 @@ def _table(ask: "Ask", found: list["RoleCapacity"]) -> "Table":
 
 def _cell(most: "Most") -> str:
     """The number, and what stops one more."""
-    from triptych.planning.capacity import Limit
+    from triptych.planning.costs.capacity import Limit
 
     if most.limit in (Limit.WEIGHTS, Limit.NONE):
         return most.limit.value
@@ -176,7 +176,7 @@ def _cell(most: "Most") -> str:
 
 def _compared(found: list["RoleCapacity"]) -> str:
     from triptych.core import Role
-    from triptych.planning.capacity import together
+    from triptych.planning.costs.capacity import together
 
     apart = together(found, (Role.E, Role.P, Role.D))
     joined = together(found, (Role.EPD,))
@@ -201,7 +201,7 @@ def _gb(number: float) -> str:
 
 def _json(shape: "ModelShape", device: "Device", ask: "Ask", kv_fraction: float, found: list["RoleCapacity"]) -> str:
     from triptych.core import Role
-    from triptych.planning.capacity import together
+    from triptych.planning.costs.capacity import together
     from triptych.planning.files import dumped
 
     units = shape.image_units(ask.width, ask.height, ask.images)

@@ -14,14 +14,14 @@ from triptych.config import require
 from triptych.errors import EXIT_FAILED, ConfigError
 
 if TYPE_CHECKING:
-    from triptych.planning.export import Engine
-    from triptych.planning.goals import Goal
+    from triptych.planning.costs.profile import Profile
     from triptych.planning.model.shape import ModelShape
-    from triptych.planning.plan import Curve, Question, Row
-    from triptych.planning.profile import Profile
     from triptych.planning.quantities import Quantity
-    from triptych.planning.search import Outcome
-    from triptych.planning.workload import Slo, Workload
+    from triptych.planning.search.export import Engine
+    from triptych.planning.search.goals import Goal
+    from triptych.planning.search.plan import Curve, Question, Row
+    from triptych.planning.search.search import Outcome
+    from triptych.planning.workloads.workload import Slo, Workload
 
 MOST_GPUS = 64
 CHECKPOINTS = {  # of models that are known by name, on the Hugging Face hub
@@ -95,9 +95,10 @@ def plan(
     require(export in (None, "vllm", "sglang"), "--export", f"{export!r} is none of vllm, sglang")
     check_folders({"--output": output, "--png": png})
 
-    from triptych.planning import presets, shapes
-    from triptych.planning.goals import LeastCost, MostGoodput
-    from triptych.planning.plan import Question
+    from triptych.planning.costs import shapes
+    from triptych.planning.search.goals import LeastCost, MostGoodput
+    from triptych.planning.search.plan import Question
+    from triptych.planning.workloads import presets
 
     shape = shapes.find_shape(model)
     asked = presets.load(workload)
@@ -117,7 +118,7 @@ def plan(
     if output is not None:
         _write(output, written, export)
     if png is not None and curves:
-        from triptych.planning.charts import plan_chart
+        from triptych.planning.search.charts import plan_chart
 
         plan_chart(png, curves, title)
     _tell_json(outcome, goal, best, written) if json else _tell(outcome, goal, best, written, title, output)
@@ -156,7 +157,7 @@ def _slo(workload: "Workload", where: str, ttft: str | None, tpot: str | None, a
     from msgspec.structs import asdict
 
     from triptych.planning.quantities import Seconds
-    from triptych.planning.workload import Slo
+    from triptych.planning.workloads.workload import Slo
 
     fields = {} if workload.slo is None else asdict(workload.slo)
     given = {"ttft": ("--slo-ttft", ttft), "tpot": ("--slo-tpot", tpot)}
@@ -171,9 +172,9 @@ def _slo(workload: "Workload", where: str, ttft: str | None, tpot: str | None, a
 
 def _profiles(shape: "ModelShape", gpu: str, paths: Sequence[Path], degrees: str) -> "dict[int, Profile]":
     """By the degree of tensor parallelism: measured, or computed from the config and the data sheet."""
-    from triptych.planning.analytic import analytic_profile
-    from triptych.planning.hardware import find_device
-    from triptych.planning.profile import Profile
+    from triptych.planning.costs.analytic import analytic_profile
+    from triptych.planning.costs.hardware import find_device
+    from triptych.planning.costs.profile import Profile
 
     if paths:
         measured = [Profile.load(path) for path in paths]
@@ -213,8 +214,8 @@ def _num_gpus(gpus: int | None, budget: str | None, profiles: "dict[int, Profile
 def _answer(
     question: "Question", goal: "Goal", trials: int, seed: int, processes: int | None, *, draws: bool
 ) -> "tuple[Outcome, list[Row], list[Curve]]":
-    from triptych.planning import search
-    from triptych.planning.plan import chosen, curves, require_possible, rows
+    from triptych.planning.search import search
+    from triptych.planning.search.plan import chosen, curves, require_possible, rows
 
     space, evaluator = question.space, question.evaluator
     number = processes or len(os.sched_getaffinity(0))
@@ -260,8 +261,8 @@ def _written(
     question: "Question", best: "Sequence[Row]", model: str, engine: "Engine | None", title: str
 ) -> dict[str, str]:
     """Texts of files: `serve`, and `export` where it is asked for."""
-    from triptych.planning.export import can_export, export
-    from triptych.planning.plan import config_text, serve_config
+    from triptych.planning.search.export import can_export, export
+    from triptych.planning.search.plan import config_text, serve_config
 
     texts = {}
     servable = next((row for row in best if set(row.candidate.degrees) == {1}), None)
@@ -300,8 +301,8 @@ def _tell(
 ) -> None:
     from rich.console import Console
 
-    from triptych.planning.tables import plan_table, settings
-    from triptych.planning.verdict import verdict
+    from triptych.planning.search.tables import plan_table, settings
+    from triptych.planning.search.verdict import verdict
 
     console = Console()
 
@@ -324,8 +325,8 @@ def _tell(
 
 
 def _tell_json(outcome: "Outcome", goal: "Goal", best: "Sequence[Row]", texts: dict[str, str]) -> None:
-    from triptych.planning.plan import as_json
-    from triptych.planning.verdict import verdict
+    from triptych.planning.search.plan import as_json
+    from triptych.planning.search.verdict import verdict
 
     said = verdict(outcome, goal) if best else "No placement serves enough requests within the SLO at any rate."
     typer.echo(as_json(outcome, best, said, texts))

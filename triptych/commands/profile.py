@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from triptych.bench.serving import ServingCosts
     from triptych.config import ModelConfig
     from triptych.engine.profiling import Measured
-    from triptych.planning.profile import Made, Profile, Residual
+    from triptych.planning.costs.profile import Made, Profile, Residual
     from triptych.planning.quantities import DollarsPerHour
 
 
@@ -48,7 +48,7 @@ def profile(
     from triptych.config import ModelConfig, checked
     from triptych.demo import checkpoint_path
     from triptych.model.loading import load_config, resolve_checkpoint, resolve_dtype
-    from triptych.planning.profile import Made
+    from triptych.planning.costs.profile import Made
 
     path = checkpoint_path() if model is None else resolve_checkpoint(model, revision)
     config = checked(
@@ -149,8 +149,8 @@ def _assembled(
     import os
 
     from triptych.engine.profiling import STAGES
-    from triptych.planning.fit import fit
-    from triptych.planning.profile import Profile, StageCosts
+    from triptych.planning.costs.fit import fit
+    from triptych.planning.costs.profile import Profile, StageCosts
     from triptych.planning.quantities import BytesPerSecond, Seconds
 
     fits = {stage: fit(measured.stages[stage], names) for stage, names in STAGES.items() if stage in measured.stages}
@@ -187,7 +187,7 @@ def _mixed_residual(measured: "Measured", costs: dict[str, float]) -> "Residual"
     """How well steps of both kinds follow from the costs of each, to which they were not fitted."""
     from statistics import median
 
-    from triptych.planning.profile import Residual
+    from triptych.planning.costs.profile import Residual
 
     errors = []
     for sample in measured.stages["mixed"]:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from triptych.latency import Objectives
-    from triptych.planning.failures import Failure
+    from triptych.planning.costs.profile import Profile
     from triptych.planning.model.shape import ModelShape
-    from triptych.planning.profile import Profile
-    from triptych.planning.workload import Workload
+    from triptych.planning.simulation.failures import Failure
+    from triptych.planning.workloads.workload import Workload
 
 MOST_RATES = 100
 MOST = 1 << 20  # tokens, rows or sequences of a step
@@ -104,9 +104,11 @@ def simulate(
     placed = Placement.parse(placement)
     failures = _failures(fail or [], placed)
 
-    from triptych.planning import outcome, presets, shapes
-    from triptych.planning.scenario import Scenario
-    from triptych.planning.space import Candidate
+    from triptych.planning.costs import shapes
+    from triptych.planning.search import outcome
+    from triptych.planning.search.space import Candidate
+    from triptych.planning.simulation.scenario import Scenario
+    from triptych.planning.workloads import presets
 
     shape = shapes.find_shape(model)
     asked = _with_numbers(presets.load(workload), requests, seed)
@@ -180,8 +182,8 @@ def _is_positive(number: float) -> bool:
 
 
 def _failures(texts: Sequence[str], placement: Placement) -> "tuple[Failure, ...]":
-    from triptych.planning.failures import Failure
     from triptych.planning.quantities import Seconds
+    from triptych.planning.simulation.failures import Failure
 
     failures = []
     for text in texts:
@@ -225,9 +227,9 @@ def _objectives(
 
 def _profile(shape: "ModelShape", gpu: str, path: Path | None) -> "Profile":
     """Measured, or computed from the config and the data sheet."""
-    from triptych.planning.analytic import analytic_profile
-    from triptych.planning.hardware import find_device
-    from triptych.planning.profile import Profile
+    from triptych.planning.costs.analytic import analytic_profile
+    from triptych.planning.costs.hardware import find_device
+    from triptych.planning.costs.profile import Profile
 
     if path is None:
         return analytic_profile(shape, find_device(gpu))

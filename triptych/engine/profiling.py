@@ -39,8 +39,8 @@ from triptych.engine.rig import Rig, Turn
 from triptych.engine.sockets import Inbox, Post
 from triptych.messages import Peer, Release, Ticket
 from triptych.model.loading import load_config, weight_bytes
-from triptych.planning.fit import Sample
-from triptych.planning.profile import Memory
+from triptych.planning.costs.fit import Sample
+from triptych.planning.costs.profile import Memory
 from triptych.planning.quantities import Bytes
 from triptych.transfer.select import Transfers
 from triptych.transfer.slab import Slab, available_bytes

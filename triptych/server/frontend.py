@@ -41,7 +41,6 @@ from triptych.timeline import Timeline
 logger = logging.getLogger(__name__)
 
 
-
 class Frontend:
     """Sends requests on their way and hands out what comes back.
 

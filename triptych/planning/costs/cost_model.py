@@ -1,0 +1,85 @@
+"""How long things take on one instance, as few coefficients: what stands in for `runner.run` and for the links."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf
+
+from triptych.core import Chunk, EncodeWork, Role
+from triptych.planning.workloads.demand import Item
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Seconds unless the name says otherwise. A step takes its fixed part and so much for each of what is in it."""
+
+    encode_step: float = 0.0
+    encode_item: float = 0.0  # of a media item, for each instance that encodes some of its units
+    encode_pixel: float = 0.0  # of its source: reading, resizing
+    encode_unit: float = 0.0
+    encode_row: float = 0.0
+    prefill_step: float = 0.0
+    prefill_token: float = 0.0
+    prefill_pair: float = 0.0  # of a token with one that it looks at
+    decode_step: float = 0.0
+    decode_sequence: float = 0.0
+    decode_context: float = 0.0  # for each token of context of each sequence
+    turn: float = 0.0  # of an instance that takes messages and computes nothing; in steps it is included
+    wake: float = 0.0  # more of the first language step after a rest: what ran meanwhile has filled the caches
+    arrival: float = 0.0  # before a request is dispatched: HTTP, fetching media, preprocessing
+    message: float = 0.0005
+    transfer: float = 0.001  # of a pull without its bytes
+    bytes_per_second: float = 10e9  # into one instance
+    kv_token_bytes: int = 0
+    embedding_row_bytes: int = 0
+    host_bytes_per_second: float = inf  # KV that goes to host memory and back, where decode is short of blocks
+    switch_weights: float = 0.7  # a role switch that changes which half of the model is loaded
+    switch_books: float = 0.05  # one that keeps it
+    cores: float = inf  # that all processes share; infinite: every instance has a device of its own
+    server_request: float = 0.0  # of the server process, which is one core's at most, as the next five
+    server_media_byte: float = 0.0
+    server_step: float = 0.0  # of what a step of an instance sampled, beside each token
+    server_token: float = 0.0
+    server_peer: float = 0.0  # of a request, for each instance that there is: the router looks at them all
+    server_report: float = 0.0  # of what an instance says about itself
+    client_request: float = 0.0  # of a load generator on the same machine, as the next one
+    client_token: float = 0.0
+
+    @property
+    def serving_takes_time(self) -> bool:
+        of_request = self.server_request or self.server_media_byte or self.server_peer
+        return bool(of_request or self.server_step or self.server_token or self.server_report)
+
+    def encode_s(self, works: list[EncodeWork], read: Iterable[Item]) -> float:
+        """`read`: items that are read for this step; those that were read for an earlier one are still there."""
+        rows = sum(work.unit.num_tokens for work in works)
+        seconds = self.encode_step + len(works) * self.encode_unit + rows * self.encode_row
+        return seconds + sum(self.encode_item + item.pixels * self.encode_pixel for item in read)
+
+    def language_s(self, decodes: list[Chunk], chunks: list[Chunk]) -> float:
+        """One forward over both: the larger of the fixed parts, and the sum of the others."""
+        seconds = max(self.decode_step if decodes else 0.0, self.prefill_step if chunks else 0.0)
+        context = sum(chunk.start for chunk in decodes)
+        seconds += len(decodes) * self.decode_sequence + context * self.decode_context
+        for chunk in chunks:
+            pairs = chunk.length * (chunk.start + 0.5 * chunk.length)
+            seconds += chunk.length * self.prefill_token + pairs * self.prefill_pair
+        return seconds
+
+    def decodes_s(self, num_sequences: int, context: int, num_steps: int) -> float:
+        """Steps in a row over the same sequences, of `context` tokens together before the first one."""
+        looked_at = num_steps * context + num_sequences * num_steps * (num_steps - 1) // 2
+        fixed = self.decode_step + num_sequences * self.decode_sequence
+        return num_steps * fixed + looked_at * self.decode_context
+
+    def pull_s(self, region: str, num_tokens: int) -> float:
+        token_bytes = self.kv_token_bytes if region == "kv" else self.embedding_row_bytes
+        return self.transfer + num_tokens * token_bytes / self.bytes_per_second
+
+    def offload_s(self, num_tokens: int) -> float:
+        return num_tokens * self.kv_token_bytes / self.host_bytes_per_second
+
+    def switch_s(self, before: Role, after: Role) -> float:
+        """Without the drain. Halves that the new role does not need are dropped, which takes no time."""
+        loads_encoder = after.encodes and not before.encodes
+        loads_language = after.has_language_model and not before.has_language_model
+        return self.switch_weights if loads_encoder or loads_language else self.switch_books

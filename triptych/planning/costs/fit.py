@@ -1,0 +1,64 @@
+"""Costs from measurements: least squares of relative errors, in which no cost is below 0."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+
+import numpy as np
+import numpy.typing as npt
+
+from triptych.planning.costs.profile import Residual
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was in one step, by the names of the costs that it pays, and how long it took."""
+
+    amounts: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    costs: dict[str, float]  # seconds of one of each
+    residual: Residual
+
+    def predict_s(self, amounts: Mapping[str, float]) -> float:
+        return sum(self.costs[name] * amount for name, amount in amounts.items())
+
+
+def fit(samples: Sequence[Sample], names: Sequence[str]) -> Fit:
+    """The costs that describe the samples best. Of equal steps the median counts, so that one that was disturbed counts
+    for nothing; the residual is over these medians. A cost that no sample pays is 0."""
+    assert samples, "nothing was measured"
+    groups: dict[tuple[float, ...], list[float]] = {}
+    for sample in samples:
+        groups.setdefault(tuple(sample.amounts.get(name, 0.0) for name in names), []).append(sample.seconds)
+    seconds = np.array([median(of_one) for of_one in groups.values()])
+    assert seconds.min() > 0, "a step that took no time"
+    relative = np.array(list(groups)) / seconds[:, None]
+    costs = _nonnegative(relative)
+    errors = np.abs(relative @ costs - 1.0)
+    residual = Residual(samples=len(samples), median=float(np.median(errors)), worst=float(errors.max()))
+    return Fit(dict(zip(names, map(float, costs), strict=True)), residual)
+
+
+def _nonnegative(relative: Floats) -> Floats:
+    """Least squares of `relative @ costs = 1` with no cost below 0: that of the best set of columns whose own least
+    squares are positive. There are few columns, so all sets are tried, which needs no tolerance."""
+    num_columns = relative.shape[1]
+    scale = np.maximum(relative.max(axis=0), 1e-300)  # columns differ by ten powers of ten
+    target = np.ones(len(relative))
+    best, best_error = np.zeros(num_columns), float("inf")
+    for size in range(1, num_columns + 1):
+        for columns in combinations(range(num_columns), size):
+            chosen = list(columns)
+            found, *_ = np.linalg.lstsq(relative[:, chosen] / scale[chosen], target, rcond=None)
+            error = float(np.sum((relative[:, chosen] / scale[chosen] @ found - target) ** 2))
+            if found.min() >= 0 and error < best_error * (1 - 1e-9):
+                best, best_error = np.zeros(num_columns), error
+                best[chosen] = found / scale[chosen]
+    return best

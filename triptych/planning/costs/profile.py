@@ -1,0 +1,199 @@
+"""A profile: what one model costs on one kind of hardware, in time and in memory. Measured by `triptych profile`, or
+computed from a config and a data sheet. A file that people read, so its numbers carry their units."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS, require
+from triptych.core import Role, Stage
+from triptych.errors import ConfigError
+from triptych.planning import files
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.quantities import Bytes, BytesPerSecond, DollarsPerHour, Quantity, Seconds
+from triptych.planning.simulation.instance import Sizes
+
+Count = Annotated[int, Meta(ge=1)]
+Number = Annotated[int, Meta(ge=0)]
+Amount = Annotated[float, Meta(ge=0)]
+
+
+class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fields of `Costs`, which says what each is. A step takes its fixed part and so much for each of what is in
+    it; a part that is left out costs nothing."""
+
+    encode_step: Seconds = Seconds(0)
+    encode_item: Seconds = Seconds(0)
+    encode_pixel: Seconds = Seconds(0)
+    encode_unit: Seconds = Seconds(0)
+    encode_row: Seconds = Seconds(0)
+    prefill_step: Seconds = Seconds(0)
+    prefill_token: Seconds = Seconds(0)
+    prefill_pair: Seconds = Seconds(0)
+    decode_step: Seconds = Seconds(0)
+    decode_sequence: Seconds = Seconds(0)
+    decode_context: Seconds = Seconds(0)
+    turn: Seconds = Seconds(0)
+    wake: Seconds = Seconds(0)
+    arrival: Seconds = Seconds(0)
+    message: Seconds = Seconds(0)
+    transfer: Seconds = Seconds(0)
+    bytes_per_second: BytesPerSecond
+    host_bytes_per_second: BytesPerSecond | None = None  # None: KV goes to host memory and back in no time
+    switch_weights: Seconds
+    switch_books: Seconds
+    cores: Count | None = None  # that all processes share; None: every instance has a device of its own
+    server_request: Seconds = Seconds(0)
+    server_media_byte: Seconds = Seconds(0)
+    server_step: Seconds = Seconds(0)
+    server_token: Seconds = Seconds(0)
+    server_peer: Seconds = Seconds(0)
+    server_report: Seconds = Seconds(0)
+    client_request: Seconds = Seconds(0)
+    client_token: Seconds = Seconds(0)
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_second:
+            raise ValueError("bytes_per_second: 0 is not valid; above 0 is needed")
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What fills the memory of one instance."""
+
+    device: Bytes  # all that it has
+    encoder_weights: Bytes
+    language_weights: Bytes
+    encode_activations: Bytes = Bytes(0)  # at most, beside weights and pools
+    language_activations: Bytes = Bytes(0)
+    runtime: Bytes = Bytes(0)  # before any weight is loaded
+    kv_token: Bytes
+    kv_sequence: Bytes = Bytes(0)  # recurrent states
+    embedding_row: Bytes
+    kv_block_tokens: Count = KV_BLOCK_TOKENS
+    embedding_block_tokens: Count = EMBEDDING_BLOCK_TOKENS
+    context_len: Count  # prompt and answer of one request, at most
+
+    def used(self, role: Role) -> float:
+        """Bytes that are no pool."""
+        encodes, speaks = role.encodes, role.has_language_model
+        activations = max(self.encode_activations * encodes, self.language_activations * speaks)
+        return self.runtime + self.encoder_weights * encodes + self.language_weights * speaks + activations
+
+    def free(self, role: Role) -> float:
+        """Bytes that pools may fill; below 0 where the weights do not fit."""
+        return self.device - self.used(role)
+
+
+class Residual(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How well the costs of a stage describe what was measured: relative errors of its samples."""
+
+    samples: Number
+    median: Amount
+    worst: Amount
+
+
+class Made(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When, of what and how."""
+
+    date: str
+    version: str
+    command: str = ""
+    device: str = "cpu"
+    dtype: str = ""
+    threads: Number = 0  # of one instance; 0 where that means nothing
+    notes: tuple[str, ...] = ()
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of one instance that is spread over `tensor_parallel` devices; `memory` is of all of them together."""
+
+    model: str
+    hardware: str
+    kind: Literal["measured", "analytic"]
+    tensor_parallel: Count = 1
+    costs_of_steps: StageCosts = msgspec.field(name="costs")
+    memory: Memory
+    price: DollarsPerHour | None = None  # of one instance
+    residuals: dict[str, Residual] = {}
+    made: Made
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Profile":
+        """Raises ConfigError naming the file, the key and what is valid there."""
+        return files.read(path, cls)
+
+    def save(self, path: str | Path) -> None:
+        """Whole or not at all."""
+        files.write(path, self)
+
+    def costs(self) -> Costs:
+        """For the simulator."""
+        fields: dict[str, Any] = msgspec.structs.asdict(self.costs_of_steps)
+        fields = {name: float(value) if isinstance(value, Quantity) else value for name, value in fields.items()}
+        for name in ("cores", "host_bytes_per_second"):
+            fields[name] = math.inf if fields[name] is None else fields[name]
+        return Costs(
+            **fields, kv_token_bytes=int(self.memory.kv_token), embedding_row_bytes=int(self.memory.embedding_row)
+        )
+
+    def sizes(
+        self,
+        role: Role,
+        *,
+        kv_bytes: float | None = None,
+        kv_fraction: float | None = None,
+        embedding_bytes: float = GIB // 4,
+        max_num_seqs: int = 64,
+        **bounds: Any,
+    ) -> Sizes:
+        """Pools and bounds of an instance of this role; `bounds` are further fields of `Sizes`.
+
+        `kv_fraction`: of what weights and activations leave of the device, as the paper counts; without it and without
+        `kv_bytes` the KV cache gets what an engine gives it that may fill 90% of the device.
+        Raises ConfigError where the model, or the longest request, does not fit.
+        """
+        memory = self.memory
+        prefills = Stage.PREFILL in role.stages
+        embedding_block = memory.embedding_row * memory.embedding_block_tokens
+        num_embedding_blocks = int(embedding_bytes / embedding_block) if role.encodes or prefills else 0
+        require(
+            memory.free(role) > 0,
+            "memory.device",
+            f"{memory.device} cannot hold what {role} of {self.model} needs: {Bytes(memory.used(role))}",
+        )
+        num_kv_blocks = 0
+        if role.has_language_model:
+            if kv_bytes is None:
+                kv_bytes = self._kv_bytes(role, kv_fraction, embedding_bytes)
+            num_kv_blocks = self._num_kv_blocks(role, kv_bytes, max_num_seqs)
+        return Sizes(
+            num_kv_blocks=num_kv_blocks,
+            num_embedding_blocks=num_embedding_blocks,
+            max_num_seqs=max_num_seqs,
+            **bounds,
+        )
+
+    def _kv_bytes(self, role: Role, fraction: float | None, embedding_bytes: float) -> float:
+        if fraction is None:
+            utilization = 0.9  # the engine's default
+            return self.memory.free(role) - (1 - utilization) * self.memory.device - embedding_bytes
+        require(0 < fraction <= 1, "kv_fraction", f"{fraction} is not above 0 and at most 1")
+        return fraction * self.memory.free(role)
+
+    def _num_kv_blocks(self, role: Role, kv_bytes: float, max_num_seqs: int) -> int:
+        """As many as fit; more than all sequences of a full batch could ever fill are of no use."""
+        memory = self.memory
+        block_bytes = memory.kv_token * memory.kv_block_tokens
+        longest = (
+            math.ceil(memory.kv_sequence / block_bytes) + math.ceil(memory.context_len / memory.kv_block_tokens) + 1
+        )
+        num_blocks = min(int(kv_bytes / block_bytes), longest * max_num_seqs)
+        if num_blocks < longest:
+            raise ConfigError(
+                f"memory.context_len: one request of {memory.context_len} tokens needs {Bytes(longest * block_bytes)} "
+                f"for its KV, and {role} of {self.model} has {Bytes(max(0.0, kv_bytes))}: lower the context length"
+            )
+        return num_blocks

@@ -1,0 +1,1 @@
+"""What to buy: candidates, bounds, objectives, the search, and how its answer is told."""

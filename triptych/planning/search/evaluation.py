@@ -1,0 +1,165 @@
+"""What a candidate is worth: simulated at rates until the highest is known at which enough requests are served well."""
+
+import math
+from dataclasses import dataclass, field
+
+from triptych.config import AdmissionConfig
+from triptych.core import Stage
+from triptych.errors import ConfigError
+from triptych.latency import Objectives
+from triptych.planning.search import bounds
+from triptych.planning.search.load import Load
+from triptych.planning.search.machines import Machines
+from triptych.planning.search.space import Candidate
+from triptych.planning.simulation.figures import RATE_TOLERANCE, Figures, highest_rate, meets
+from triptych.planning.simulation.simulator import Options, Simulation
+
+SHORT_TOLERANCE = 0.05  # of rates found with short loads
+GOOD_SHARE = 0.8  # of its bound: where the search for a goodput begins
+IDLE_SHARE = 0.05  # of the time in which a request may be served, one comes: whoever cannot do that never can
+APART = 2.0  # so many times the time in which a request may be served, between two that never meet
+AT_ONCE = 20.0  # so many times a load within that time, it comes all at once
+ROUNDING = 1e-9
+NUM_LOOKS = 100  # at a run, while requests arrive, whether it is decided
+LEAST_STEP_S = 1e-3
+MAX_QUEUE_S = 3600.0  # whoever waits too long misses the objectives: nobody has to be refused for that
+
+
+class _DecidedError(Exception):
+    """Ends a run early."""
+
+    def __init__(self, attains: bool) -> None:
+        super().__init__()
+        self.attains = attains
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Of candidates for one load. Deterministic; it can be sent to another process."""
+
+    load: Load
+    machines: Machines
+    objectives: Objectives
+    target: float  # share of the requests that must meet the objectives
+    _least: dict[object, dict[frozenset[Stage], float]] = field(default_factory=dict, compare=False, repr=False)
+
+    def misfit(self, candidate: Candidate) -> str | None:
+        """Why it cannot be."""
+        try:
+            self.machines.sizes(candidate)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def cost(self, candidate: Candidate) -> float:
+        """Per hour in USD, or in GPUs where these have no price."""
+        dollars = self.machines.dollars_per_hour(candidate)
+        return float(candidate.num_gpus) if dollars is None else dollars
+
+    def bound(self, candidate: Candidate, *, short: bool = False) -> float:
+        """A rate that its goodput cannot exceed, or at which all requests come at once."""
+        load = self._load(short)
+        most = AT_ONCE * len(load.demands) / self._slack_s
+        return min(most, bounds.highest_rate(candidate, self._least_work(candidate, short), load, self.objectives))
+
+    def guess(self, candidate: Candidate) -> float:
+        """About what its goodput may be."""
+        guess = bounds.balanced_rate(candidate, self._least_work(candidate, short=False), self.load)
+        return min(self.bound(candidate), guess)
+
+    def _load(self, short: bool) -> Load:
+        return self.load.short if short else self.load
+
+    def _least_work(self, candidate: Candidate, short: bool) -> dict[frozenset[Stage], float]:
+        batches = (candidate.max_num_seqs, candidate.max_num_batched_tokens, candidate.max_encode_tokens)
+        key = (short, candidate.degrees, batches, bounds.rides(candidate))
+        if key not in self._least:
+            costs, load = self.machines.costs(candidate), self._load(short)
+            self._least[key] = bounds.least_work(candidate, costs, load.demands, self.objectives, self.target)
+        return self._least[key]
+
+    @property
+    def idle_rate(self) -> float:
+        """So slow that a request that keeps the objectives hardly ever meets another one."""
+        return IDLE_SHARE / self._slack_s
+
+    @property
+    def _slack_s(self) -> float:
+        """The longest that a request may take."""
+        objectives = self.objectives
+        limits = [objectives.e2e_ms if objectives.ttft_ms is None else objectives.ttft_ms]
+        assert limits[0] is not None, "TTFT or all of the time must be bounded"
+        if objectives.e2e_ms is None and objectives.tpot_ms is not None:
+            limits.append(objectives.tpot_ms * self.load.longest)
+        return sum(limit for limit in limits if limit is not None) / 1e3
+
+    def goodput(
+        self,
+        candidate: Candidate,
+        *,
+        short: bool = False,
+        guess: float | None = None,
+        least: float = 0.0,
+        most: float = math.inf,
+    ) -> float:
+        """The highest rate at which the target is met; 0.0 if that is below `least`, `most` if it is above."""
+        bound = min(most, self.bound(candidate, short=short))
+        if bound < least:
+            return 0.0
+        return highest_rate(
+            lambda rate: self.attains(candidate, rate, short=short),
+            bound * GOOD_SHARE if guess is None else guess,
+            least=min(bound, max(least, self.idle_rate)),
+            most=bound,
+            tolerance=SHORT_TOLERANCE if short else RATE_TOLERANCE,
+        )
+
+    def attains(self, candidate: Candidate, rate: float, *, short: bool = False) -> bool:
+        """Whether enough requests meet the objectives. Simulates until that is decided."""
+        demands = self._load(short).at(rate)
+        simulation = self._simulation(candidate)
+        num_needed = math.ceil(self.target * len(demands) - ROUNDING)
+        step_s = max(LEAST_STEP_S, (demands[-1].at_s - demands[0].at_s) / NUM_LOOKS)
+        simulation.every(step_s, lambda: self._look(simulation, num_needed))
+        try:
+            records = simulation.run(demands)
+        except _DecidedError as decided:
+            return decided.attains
+        return sum(meets(record, self.objectives) for record in records) >= num_needed
+
+    def _look(self, simulation: Simulation, num_needed: int) -> None:
+        """Raises _DecidedError as soon as what is still open does not matter."""
+        now, ttft_ms = simulation.clock.now, self.objectives.ttft_ms
+        num_met = num_missed = 0
+        for record in simulation.records:
+            if record.finished_s is not None or record.error is not None:
+                met = meets(record, self.objectives)
+                num_met += met
+                num_missed += not met
+            elif ttft_ms is not None and record.first_token_s is None:
+                num_missed += (now - record.demand.at_s) * 1e3 > ttft_ms
+        if num_met >= num_needed or num_missed > len(simulation.records) - num_needed:
+            raise _DecidedError(num_met >= num_needed)
+
+    def figures(self, candidate: Candidate, rate: float) -> Figures:
+        dollars = self.machines.dollars_per_hour(candidate)
+        return Figures.of_run(self.run(candidate, rate), self.objectives, dollars)
+
+    def run(self, candidate: Candidate, rate: float | None, *, short: bool = False) -> Simulation:
+        """To its end. Without a rate every request is alone."""
+        simulation, load = self._simulation(candidate), self._load(short)
+        simulation.run(load.apart(APART * self._slack_s) if rate is None else load.at(rate))
+        return simulation
+
+    def _simulation(self, candidate: Candidate) -> Simulation:
+        costs, sizes = self.machines.costs(candidate), self.machines.sizes(candidate)
+        return Simulation(candidate.placement, costs, sizes, self._options(candidate))
+
+    def _options(self, candidate: Candidate) -> Options:
+        admission = AdmissionConfig(
+            schedule=candidate.schedule,
+            max_queue_s=MAX_QUEUE_S,
+            slo_ttft_ms=self.objectives.ttft_ms,
+            slo_tpot_ms=self.objectives.tpot_ms,
+        )
+        return Options(admission=admission, parallel_encode=candidate.parallel_encode)

@@ -1,0 +1,1 @@
+"""A cluster of the real stages and the real router on simulated time, and what its runs come to."""

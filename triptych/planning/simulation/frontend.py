@@ -1,0 +1,304 @@
+"""The frontend on simulated time: the server's own router, with a record in place of a client."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from triptych.config import KV_BLOCK_TOKENS, AdmissionConfig
+from triptych.core import (
+    HASH_BYTES,
+    BlockHash,
+    BlockHashes,
+    EncodeUnit,
+    FinishReason,
+    InstanceId,
+    Media,
+    RequestId,
+    SamplingParams,
+    Span,
+    Stage,
+    UnitHash,
+)
+from triptych.errors import RequestError
+from triptych.messages import AnyMessage, Evicted, Load, Tokens, TokenUpdate
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.simulation.clock import Clock
+from triptych.planning.simulation.process import Process
+from triptych.planning.workloads.demand import Demand, Item
+from triptych.router.admission import deadline_exceeded
+from triptych.router.attempts import Attempt, Task
+from triptych.router.dispatch import Wire
+from triptych.router.generation import Generation, PreparedPrompt
+from triptych.router.ledger import Ledger, Reservation
+from triptych.router.output import Output
+from triptych.router.router import Router
+from triptych.router.waiting import Kind
+
+MODEL = b"the model"  # whose KV it is
+PLACEHOLDER = 0  # every token of a prompt and of an answer: nobody reads them
+NAMED = 1 << 127  # set in hashes of items that have a name, so that these never equal counted ones
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """What a client saw of one request. Times are those of the simulation, in seconds."""
+
+    demand: Demand
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    num_tokens: int = 0
+    num_attempts: int = 0
+    error: str | None = None  # the code of what it was refused with, or failed with
+    failed_s: float | None = None  # when
+
+    @property
+    def latency_s(self) -> float:
+        assert self.finished_s is not None, f"not answered: {self.error}"
+        return self.finished_s - self.demand.at_s
+
+    @property
+    def ttft_s(self) -> float:
+        assert self.first_token_s is not None, f"not answered: {self.error}"
+        return self.first_token_s - self.demand.at_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        if self.num_tokens < 2:
+            return None
+        return (self.latency_s - self.ttft_s) / (self.num_tokens - 1)
+
+
+class _NoText:
+    """Tokens are counted, never read."""
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+class SimulatedFrontend:
+    """Requests in, tokens out. `num_open`: those that are neither answered nor refused."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        costs: Costs,
+        wire: Wire,
+        server: Process,
+        client: Process,
+        *,
+        admission: AdmissionConfig,
+        parallel_encode: bool,
+        prefix_caching: bool,
+        max_num_seqs: int,
+    ) -> None:
+        self.num_open = 0
+        self.items: dict[bytes, Item] = {}  # by the hash of their media, while anybody may encode them
+        self._clock = clock
+        self._costs = costs
+        self._wire = wire
+        self._server = server
+        self._client = client
+        self._prefix_caching = prefix_caching
+        self.router = Router(
+            admission,
+            wire,
+            clock,
+            MODEL,
+            parallel_encode=parallel_encode,
+            prefix_caching=prefix_caching,
+            max_num_seqs=max_num_seqs,
+            retried=lambda reason: None,
+            fail=self._fail_all,
+        )
+        self._ledger = Ledger(admission.max_media_held_bytes, clock)
+        self._held: dict[Record, Reservation] = {}  # of the media of those that are open
+        self._tasks: dict[Generation, Task] = {}
+        self._records: dict[Generation, Record] = {}
+        self._numbers = itertools.count(1)
+        self._text = _NoText()
+
+    # ---- clients
+
+    def expect(self, record: Record) -> None:
+        """The request of the record comes when its time has come."""
+        self.num_open += 1
+        self._clock.at(record.demand.at_s, self._client.run, self._costs.client_request, self._sent, record)
+
+    def _sent(self, record: Record) -> None:
+        self._clock.after(self._costs.arrival, self._arrived, record)
+
+    def _arrived(self, record: Record) -> None:
+        nbytes = sum(item.nbytes for item in record.demand.media)
+        try:
+            self.router.admission.check_any(self._clock.now)  # before a byte of it is read
+            if nbytes:
+                self._held[record] = self._ledger.reserve()
+                self._held[record].take(nbytes)
+        except RequestError as error:
+            self._end(record, error)
+            return
+        seconds = self._costs.server_request + nbytes * self._costs.server_media_byte
+        seconds += len(self.router.table.peers) * self._costs.server_peer
+        self._server.run(seconds, self._take, record)
+
+    def _take(self, record: Record) -> None:
+        demand, now = record.demand, self._clock.now
+        kind = Kind.of(item.modality for item in demand.media)
+        deadline = None if demand.timeout_s is None else demand.at_s + demand.timeout_s
+        try:
+            self.router.admission.check(kind, deadline, now)
+        except RequestError as error:
+            self._end(record, error)
+            return
+        prompt = self._prompt(demand)
+        generation = Generation(self, [prompt], demand.at_s, deadline)
+        sampling = SamplingParams(max_tokens=demand.output_tokens, seed=0, ignore_eos=True)
+        output = Output(0, RequestId(f"r{next(self._numbers)}"), sampling, (), self._text)
+        generation.outputs.append(output)
+        task = Task(output, generation, prompt, self._hashes(demand), kind)
+        self._tasks[generation], self._records[generation] = task, record
+        if deadline is not None:
+            generation.timer = self._clock.after(deadline - now, self._fail_all, [generation], deadline_exceeded())
+        self.router.backlog.queue([task])
+
+    def abort(self, generation: Generation) -> None:
+        """Simulated clients wait for their answers."""
+        raise AssertionError("nobody leaves")
+
+    def _prompt(self, demand: Demand) -> PreparedPrompt:
+        """The leading text, the rows of all media, the rest of the text."""
+        units: list[EncodeUnit] = []
+        spans: list[Span] = []
+        media: dict[UnitHash, Media] = {}
+        lead_tokens = max(demand.lead_tokens, len(demand.prefix) * KV_BLOCK_TOKENS)
+        position = min(lead_tokens, demand.text_tokens)
+        for asked in demand.media:
+            number = next(self._numbers) if asked.name is None else asked.name | NAMED
+            item = Media((number << 16).to_bytes(HASH_BYTES + 2, "big"), asked.modality, b"")
+            self.items[item.hash] = asked
+            for index, num_rows in enumerate(asked.rows):
+                hash_ = UnitHash(((number << 16) + index + 1).to_bytes(HASH_BYTES + 2, "big"))
+                spans.append(Span(position, num_rows, len(units), 0))
+                units.append(EncodeUnit(hash_, asked.modality, num_rows, index))
+                media[hash_] = item
+                position += num_rows
+        return PreparedPrompt([PLACEHOLDER] * demand.prompt_tokens, tuple(units), tuple(spans), media)
+
+    def _hashes(self, demand: Demand) -> BlockHashes:
+        """Leading blocks have names where others share them; all behind these are like no others."""
+        if not self._prefix_caching:
+            return BlockHashes()
+        num_own = demand.prompt_tokens // KV_BLOCK_TOKENS - len(demand.prefix)
+        names = [name | NAMED for name in demand.prefix] + [next(self._numbers) for _ in range(num_own)]
+        return BlockHashes(MODEL, tuple(BlockHash(name.to_bytes(HASH_BYTES, "big")) for name in names))
+
+    # ---- instances
+
+    def handle(self, message: AnyMessage) -> None:
+        """Takes it as soon as the server process has time."""
+        seconds = 0.0
+        if isinstance(message, Tokens):
+            seconds = self._costs.server_step + len(message.updates) * self._costs.server_token
+        elif isinstance(message, Load | Evicted):
+            seconds = self._costs.server_report
+        self._server.run(seconds, self._handle, message)
+
+    def _handle(self, message: AnyMessage) -> None:
+        if isinstance(message, Tokens):
+            for update in message.updates:
+                self._update(update, message.instance)
+        else:
+            taken = self.router.take(message)
+            assert taken, f"the frontend cannot take a {type(message).__name__}"
+
+    def _update(self, update: TokenUpdate, instance: InstanceId) -> None:
+        attempt = self.router.attempts.get(update.request_id)
+        if attempt is None or attempt.decoder != instance or update.finish is not None:
+            self._update_news(update, instance)
+            return
+        missing = update.index + 1 - len(attempt.task.output.token_ids)
+        if missing > 0:  # as for most tokens: nothing else is new
+            self._tell(attempt, missing, is_last=False)
+
+    def _update_news(self, update: TokenUpdate, instance: InstanceId) -> None:
+        attempt = self.router.attempt_of(update, instance)
+        if attempt is None:
+            return
+        task, output = attempt.task, attempt.task.output
+        missing = update.index + 1 - len(output.token_ids)
+        if missing > 0:
+            self._tell(attempt, missing, is_last=update.finish is not None)
+        if update.finish is None:
+            self.router.told(attempt, update.index, instance)
+            return
+        assert update.finish is FinishReason.LENGTH, f"{update.request_id} ended with {update.finish}"
+        output.finish = update.finish
+        self._forget(task)
+        self.router.backlog.drop(task, tell=False)
+        self.router.backlog.settle()
+
+    # ---- answers
+
+    def _tell(self, attempt: Attempt, num_tokens: int, *, is_last: bool) -> None:
+        """More than one where an instance made several steps at once."""
+        task, output, now = attempt.task, attempt.task.output, self._clock.now
+        is_first = not output.token_ids
+        output.token_ids += [PLACEHOLDER] * num_tokens
+        if is_first:
+            self.router.times.first(now - task.generation.arrived_at)
+        else:
+            gap_s = (now - output.last_token_at) / num_tokens
+            self.router.times.next(gap_s, num_tokens)
+            self.router.observe_gap(attempt, gap_s, num_tokens)
+        output.last_token_at = now
+        record = self._records[task.generation]
+        record.num_attempts = task.num_attempts
+        if self._client.takes_time:
+            self._client.run(num_tokens * self._costs.client_token, self._see, record, num_tokens, is_last)
+        else:
+            self._see(record, num_tokens, is_last)
+
+    def _see(self, record: Record, num_tokens: int, is_last: bool) -> None:
+        record.num_tokens += num_tokens
+        if record.first_token_s is None:
+            record.first_token_s = self._clock.now
+        if is_last:
+            self._end(record, None)
+
+    def _end(self, record: Record, error: RequestError | None) -> None:
+        self.num_open -= 1
+        held = self._held.pop(record, None)
+        if held is not None:
+            held.close()
+        if error is None:
+            record.finished_s = self._clock.now
+        else:
+            record.error, record.failed_s = error.code or "error", self._clock.now
+
+    def _fail_all(self, generations: Iterable[Generation], error: RequestError) -> None:
+        for generation in list(dict.fromkeys(generations)):
+            task, record = self._tasks.get(generation), self._records.get(generation)
+            if task is not None and record is not None:
+                generation.fail(error)
+                self._forget(task)
+                self.router.backlog.drop(task)
+                self._end(record, error)
+        self.router.backlog.settle()
+
+    def _forget(self, task: Task) -> None:
+        generation = task.generation
+        del self._tasks[generation], self._records[generation]
+        if generation.timer is not None:
+            generation.timer.cancel()
+        for item in {media.hash for media in task.prompt.media.values()}:
+            if self.items[item].name is None:
+                del self.items[item]
+
+    # ---- what is known
+
+    def queued_s(self) -> dict[Stage, float]:
+        """Predicted seconds of one instance's work that wait here."""
+        return dict(self.router.demand().queued_s)

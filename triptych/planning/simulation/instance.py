@@ -1,0 +1,523 @@
+"""One simulated instance: the engine's loop over the real stages and pools, on simulated time.
+
+It makes the same steps as `engine.engine.Engine`: messages are taken between two steps, and what a step's forward would
+take comes from a cost model. Decode steps in which nothing can change are made in one event, with the same outcome.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from triptych.config import EMBEDDING_BLOCK_TOKENS, KV_BLOCK_TOKENS, SchedulingConfig
+from triptych.core import Chunk, EncodeWork, InstanceId, RequestId, Role, SampledToken, Stage
+from triptych.engine.pace import Metronome, Pace
+from triptych.engine.reports import load_of
+from triptych.errors import InstanceError
+from triptych.memory.embedding_cache import EmbeddingCache
+from triptych.memory.kv_cache import KVCache
+from triptych.memory.leases import Leases
+from triptych.memory.pools import Pools
+from triptych.messages import FRONTEND, AnyMessage, Evicted, Load, Peer, Tokens
+from triptych.planning.costs.cost_model import Costs
+from triptych.planning.simulation.clock import Clock, Event
+from triptych.planning.simulation.host import Host, Job, weight_of
+from triptych.planning.workloads.demand import Item
+from triptych.routing import RoutingTable
+from triptych.stages.base import Pull, Surroundings
+from triptych.stages.group import StageGroup
+
+TOKEN = SampledToken(1)
+ITEMS_AT_HAND = 4  # that an encoder has read and keeps, as `model.encoder` does
+ENCODE_NICENESS = 5  # of encode-only instances where processes share cores, as `triptych serve` sets it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Pools and bounds of an instance. The names are those of the configuration."""
+
+    num_kv_blocks: int = 20_000
+    num_embedding_blocks: int = 4_000
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 2048
+    max_encode_tokens: int = 1024
+    streamed_prefill: bool = True
+    chunked_kv_transfer: bool = True
+    prefix_caching: bool = False
+    decode_interval_ms: float = 0.0  # time per token to which answers slow down while a request waits for encoders
+    heartbeat_s: float = 0.25
+
+    @property
+    def scheduling(self) -> SchedulingConfig:
+        return SchedulingConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_encode_tokens=self.max_encode_tokens,
+            streamed_prefill=self.streamed_prefill,
+            chunked_kv_transfer=self.chunked_kv_transfer,
+            decode_interval_ms=self.decode_interval_ms,
+        )
+
+
+Mail = list[tuple[InstanceId, AnyMessage]]  # sent together, so it arrives together, in this order
+
+
+class Network(Protocol):
+    """What an instance stands in: where messages and pulls go (`deliver` and `settled` are called in their own time),
+    and who is told how long it computed."""
+
+    @property
+    def items(self) -> Mapping[bytes, Item]: ...
+    def send(self, mail: Mail, /) -> None: ...
+    def pull(self, reader: "SimulatedInstance", pull: Pull, /) -> None: ...
+    def computed(self, instance: "SimulatedInstance", what: str, began_s: float, size: int, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The order to leave the role; `drained` is called once, when nothing of it is left."""
+
+    room: dict[InstanceId, int]
+    drained: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A pull that is over."""
+
+    pull: Pull
+    error: InstanceError | None
+
+
+@dataclass(slots=True, eq=False)
+class DecodeRun:
+    """Decode steps over the same sequences, the last of which ends with `end`."""
+
+    began_s: float
+    chunks: list[Chunk]
+    context: int
+    num_steps: int
+    end: Event
+
+
+class SimulatedInstance:
+    """Stages, pools and the loop of one instance. `become` changes its role."""
+
+    def __init__(
+        self,
+        id: InstanceId,
+        epoch: str,
+        role: Role,
+        costs: Costs,
+        sizes: Sizes,
+        clock: Clock,
+        network: Network,
+        host: Host | None,
+    ) -> None:
+        """`host`: whose cores it shares; None: it has a device of its own."""
+        self.id = id
+        self._costs = costs
+        self._clock = clock
+        self._network = network
+        self._host = host
+        self._inbox: list[AnyMessage | Settled | Leave | RoutingTable] = []
+        self._busy = False  # a step is under way, the next turn is on its way, or it changes its role
+        self._gone = False
+        self._job: Job | None = None  # the last one on the host
+        self._working_on: list[RequestId] = []  # in the step that is under way
+        self._moved_s = 0.0  # what KV that went to host memory and back takes of the next step
+        self._has_rested = True  # since its last language step
+        self._leave: Leave | None = None
+        self._run: DecodeRun | None = None
+        self._wake: Event | None = None
+        self._pulls: dict[int, Pull] = {}  # under way, by identity
+        self._num_roles = 0
+        self._reported_at = -sizes.heartbeat_s
+        self._was_busy = False
+        self.pace = Pace()
+        self.near = Surroundings(id, epoch=epoch)
+        self._install(role, sizes)
+
+    def leave(self, leave: Leave) -> None:
+        """Takes no new work from the end of the present step on. From when it is drained until `become` it does
+        nothing."""
+        self._hear(leave)
+
+    def become(self, role: Role, sizes: Sizes) -> None:
+        """Fresh pools and stages; what it knows of its surroundings and its pace stays. It has been drained."""
+        self.check_integrity()
+        self._install(role, sizes)
+        self._busy = False
+        if self._inbox:
+            self._news()
+
+    def kill(self) -> list[RequestId]:
+        """From now on it does nothing and says nothing but the tokens of steps that it has made. Returns those that it
+        was working on, as its black box would have them."""
+        if self._job is not None and self._host is not None:
+            self._host.cancel(self._job)
+        if self._run is not None:
+            self._say_what_is_done(self._run)
+        self._gone = True
+        return self._working_on if self._busy else []
+
+    def _install(self, role: Role, sizes: Sizes) -> None:
+        self.role, self.sizes = role, sizes
+        self._num_roles += 1
+        # A late release never meets a lease of the next role.
+        self.pools = Pools(Leases(first_id=self._num_roles << 32))
+        if role.has_language_model:
+            self.pools.kv = KVCache(sizes.num_kv_blocks, KV_BLOCK_TOKENS, prefix_caching=sizes.prefix_caching)
+        if role.encodes or Stage.PREFILL in role.stages:
+            self.pools.embeddings = EmbeddingCache(sizes.num_embedding_blocks, EMBEDDING_BLOCK_TOKENS)
+        self.stages = StageGroup(role, self.near, self.pools, sizes.scheduling)
+        self._weight = weight_of(ENCODE_NICENESS if role is Role.E else 0)
+        self._at_hand: OrderedDict[bytes, None] = OrderedDict()
+        self._metronome = Metronome(sizes.decode_interval_ms / 1e3)
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether nobody relies on it in its present role: no work, no lease, no pull."""
+        return self.stages.is_empty and not self._pulls
+
+    def check_integrity(self) -> None:
+        """At rest: nothing is held any more."""
+        self.pools.check_integrity()
+        load = self.load()
+        for pool in load.pools.values():
+            assert pool.used == 0, f"{self.id} at rest: {pool}"
+        assert self.is_drained, f"{self.id} at rest: {load.queues}, {len(self._pulls)} pulls"
+
+    # ---- what arrives
+
+    def deliver(self, message: AnyMessage) -> None:
+        self._inbox.append(message)
+        if self._run is None or not isinstance(message, Load):  # no decode step hangs on how busy others are
+            self._news()
+
+    def settled(self, pull: Pull, error: InstanceError | None = None) -> None:
+        """A pull of this instance is over. Said twice, it was over before."""
+        if self._pulls.pop(id(pull), None) is not None:
+            self._hear(Settled(pull, error))
+
+    def take_table(self, table: RoutingTable) -> None:
+        self._hear(table)
+
+    def _hear(self, item: AnyMessage | Settled | Leave | RoutingTable) -> None:
+        self._inbox.append(item)
+        self._news()
+
+    def _news(self) -> None:
+        """Taken at the end of the step that runs now; at once if there is none."""
+        if self._run is not None:
+            self._cut(self._run)
+        elif not self._busy:
+            self._busy = True
+            self._later(0.0, self._turn)
+
+    def _later(self, seconds: float, action: Callable[..., None], *arguments: Any) -> Event:
+        return self._clock.after(seconds, self._unless_gone, action, arguments)
+
+    def _unless_gone(self, action: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if not self._gone:
+            action(*arguments)
+
+    def _compute(self, seconds: float, done: Callable[..., None], *arguments: Any) -> None:
+        """So many seconds of a core, or of a device of its own."""
+        if self._host is None:
+            self._later(seconds, done, *arguments)
+        else:
+            self._job = self._host.run(seconds, self._weight, self._unless_gone, done, arguments)
+
+    def _receive(self) -> None:
+        if not self._inbox:
+            return
+        inbox, self._inbox = self._inbox, []
+        for item in inbox:
+            if isinstance(item, Load):
+                self.near.take_load(item)
+            elif isinstance(item, Settled):
+                self.stages.pulled(item.pull.key, item.error)
+            elif isinstance(item, Leave):
+                self._leave = item
+                self.stages.leave(item.room)
+            elif isinstance(item, RoutingTable):
+                self._take_table(item)
+            else:
+                taken = self.stages.take(item)
+                assert taken, f"{self.id} cannot take a {type(item).__name__}"
+
+    def _take_table(self, table: RoutingTable) -> None:
+        """As the engine: what is gone is read from no more."""
+        near, before = self.near, self.near.table
+        near.table = table
+        self.stages.table_changed(before)
+        gone = [peer.id for peer in before.peers.values() if self._is_gone(peer, table)]
+        for instance in gone:
+            near.decode_loads.pop(instance, None)
+            for pull in [pull for pull in self._pulls.values() if pull.ticket.holder == instance]:
+                del self._pulls[id(pull)]
+                self.stages.pulled(pull.key, InstanceError(f"instance {instance} was lost"))
+            self.stages.lost(instance)
+
+    def _is_gone(self, before: Peer, table: RoutingTable) -> bool:
+        """An address is that of one process."""
+        now = table.peers.get(before.id)
+        return before.id != self.id and (now is None or now.address != before.address)
+
+    # ---- the loop
+
+    def _turn(self) -> None:
+        self._receive()
+        works = self.stages.schedule_encode(self.pace.of(Stage.ENCODE), self.sizes.max_encode_tokens)
+        if works:
+            self._flush()
+            assert self.stages.encode is not None
+            self._working_on = list(self.stages.encode.running_requests)
+            seconds = self._costs.encode_s(works, self._read(works))
+            self._compute(seconds, self._encoded, works, self._clock.now)
+        else:
+            self._speak(encoded=False)
+
+    def _read(self, works: list[EncodeWork]) -> list[Item]:
+        """Items that have to be read for a step: the encoder keeps the last few at hand."""
+        read: list[Item] = []
+        for media in {work.media.hash: work.media for work in works}.values():
+            item = self._network.items.get(media.hash)  # None: the request ended while it was on its way
+            if media.hash not in self._at_hand and item is not None:
+                read.append(item)
+            self._at_hand[media.hash] = None
+            self._at_hand.move_to_end(media.hash)
+            if len(self._at_hand) > ITEMS_AT_HAND:
+                self._at_hand.popitem(last=False)
+        return read
+
+    def _encoded(self, works: list[EncodeWork], began_s: float) -> None:
+        assert self.stages.encode is not None
+        self.pace.observe(Stage.ENCODE, sum(work.unit.num_tokens for work in works), self._clock.now - began_s)
+        self._network.computed(self, "encode", began_s, len(works))
+        self.stages.encode.commit(works, [None] * len(works))
+        self._flush()
+        self._speak(encoded=True)
+
+    def _speak(self, *, encoded: bool) -> None:
+        decodes = self._schedule_decode()
+        chunks: list[Chunk] = []
+        if self.stages.prefill is not None:
+            chunks = self.stages.prefill.schedule(self.sizes.max_num_batched_tokens - len(decodes))
+        if chunks or decodes:
+            self._flush()
+            self._working_on = [chunk.sequence.request_id for chunk in [*decodes, *chunks]]
+        if chunks:
+            seconds = self._costs.language_s(decodes, chunks) + self._wake_s() + self._take_moved_s()
+            self._compute(seconds, self._spoken, decodes, chunks, self._clock.now)
+        elif decodes:
+            self._begin_decodes(decodes)
+        else:
+            self._end_turn(busy=encoded)
+
+    def _schedule_decode(self) -> list[Chunk]:
+        if self.stages.decode is None or self._decode_wait_s() > 0:
+            return []
+        plan = self.stages.decode.schedule()
+        num_blocks = sum(len(blocks) for _, blocks in [*plan.offloads, *plan.restores])
+        self._moved_s += self._costs.offload_s(num_blocks * KV_BLOCK_TOKENS)
+        self._metronome.stepped((chunk.sequence.request_id for chunk in plan.chunks), self._clock.now)
+        return plan.chunks
+
+    def _take_moved_s(self) -> float:
+        moved_s, self._moved_s = self._moved_s, 0.0
+        return moved_s
+
+    def _decode_wait_s(self) -> float:
+        """How long the next decode step is held back, as the engine does while a request waits for encoders."""
+        decode, prefill = self.stages.decode, self.stages.prefill
+        if not self.sizes.decode_interval_ms or decode is None or prefill is None:
+            return 0.0
+        if not decode.num_running or not prefill.awaits_embeddings:
+            return 0.0
+        return max(0.0, self._metronome.wait_s(self._clock.now))
+
+    def _spoken(self, decodes: list[Chunk], chunks: list[Chunk], began_s: float) -> None:
+        assert self.stages.prefill is not None
+        num_tokens = len(decodes) + sum(chunk.length for chunk in chunks)
+        self.pace.observe(Stage.PREFILL, num_tokens, self._clock.now - began_s)
+        self._network.computed(self, "mixed" if decodes else "prefill", began_s, len(decodes) + len(chunks))
+        if self.stages.decode is not None:
+            self.stages.decode.commit(decodes, [TOKEN] * len(decodes))
+        self.stages.prefill.commit(chunks, [TOKEN for chunk in chunks if chunk.samples])
+        self._flush()
+        self._end_turn(busy=True)
+
+    def _end_turn(self, *, busy: bool) -> None:
+        """A turn that computed nothing took its time as well, before what comes of it goes out."""
+        if busy or not self._costs.turn:
+            self._rest(busy)
+        else:
+            self._compute(self._costs.turn, self._rest, False)
+
+    def _wake_s(self) -> float:
+        has_rested, self._has_rested = self._has_rested, False
+        return self._costs.wake if has_rested else 0.0
+
+    def _rest(self, busy: bool) -> None:
+        self._flush()
+        self._busy = busy or bool(self._inbox)
+        self._has_rested |= not self._busy
+        wait_s = self._decode_wait_s()
+        self._report(busy or wait_s > 0)
+        if self._leave is not None and self.is_drained and not self._inbox:
+            leave, self._leave = self._leave, None
+            self._busy = True
+            leave.drained()
+        elif self._busy and self._host is None and self._clock.is_quiet:
+            self._turn()
+        elif self._busy:
+            self._later(0.0, self._turn)
+        elif wait_s > 0:
+            self._wake_in(wait_s)
+
+    def _wake_in(self, seconds: float) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake = self._later(seconds, self._news)
+
+    # ---- decode steps in a row
+
+    def _begin_decodes(self, chunks: list[Chunk]) -> None:
+        context = sum(chunk.start for chunk in chunks)
+        moved_s = self._take_moved_s()
+        num_steps = 1 if moved_s else self._num_equal_steps(chunks, context)
+        seconds = moved_s + self._costs.decodes_s(len(chunks), context, num_steps)
+        if self._host is not None:
+            seconds += self._wake_s()
+            self._compute(seconds, self._decoded_once, chunks, self._clock.now)
+            return
+        end = self._later(seconds, self._decoded)
+        self._run = DecodeRun(self._clock.now, chunks, context, num_steps, end)
+
+    def _decoded_once(self, chunks: list[Chunk], began_s: float) -> None:
+        assert self.stages.decode is not None
+        self.pace.observe(Stage.DECODE, len(chunks), self._clock.now - began_s)
+        self._network.computed(self, "decode", began_s, len(chunks))
+        self.stages.decode.commit(chunks, [TOKEN] * len(chunks))
+        self._flush()
+        self._end_turn(busy=True)
+
+    def _num_equal_steps(self, chunks: list[Chunk], context: int) -> int:
+        """How many steps would go as this one unless something arrives: nobody joins, leaves, is short of a block, or
+        has to report before the last of them."""
+        assert self.pools.kv is not None
+        others_idle = all(stage is None or stage.is_empty for stage in (self.stages.encode, self.stages.prefill))
+        if not others_idle or self._leave is not None or self._host is not None or self._costs.server_token:
+            return 1  # among others where tokens keep the server busy, one step after the other
+        until_report = self._reported_at + self.sizes.heartbeat_s - self._clock.now
+        if until_report <= self._costs.decodes_s(len(chunks), context, 1):
+            return 1
+        sequences = [chunk.sequence for chunk in chunks]
+        num_steps = min([s.num_prompt_tokens + s.sampling.max_tokens - len(s.token_ids) for s in sequences])
+        usage = self.pools.kv.usage()
+        num_steps = min(num_steps, max(1, (usage.free + usage.cached) // len(chunks) * KV_BLOCK_TOKENS))
+        return self._first_step_after(until_report, len(chunks), context, num_steps)
+
+    def _first_step_after(self, seconds: float, num_sequences: int, context: int, num_steps: int) -> int:
+        """The least number of steps that take so long, of at most `num_steps`."""
+        low, high = 1, num_steps
+        while low < high:
+            middle = (low + high) // 2
+            if self._costs.decodes_s(num_sequences, context, middle) >= seconds:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _cut(self, run: DecodeRun) -> None:
+        """Something arrived: the step that runs now is the last one of the run."""
+        if run.num_steps == 1:
+            return
+        elapsed = self._clock.now - run.began_s
+        num_steps = self._first_step_after(elapsed, len(run.chunks), run.context, run.num_steps)
+        if num_steps < run.num_steps:
+            run.end.cancel()
+            run.num_steps = num_steps
+            ends_at = run.began_s + self._costs.decodes_s(len(run.chunks), run.context, num_steps)
+            run.end = self._later(max(ends_at - self._clock.now, 0.0), self._decoded)
+
+    def _decoded(self) -> None:
+        run, self._run = self._run, None
+        assert run is not None and self.stages.decode is not None
+        self._network.computed(self, "decode", run.began_s, len(run.chunks))
+        for done in range(run.num_steps):
+            num_sequences = len(run.chunks)
+            seconds = self._costs.decodes_s(num_sequences, run.context + done * num_sequences, 1)
+            self.pace.observe(Stage.DECODE, num_sequences, seconds)
+        if run.num_steps > 1:
+            self._catch_up(run.chunks, run.num_steps - 1)
+        self.stages.decode.commit(run.chunks, [TOKEN] * len(run.chunks))
+        self._flush()
+        self._end_turn(busy=True)
+
+    def _say_what_is_done(self, run: DecodeRun) -> None:
+        """Of a row that breaks off. The engine would have said each token as it came."""
+        elapsed = self._clock.now - run.began_s
+        num_steps = self._first_step_after(elapsed, len(run.chunks), run.context, run.num_steps)
+        if self._costs.decodes_s(len(run.chunks), run.context, num_steps) > elapsed:
+            num_steps -= 1
+        if num_steps:
+            assert self.stages.decode is not None
+            self._catch_up(run.chunks, num_steps - 1)
+            self.stages.decode.commit(run.chunks, [TOKEN] * len(run.chunks))
+            self._flush()
+
+    def _catch_up(self, chunks: list[Chunk], num_steps: int) -> None:
+        """All steps of a run but the last, of which the stage is not told: only these books change in them."""
+        kv = self.pools.kv
+        assert kv is not None
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.token_ids += [TOKEN.token_id] * num_steps
+            sequence.num_computed += num_steps
+            kv.hold(sequence, len(sequence.token_ids))
+            kv.seal(sequence)
+
+    # ---- what leaves
+
+    def _flush(self) -> None:
+        out = self.near.out
+        mail: Mail = []
+        if out.tokens:
+            mail.append((FRONTEND, Tokens(self.id, out.tokens)))
+            out.tokens = []
+        if out.messages:
+            messages, out.messages = out.messages, []
+            for to, message in messages:
+                if to == self.id:
+                    self._inbox.append(message)
+                else:
+                    mail.append((to, message))
+        if mail:
+            self._network.send(mail)
+        if out.pulls:
+            pulls, out.pulls = out.pulls, []
+            for pull in pulls:
+                self._pulls[id(pull)] = pull
+                self._network.pull(self, pull)
+
+    def _report(self, busy: bool) -> None:
+        """Once a heartbeat, and at once when the last work is done."""
+        fell_idle, self._was_busy = self._was_busy and not busy, busy
+        if not fell_idle and self._clock.now - self._reported_at < self.sizes.heartbeat_s:
+            return
+        self._reported_at = self._clock.now
+        load = self.load()
+        mail: Mail = [(FRONTEND, load)]
+        evicted = Evicted(self.id, self.pools.take_evicted_units(), self.pools.take_evicted_blocks())
+        if evicted.units or evicted.blocks:
+            mail.append((FRONTEND, evicted))
+        if Stage.DECODE in load.work_s:
+            self.near.take_load(load)
+            mail += [(peer.id, load) for peer in self.near.table.serving(Stage.PREFILL) if peer.id != self.id]
+        self._network.send(mail)
+
+    def load(self) -> Load:
+        return load_of(self.near, self.stages, self.pools, self.pace, {})

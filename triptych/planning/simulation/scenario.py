@@ -1,0 +1,84 @@
+"""A placement under a workload, as `triptych simulate` plays it: at any rate, with failures and changing roles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from triptych.config import AdmissionConfig
+from triptych.core import Placement, Role
+from triptych.latency import Objectives
+from triptych.planning.costs.profile import Profile
+from triptych.planning.search.machines import ProfiledMachines, Reach
+from triptych.planning.search.space import Candidate
+from triptych.planning.simulation.adaptation import Adaptation
+from triptych.planning.simulation.failures import Failure
+from triptych.planning.simulation.figures import Figures
+from triptych.planning.simulation.instance import Sizes
+from triptych.planning.simulation.simulator import Options, Simulation
+from triptych.planning.workloads.demand import Demand, Rows
+from triptych.planning.workloads.workload import Workload
+
+ADAPTIVE_ROLES = (Role.E, Role.P, Role.D)  # that instances are switched to
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One simulation that has run."""
+
+    rate: float | None  # None: as the workload says
+    simulation: Simulation
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """Everything but the rate."""
+
+    where: str  # of the workload, for messages
+    workload: Workload
+    rows_of: Rows
+    profile: Profile
+    candidate: Candidate
+    objectives: Objectives
+    max_queue_s: float
+    failures: tuple[Failure, ...] = ()
+    adaptive: bool = False
+    prefix_caching: bool = True
+    decode_interval_ms: float = 0.0
+
+    def run(self, rate: float | None, *, keeps_spans: bool = False) -> Run:
+        """Raises ConfigError for a request that the model cannot take, and for a role that does not fit."""
+        workload = self.workload if rate is None else self.workload.at_rate(rate)
+        demands = workload.demands(self.rows_of)
+        machines = ProfiledMachines({1: self.profile}, Reach.of(demands))
+        machines.require_context(self.where)
+        costs, sizes = machines.costs(self.candidate), self._sizes(machines, demands)
+        simulation = Simulation(self.candidate.placement, costs, sizes, self._options())
+        if keeps_spans:
+            simulation.spans = []
+        if self.adaptive:
+            Adaptation(simulation)
+        simulation.run(demands)
+        price = machines.dollars_per_hour(self.candidate)
+        return Run(rate, simulation, Figures.of_run(simulation, self.objectives or None, price))
+
+    def _sizes(self, machines: ProfiledMachines, demands: Sequence[Demand]) -> dict[Role, Sizes]:
+        """Of all roles that instances have or may get. Prefixes cost time to look for, and are looked for where there
+        are any."""
+        roles = self.candidate.placement.roles + (ADAPTIVE_ROLES if self.adaptive else ())
+        candidate = msgspec.structs.replace(self.candidate, placement=Placement(roles))
+        caches = self.prefix_caching and any(demand.prefix for demand in demands)
+        return {
+            role: replace(sizes, prefix_caching=caches, decode_interval_ms=self.decode_interval_ms)
+            for role, sizes in machines.sizes(candidate).items()
+        }
+
+    def _options(self) -> Options:
+        admission = AdmissionConfig(
+            schedule=self.candidate.schedule,
+            max_queue_s=self.max_queue_s,
+            slo_ttft_ms=self.objectives.ttft_ms,
+            slo_tpot_ms=self.objectives.tpot_ms,
+        )
+        return Options(admission=admission, parallel_encode=self.candidate.parallel_encode, failures=self.failures)
