@@ -3,8 +3,8 @@
     python benchmarks/scale.py
 
 Instances, requests and links are modelled: with what the paper's engine took on an A100 (`planning/costs/reference`),
-and by the roofline of an H100 (`planning/costs/analytic`), which is many times as fast. The server process is measured
-on this machine (`router_costs.py`), and simulated as one process on one core. Stages, memory and the router are those of the
+and by the roofline of an H100 (`planning/costs/analytic`), which is many times as fast. The server is measured on this
+machine (`router_costs.py`), and simulated as one process on one core. Stages, memory and the router are those of the
 engine and the server. docs/scale.md says what came of it.
 """
 

@@ -13,6 +13,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -57,6 +58,15 @@ def main() -> None:
     write_result("slow-uploads", options, rows=rows, verdicts=verdicts)
 
 
+def _times(seconds: list[float]) -> dict[str, float]:
+    """Of nothing: never, so that a run in which nothing came is no success."""
+    return {
+        "p50": percentile(seconds, 50) if seconds else math.inf,
+        "max": max(seconds, default=math.inf),
+        "number": len(seconds),
+    }
+
+
 async def _phase(url: str, pid: int, name: str, chunked: bool | None, options: argparse.Namespace) -> dict[str, Any]:
     """`chunked` None: a single upload, for what one costs."""
     memory, ended = MemoryWatch(pid), asyncio.Event()
@@ -71,8 +81,8 @@ async def _phase(url: str, pid: int, name: str, chunked: bool | None, options: a
     row = {
         "statuses": {str(status): count for status, count in statuses.items()},
         "others": sum(count for status, count in statuses.items() if status not in (200, 503)),
-        "refused_after_s": {"p50": percentile(refused, 50), "max": refused[-1]} if refused else None,
-        "text_s": {"p50": percentile(text_s, 50), "max": max(text_s), "requests": len(text_s)},
+        "refused_after_s": _times(refused),
+        "text_s": _times(sorted(text_s)),
         "text_failures": text_failures,
         **memory.stop(),
     }

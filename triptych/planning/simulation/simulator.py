@@ -121,6 +121,9 @@ class Simulation:
         self.instances: dict[InstanceId, SimulatedInstance] = {}
         for number, role in enumerate(placement.roles):
             self._start(InstanceId(f"i{number}"), role)
+        for failure in self._options.failures:
+            known = 0 <= failure.instance < len(self.instances)
+            assert known, f"instance {failure.instance} fails, and there are {len(self.instances)}"
         self._publish()
 
     def sizes_of(self, role: Role) -> Sizes:
