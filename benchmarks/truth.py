@@ -27,7 +27,7 @@ from measuring import FOREIGN_LIMIT, Engine, Round, add_common_options, disturba
 from servers import ForeignLoad, triptych_server
 
 from triptych.bench.workload import picture
-from triptych.config import GIB
+from triptych.config import GIB, SHARED_DECODE_INTERVAL_MS
 from triptych.core import Placement, Role
 from triptych.planning import files
 from triptych.planning.costs.profile import Profile
@@ -35,7 +35,6 @@ from triptych.planning.simulation.frontend import Record
 from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand, Item
-from triptych.serve import SHARED_DECODE_INTERVAL_MS
 
 MEDIAN_LIMIT, WORST_LIMIT = 0.15, 0.30
 QUICK_LIMIT = 1.0

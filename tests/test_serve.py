@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.flows.servers import options
-from triptych.config import InstanceConfig
+from triptych.config import ENCODE_NICENESS, SHARED_DECODE_INTERVAL_MS, InstanceConfig
 from triptych.core import InstanceId, Role
-from triptych.serve import ENCODE_NICENESS, SHARED_DECODE_INTERVAL_MS, instance_config
+from triptych.serve import instance_config
 
 
 def configs(monkeypatch: pytest.MonkeyPatch, placement: str, cores: int, **changes: Any) -> list[InstanceConfig]:

@@ -21,6 +21,8 @@ from starlette.applications import Starlette
 
 from triptych.cluster.local import LocalCluster
 from triptych.config import (
+    ENCODE_NICENESS,
+    SHARED_DECODE_INTERVAL_MS,
     AdmissionConfig,
     ControlConfig,
     Count,
@@ -46,12 +48,6 @@ from triptych.telemetry import Telemetry
 from triptych.timeline import Timeline, timeline_file
 
 logger = logging.getLogger(__name__)
-
-# Time per token wants encoding to yield, time to first token of pictures wants it not to. Measured with 2e1pd on two
-# cores, 8 pictures, 4 clients: at 0 decode steps take 5 times as long beside encoders, at 3 twice, at 5 and more once
-# and a half, but then pictures wait for answers: so these slow down to a pace of 30 ms a token meanwhile.
-ENCODE_NICENESS = 5
-SHARED_DECODE_INTERVAL_MS = 30.0
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -71,8 +71,12 @@ def simulate(
     ] = True,
     enable_prefix_caching: Annotated[bool, typer.Option(help="Compute the KV of equal beginnings once.")] = True,
     decode_interval_ms: Annotated[
-        float, typer.Option(help="Time per token to which answers slow down while a request waits for encoders.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Time per token to which answers slow down while a request waits for encoders; 30 if left out where "
+            "instances share CPU cores, else 0: not at all."
+        ),
+    ] = None,
     fail: Annotated[
         list[str] | None,
         typer.Option(help="An instance that ends, and when: 'i0@10s' is the first; may be given several times."),
@@ -93,7 +97,7 @@ def simulate(
     """
     _check_numbers(requests, seed, attainment, max_num_seqs, max_num_batched_tokens, max_encode_tokens)
     require(_is_positive(max_queue_s), "--max-queue-s", f"{max_queue_s} is not a finite number above 0")
-    paced = decode_interval_ms == 0 or _is_positive(decode_interval_ms)
+    paced = not decode_interval_ms or _is_positive(decode_interval_ms)
     require(paced, "--decode-interval-ms", f"{decode_interval_ms} is not a finite number of at least 0")
     require(schedule in SCHEDULES, "--schedule", f"{schedule!r} is none of {', '.join(SCHEDULES)}")
     asked_rates = _rates(rate, rates)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS, KV_BLOCK_TOKENS, SchedulingConfig
+from triptych.config import EMBEDDING_BLOCK_TOKENS, ENCODE_NICENESS, KV_BLOCK_TOKENS, SchedulingConfig
 from triptych.core import Chunk, EncodeWork, InstanceId, RequestId, Role, SampledToken, Stage
 from triptych.engine.pace import Metronome, Pace
 from triptych.engine.reports import load_of
@@ -29,7 +29,6 @@ from triptych.stages.group import StageGroup
 
 TOKEN = SampledToken(1)
 ITEMS_AT_HAND = 4  # that an encoder has read and keeps, as `model.encoder` does
-ENCODE_NICENESS = 5  # of encode-only instances where processes share cores, as `triptych serve` sets it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

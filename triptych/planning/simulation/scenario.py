@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from triptych.config import AdmissionConfig
+from triptych.config import SHARED_DECODE_INTERVAL_MS, AdmissionConfig
 from triptych.core import Placement, Role
 from triptych.latency import Objectives
 from triptych.planning.costs.profile import Profile
@@ -45,7 +45,7 @@ class Scenario:
     failures: tuple[Failure, ...] = ()
     adaptive: bool = False
     prefix_caching: bool = True
-    decode_interval_ms: float = 0.0
+    decode_interval_ms: float | None = None  # None: as a server sets it
 
     def run(self, rate: float | None, *, keeps_spans: bool = False) -> Run:
         """Raises ConfigError for a request that the model cannot take, and for a role that does not fit."""
@@ -70,9 +70,16 @@ class Scenario:
         candidate = msgspec.structs.replace(self.candidate, placement=Placement(roles))
         caches = self.prefix_caching and any(demand.prefix for demand in demands)
         return {
-            role: replace(sizes, prefix_caching=caches, decode_interval_ms=self.decode_interval_ms)
+            role: replace(sizes, prefix_caching=caches, decode_interval_ms=self._interval_ms)
             for role, sizes in machines.sizes(candidate).items()
         }
+
+    @property
+    def _interval_ms(self) -> float:
+        """Answers slow down where instances share cores, one thread each."""
+        if self.decode_interval_ms is not None:
+            return self.decode_interval_ms
+        return SHARED_DECODE_INTERVAL_MS if len(self.candidate.placement.roles) > self.profile.costs().cores else 0.0
 
     def _options(self) -> Options:
         admission = AdmissionConfig(
