@@ -1,6 +1,7 @@
 """What a candidate is worth: simulated at rates until the highest is known at which enough requests are served well."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from triptych.config import AdmissionConfig
@@ -12,6 +13,7 @@ from triptych.planning.search.load import Load
 from triptych.planning.search.machines import Machines
 from triptych.planning.search.space import Candidate
 from triptych.planning.simulation.figures import RATE_TOLERANCE, Figures, highest_rate, meets
+from triptych.planning.simulation.frontend import Record
 from triptych.planning.simulation.simulator import Options, Simulation
 
 SHORT_TOLERANCE = 0.05  # of rates found with short loads
@@ -22,6 +24,7 @@ AT_ONCE = 20.0  # so many times a load within that time, it comes all at once
 ROUNDING = 1e-9
 NUM_LOOKS = 100  # at a run, while requests arrive, whether it is decided
 LEAST_STEP_S = 1e-3
+LEAST_HALVED = 200  # requests, of which a half tells something
 MAX_QUEUE_S = 3600.0  # whoever waits too long misses the objectives: nobody has to be refused for that
 
 
@@ -115,31 +118,44 @@ class Evaluator:
         )
 
     def attains(self, candidate: Candidate, rate: float, *, short: bool = False) -> bool:
-        """Whether enough requests meet the objectives. Simulates until that is decided."""
+        """Whether enough requests meet the objectives, of all and, where they are not too few, of the later half: where
+        queues grow as long as requests come, the earlier ones hide it. Simulates until that is decided."""
         demands = self._load(short).at(rate)
         simulation = self._simulation(candidate)
-        num_needed = math.ceil(self.target * len(demands) - ROUNDING)
         step_s = max(LEAST_STEP_S, (demands[-1].at_s - demands[0].at_s) / NUM_LOOKS)
-        simulation.every(step_s, lambda: self._look(simulation, num_needed))
+        simulation.every(step_s, lambda: self._look(simulation, short))
         try:
-            records = simulation.run(demands)
+            simulation.run(demands)
+            self._look(simulation, short)
         except _DecidedError as decided:
             return decided.attains
-        return sum(meets(record, self.objectives) for record in records) >= num_needed
+        raise AssertionError("a run that is over is decided")
 
-    def _look(self, simulation: Simulation, num_needed: int) -> None:
+    def _look(self, simulation: Simulation, short: bool) -> None:
         """Raises _DecidedError as soon as what is still open does not matter."""
-        now, ttft_ms = simulation.clock.now, self.objectives.ttft_ms
-        num_met = num_missed = 0
-        for record in simulation.records:
+        records = simulation.records
+        tells = not short and len(records) >= LEAST_HALVED
+        later = records[len(records) // 2 :] if tells else records
+        parts = [self._kept(part, simulation.clock.now) for part in (records, later)]
+        if False in parts:
+            raise _DecidedError(False)
+        if None not in parts:
+            raise _DecidedError(True)
+
+    def _kept(self, records: Sequence[Record], now: float) -> bool | None:
+        """Whether enough of these meet the objectives; None while that is open."""
+        ttft_ms, num_met, num_missed = self.objectives.ttft_ms, 0, 0
+        num_needed = math.ceil(self.target * len(records) - ROUNDING)
+        for record in records:
             if record.finished_s is not None or record.error is not None:
                 met = meets(record, self.objectives)
                 num_met += met
                 num_missed += not met
             elif ttft_ms is not None and record.first_token_s is None:
                 num_missed += (now - record.demand.at_s) * 1e3 > ttft_ms
-        if num_met >= num_needed or num_missed > len(simulation.records) - num_needed:
-            raise _DecidedError(num_met >= num_needed)
+        if num_missed > len(records) - num_needed:
+            return False
+        return True if num_met >= num_needed else None
 
     def figures(self, candidate: Candidate, rate: float) -> Figures:
         dollars = self.machines.dollars_per_hour(candidate)

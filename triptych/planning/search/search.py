@@ -166,12 +166,14 @@ class _Search:
     full: dict[Candidate, Found] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
     skipped: set[Candidate] = field(default_factory=set)
+    rest: list[Candidate] = field(default_factory=list)  # all placements, the best guess first
     told: set[Candidate] = field(default_factory=set)  # that the study has been told to try
 
     def run(self) -> Outcome:
         study = self._study()
         fitting = [one for one in self.space.bases() if _fits(self.evaluator, one, self.rejected)]
         _require_some(fitting, self.rejected)
+        self.rest = sorted(fitting, key=lambda one: -self._guessed_score(one))
         first = self._first(fitting)
         self._suggest(study, first)
         done = 0
@@ -218,6 +220,8 @@ class _Search:
         asked = [study.ask(self._distributions()) for _ in range(number)]
         candidates = [self.space.at(trial.params) for trial in asked]
         fresh = [one for one in dict.fromkeys(candidates) if one is not None and self._is_fresh(one)]
+        spare = number - len(fresh)  # proposed again, or hopeless: others have a chance
+        fresh += islice((one for one in self.rest if one not in fresh and self._is_fresh(one)), spare)
         self._run_short(fresh)
         self._run_full(fresh)
         for trial, candidate in zip(asked, candidates, strict=True):
