@@ -32,6 +32,16 @@ def test_the_goodput_attains_and_what_is_above_it_does_not():
     assert goodput < evaluator.bound(SPLIT)
 
 
+def test_a_rate_at_which_queues_grow_is_not_kept_because_the_first_half_was_served_in_time():
+    """The later half of 400 requests misses an objective that all together just meet."""
+    load = make_load(400, answer=3)
+    evaluator = make_evaluator(load, ttft_ms=60_000.0, tpot_ms=None)
+    goodput = evaluator.goodput(SPLIT)
+    rates = [goodput * times for times in (1.02, 1.05, 1.1, 1.2, 1.4)]
+    hidden = [rate for rate in rates if evaluator.figures(SPLIT, rate).slo_attainment >= 0.9]
+    assert hidden and not any(evaluator.attains(SPLIT, rate) for rate in hidden)
+
+
 def test_where_the_search_begins_changes_little():
     evaluator = make_evaluator(QUICK)
     goodput = evaluator.goodput(SPLIT)
