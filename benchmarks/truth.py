@@ -125,10 +125,9 @@ def _profile(options: argparse.Namespace) -> Profile:
         return Profile.load(options.profile)
     wait_until_quiet(options.wait, [])
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "profile.json")
-        command = [sys.executable, "-m", "triptych.cli", "profile", "--threads", "1", "--output", str(path)]
-        subprocess.run([*command, "--quick"] if options.quick else command, check=True)
-        return Profile.load(path)
+        command = [sys.executable, "-m", "triptych.cli", "profile", "--threads", "1", "--output", "profile.json"]
+        subprocess.run([*command, "--quick"] if options.quick else command, check=True, cwd=folder)
+        return Profile.load(Path(folder, "profile.json"))
 
 
 def wait_until_quiet(limit_s: float, pids: list[int]) -> None:
