@@ -9,10 +9,9 @@ Simulated with the first case of `scale.py` at rates in proportion to the number
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from measuring import write_result
+from measuring import add_result_options, write_result
 from scale import Case, cases
 
 from triptych.config import AdmissionConfig
@@ -44,8 +43,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest run that goes through everything")
-    parser.add_argument("--json", type=Path, help="benchmarks/results/decode-choice-DATE.json if left out")
+    add_result_options(parser)
     return parser.parse_args()
 
 

@@ -135,7 +135,14 @@ def add_common_options(parser: argparse.ArgumentParser, *, rounds: int, requests
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--requests", type=int, default=requests, help="of each engine in each round")
     parser.add_argument("--serve", default="", help="more arguments for every triptych serve")
-    parser.add_argument("--quick", action="store_true", help="the smallest run that goes through everything")
+    add_result_options(parser)
+
+
+def add_result_options(
+    parser: argparse.ArgumentParser, quick: str = "the smallest run that goes through everything"
+) -> None:
+    """What `write_result` asks for."""
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", type=Path, help="benchmarks/results/NAME-DATE.json if left out; none with --quick")
 
 

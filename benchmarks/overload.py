@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import psutil
 from checkpoints import Checkpoint, Decoder, Tower
-from measuring import fresh_seed, verdict, write_result
+from measuring import add_result_options, fresh_seed, verdict, write_result
 from servers import instances, triptych_server, wait_until_idle
 
 from triptych.bench import BenchOptions, measure
@@ -140,8 +140,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload; half as long for each other rate")
     parser.add_argument("--requests", type=int, default=150, help="of the closed loop")
-    parser.add_argument("--quick", action="store_true", help="the smallest run that goes through everything")
-    parser.add_argument("--json", type=Path, help="benchmarks/results/overload-DATE.json if left out")
+    add_result_options(parser)
     options = parser.parse_args()
     if options.quick:
         options.seconds, options.requests = 6.0, 24

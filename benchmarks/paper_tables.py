@@ -18,12 +18,11 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from measuring import write_result
+from measuring import add_result_options, write_result
 
 from triptych.config import AdmissionConfig
 from triptych.core import Placement, Role
@@ -331,8 +330,7 @@ CELLS = [
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only the batch sizes of the paper's optimum")
-    parser.add_argument("--json", type=Path, help="benchmarks/results/paper-tables-DATE.json if left out")
+    add_result_options(parser, quick="only the batch sizes of the paper's optimum")
     return parser.parse_args()
 
 

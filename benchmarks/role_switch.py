@@ -12,12 +12,11 @@ import argparse
 import itertools
 import threading
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
-from measuring import fresh_seed, verdict, write_result
+from measuring import add_result_options, fresh_seed, verdict, write_result
 from servers import instances, triptych_server, wait_until_idle
 
 from triptych.bench import BenchOptions, measure
@@ -110,8 +109,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of all 42 pairs")
     parser.add_argument("--requests", type=int, default=200, help="before, and as many during switches")
-    parser.add_argument("--quick", action="store_true", help="the smallest run that goes through everything")
-    parser.add_argument("--json", type=Path, help="benchmarks/results/role-switch-DATE.json if left out")
+    add_result_options(parser)
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.requests = 1, 12

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from measuring import RESULTS, STARTED_AT, write_result
+from measuring import RESULTS, STARTED_AT, add_result_options, write_result
 from router_costs import ServerCosts, measured
 
 from triptych.config import AdmissionConfig
@@ -239,8 +238,7 @@ def _told(case: Case) -> dict[str, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest run that goes through everything")
-    parser.add_argument("--json", type=Path, help="benchmarks/results/scale-DATE.json if left out; none with --quick")
+    add_result_options(parser)
     return parser.parse_args()
 
 

@@ -2,46 +2,22 @@
 
 import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx
 import psutil
 
+from triptych.bench.serving import server
+
 TICK_S = 0.2
 
 
-@contextmanager
-def triptych_server(*arguments: object) -> Iterator[tuple[str, int]]:
+def triptych_server(*arguments: object) -> AbstractContextManager[tuple[str, int]]:
     """Base URL and process id of `triptych serve` with these arguments, on a port that the system chooses."""
-    command = [
-        sys.executable,
-        "-m",
-        "triptych.cli",
-        "serve",
-        *map(str, arguments),
-        "--port",
-        "0",
-        "--log-level",
-        "warning",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+", line)
-        if found is None:
-            raise RuntimeError(f"the server did not start: {line!r}")
-        yield found.group(), process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+    return server([str(argument) for argument in arguments])
 
 
 def instances(url: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from measuring import verdict, write_result
+from measuring import add_result_options, verdict, write_result
 
 from triptych.core import Placement, Role
 from triptych.planning.costs.cost_model import Costs
@@ -35,7 +35,7 @@ from triptych.planning.simulation.adaptation import Adaptation
 from triptych.planning.simulation.frontend import Record
 from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Simulation
-from triptych.planning.workloads.workload import Demand, Phase, poisson
+from triptych.planning.workloads.demand import Demand, Phase, poisson
 
 START = "5e1p2d"
 NUM_INSTANCES = 8
@@ -177,8 +177,7 @@ def _show(name: str, row: dict[str, Any], note: str) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one arrival trace of each")
-    parser.add_argument("--json", default=None, help="benchmarks/results/shifting-load-DATE.json if left out")
+    add_result_options(parser, quick="one arrival trace of each")
     return parser.parse_args()
 
 

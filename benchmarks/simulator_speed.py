@@ -9,10 +9,9 @@ the simulated server refuses, because they would have to wait longer than five m
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
-from measuring import verdict, write_result
+from measuring import add_result_options, verdict, write_result
 
 from triptych.core import Placement
 from triptych.planning.costs.reference import PAPER_COSTS, PICTURE_4K
@@ -62,8 +61,7 @@ def simulate(placement: str, rate: float, num_requests: int) -> dict[str, Any]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--quick", action="store_true", help="2,000 requests, and no file")
-    parser.add_argument("--json", type=Path, help="benchmarks/results/NAME-DATE.json if left out; none with --quick")
+    add_result_options(parser, quick="2,000 requests")
     options = parser.parse_args()
     if options.quick:
         options.requests = 2000

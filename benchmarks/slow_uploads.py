@@ -17,13 +17,12 @@ import math
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import psutil
-from measuring import verdict, write_result
+from measuring import add_result_options, verdict, write_result
 from PIL import Image
 from servers import triptych_server
 
@@ -164,8 +163,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=10.0, help="that an upload takes")
-    parser.add_argument("--quick", action="store_true", help="the smallest run that goes through everything")
-    parser.add_argument("--json", type=Path, help="benchmarks/results/slow-uploads-DATE.json if left out")
+    add_result_options(parser)
     options = parser.parse_args()
     if options.quick:
         options.clients, options.seconds = 20, 2.0

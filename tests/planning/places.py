@@ -8,7 +8,7 @@ from triptych.planning.search.load import Load
 from triptych.planning.search.machines import FixedMachines
 from triptych.planning.search.space import Candidate
 from triptych.planning.simulation.instance import Sizes
-from triptych.planning.workloads.workload import Item, Phase, poisson
+from triptych.planning.workloads.demand import Item, Phase, poisson
 
 COSTS = Costs(
     encode_row=0.001, prefill_step=0.01, prefill_token=0.0004, decode_step=0.01, decode_sequence=0.001, message=0.0

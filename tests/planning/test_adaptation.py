@@ -8,7 +8,7 @@ from triptych.planning.simulation.adaptation import Adaptation
 from triptych.planning.simulation.frontend import Record
 from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Simulation
-from triptych.planning.workloads.workload import Phase, poisson
+from triptych.planning.workloads.demand import Phase, poisson
 
 QUICK = Sizes(heartbeat_s=1.0)
 

@@ -11,7 +11,7 @@ from tests.planning.places import COSTS, make_candidate, make_evaluator, make_lo
 from triptych.latency import Objectives
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.search import bounds
-from triptych.planning.workloads.workload import Demand, Item
+from triptych.planning.workloads.demand import Demand, Item
 
 PLACEMENTS = "1epd 2epd 1e1p1d 3e1p1d 2e1pd 1e2pd 2ep1d 1ed1p 1e1epd".split()
 

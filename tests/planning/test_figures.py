@@ -13,7 +13,7 @@ from triptych.planning.simulation.figures import Figures, highest_rate, idle_sha
 from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.metrics import tell
 from triptych.planning.simulation.simulator import Options, Simulation
-from triptych.planning.workloads.workload import Demand
+from triptych.planning.workloads.demand import Demand
 from triptych.telemetry import Telemetry
 
 PLAIN = Costs(prefill_token=0.01, decode_step=0.1, message=0.0, transfer=0.0)

@@ -13,7 +13,7 @@ from triptych.planning.costs.shapes import find_shape
 from triptych.planning.quantities import Bytes
 from triptych.planning.search.machines import ProfiledMachines, Reach, require_room
 from triptych.planning.simulation.instance import Sizes
-from triptych.planning.workloads.workload import Demand, Item
+from triptych.planning.workloads.demand import Demand, Item
 
 SHAPE, DEVICE = find_shape("qwen2.5-vl-7b"), find_device("A100-80G")
 PROFILES = {degree: analytic_profile(SHAPE, DEVICE, tensor_parallel=degree) for degree in (1, 2)}

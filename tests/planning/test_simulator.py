@@ -15,7 +15,7 @@ from triptych.planning.simulation.failures import Failure
 from triptych.planning.simulation.frontend import Record
 from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Options, Simulation
-from triptych.planning.workloads.workload import Demand, Item, Phase, poisson
+from triptych.planning.workloads.demand import Demand, Item, Phase, poisson
 
 PLAIN = Costs(  # every number has its own decimal place, so that a sum says what is in it
     encode_row=0.1, prefill_token=0.01, decode_step=0.001, decode_sequence=0.0001, message=0.0, transfer=0.00001

@@ -1,7 +1,7 @@
 """Costs and workloads that others can check: the paper's (arXiv 2501.05460), and the built-in model's."""
 
 from triptych.planning.costs.cost_model import Costs
-from triptych.planning.workloads.workload import Demand, Item, Phase, poisson
+from triptych.planning.workloads.demand import Demand, Item, Phase, poisson
 
 # One 4032x3024 picture for MiniCPM-V 2.6: 10 slices of 64 rows. The paper's code encodes a picture on one instance
 # (only whole pictures of a request are spread), so it is one unit.

@@ -16,12 +16,10 @@ from msgspec import Meta, structs
 from triptych.errors import ConfigError
 from triptych.planning.quantities import PerSecond, Seconds
 from triptych.planning.workloads.arrivals import AllAtOnce, Arrivals, Floats, first_times, times_within
-from triptych.planning.workloads.demand import Demand, Item, Phase, Rows, poisson
+from triptych.planning.workloads.demand import Demand, Rows
 from triptych.planning.workloads.distributions import Integers, Number, Positive, pick
 from triptych.planning.workloads.kinds import Kind, requests
 from triptych.planning.workloads.traces import Trace
-
-__all__ = ["Demand", "Item", "Kind", "Period", "Phase", "Rows", "Slo", "Trace", "Workload", "poisson"]
 
 MOST_REQUESTS = 10_000_000
 NumRequests = Annotated[int, Meta(ge=1, le=MOST_REQUESTS)]
