@@ -73,12 +73,14 @@ def temporary(folder: Path) -> Path:
     return path
 
 
-OPENMP = "__KMP_REGISTERED_LIB_"  # its runtime's own, one for each process of the machine that has it now
+# Of whatever else runs on the machine: OpenMP's runtime has one for each process, and multiprocessing's semaphores, of
+# which no server has any, are named while they are in use.
+OTHERS = ("__KMP_REGISTERED_LIB_", "sem.mp-")
 
 
 def left_behind(where: Path | None = None) -> set[str]:
     """Shared memory of all servers of this user, and socket folders of those that put them there: by default of all."""
-    shared = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith(OPENMP)}
+    shared = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith(OTHERS)}
     paths = (where or Path(tempfile.gettempdir())).glob("triptych-*")
     return shared | {str(path) for path in paths if path.is_socket() or path.is_dir()}
 

@@ -12,6 +12,7 @@ from triptych.messages import Alive, Unreachable
 
 logger = logging.getLogger(__name__)
 
+END_SHOWS_S = 0.2  # in which the end of a process that breaks a pull is known
 KILL_GRACE_S = 2.0  # for a killed process to end; one that hangs in the kernel is given up then
 
 
@@ -48,18 +49,26 @@ class Watch:
         self._liveness.alive(message.instance, message.turning_s)
 
     def unreachable(self, message: Unreachable) -> None:
-        """Complaints about an incarnation that is gone, or of which somebody is being killed, are no news."""
+        """A pull failed. Who is to blame is not asked at once: the end of a process breaks pulls before it is seen."""
+        if self._is_news(message):
+            logger.warning("%s cannot read from %s: %s", message.reader, message.holder, message.error)
+            asyncio.get_running_loop().call_later(END_SHOWS_S, self._judge, message)
+
+    def _is_news(self, message: Unreachable) -> bool:
+        """Not of an incarnation that is gone, nor of one of whom somebody is being killed."""
         reader, holder = self._instances.get(message.reader), self._instances.get(message.holder)
         if holder is None or holder.peer is None or holder.peer.epoch != message.epoch or reader is None:
-            return
-        text = f"{message.reader} cannot read from {message.holder}: {message.error}"
-        logger.warning("%s", text)
-        if holder.accusation is not None or reader.accusation is not None:
+            return False
+        return holder.accusation is None and reader.accusation is None
+
+    def _judge(self, message: Unreachable) -> None:
+        if not self._is_news(message):
             return
         blamed = self._liveness.unreachable(message.reader, message.holder)
         if blamed is not None:
             self._instances[blamed].is_out_of_reach = True
-            self.accuse(self._instances[blamed], text)
+            reason = f"{message.reader} cannot read from {message.holder}: {message.error}"
+            self.accuse(self._instances[blamed], reason)
 
     def accuse(self, instance: Instance, reason: str) -> None:
         """Kills it; what follows is the same as if it had died by itself."""
