@@ -4,8 +4,9 @@ The real code: a server with the built-in model under `triptych bench`, the same
 the dispatcher of the router with tables of many instances.
 """
 
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,8 +17,9 @@ import psutil
 import zmq
 
 from triptych import messages
-from triptych.bench.serving import Load as Requests
-from triptych.bench.serving import cpu_s, server, serving_costs
+from triptych.bench import BenchOptions, measure
+from triptych.bench.serving import cpu_s, server
+from triptych.bench.workload import picture
 from triptych.core import (
     BlockHashes,
     EncodeUnit,
@@ -32,13 +34,27 @@ from triptych.core import (
 )
 from triptych.engine.sockets import Inbox, Post
 from triptych.messages import AnyMessage, Load, Peer, PoolUsage, SlabDescription, Table
+from triptych.planning.costs.fit import Fit, Sample, fit
 from triptych.router.attempts import Task
 from triptych.router.dispatch import Dispatcher
 from triptych.router.generation import Generation, PreparedPrompt
 from triptych.router.output import Output
 from triptych.router.waiting import Kind
 
+
+@dataclass(frozen=True)
+class Requests:
+    """One run of the load generator, with so many clients."""
+
+    requests: int
+    output_tokens: int
+    images: int = 0
+    side: int = 224  # pixels
+    concurrency: int = 2
+
+
 SERVE = ("--placement", "1e1p1d", "--threads", "1")
+NAMES = ("request", "step", "token", "media_byte")
 # Also many at a time: one message has the tokens of a whole step, one turn of the event loop takes many messages.
 BUSY = (
     Requests(192, 1, concurrency=32),
@@ -85,7 +101,7 @@ class ServerCosts:
 
 
 def measured(*, quick: bool) -> ServerCosts:
-    found = serving_costs(SERVE, QUICK if quick else BUSY, lambda what: None).server
+    found = _served(QUICK if quick else BUSY)
     send_s, receive_s = _mail()
     tables = {number: messages.encode(_table(number)) for number in TABLE_SIZES}
     return ServerCosts(
@@ -98,6 +114,43 @@ def measured(*, quick: bool) -> ServerCosts:
         table_bytes={number: len(frame) for number, frame in tables.items()},
         residual=msgspec.structs.asdict(found.residual),
     )
+
+
+# ---- requests and tokens
+
+
+def _served(loads: Sequence[Requests]) -> Fit:
+    """CPU seconds of the server process, by least squares over runs that differ in requests, steps, tokens, bytes."""
+    with server(SERVE) as (url, pid):
+        return fit([_sample(url, pid, load) for load in loads], NAMES)
+
+
+def _sample(url: str, pid: int, load: Requests) -> Sample:
+    options = BenchOptions(
+        url=url,
+        requests=load.requests,
+        concurrency=load.concurrency,
+        images=load.images,
+        image_sizes=(f"{load.side}x{load.side}",),
+        output_tokens=load.output_tokens,
+        ignore_eos=True,
+        seed=secrets.randbits(30),
+        warmup=0,
+    )
+    began_s, steps_before = cpu_s(pid), _num_steps(url)
+    summary = measure(options).summary
+    seconds, num_steps = cpu_s(pid) - began_s, _num_steps(url) - steps_before
+    if summary.num_failed:
+        raise RuntimeError(f"requests failed: {summary.errors}")
+    media_bytes = load.images * len(picture((0, 0, 0), load.side, load.side, "jpeg"))
+    amounts = (load.requests, num_steps, load.requests * load.output_tokens, load.requests * media_bytes)
+    return Sample(dict(zip(NAMES, map(float, amounts), strict=True)), seconds)
+
+
+def _num_steps(url: str) -> float:
+    """Of all instances, each of which sends one message with what it sampled."""
+    lines = httpx.get(f"{url}/metrics").raise_for_status().text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("triptych:steps_total"))
 
 
 # ---- reports

@@ -27,12 +27,11 @@ from measuring import FOREIGN_LIMIT, Engine, Round, add_common_options, disturba
 from servers import ForeignLoad, triptych_server
 
 from triptych.bench.workload import picture
-from triptych.config import GIB, SHARED_DECODE_INTERVAL_MS
-from triptych.core import Placement, Role
+from triptych.core import Placement
 from triptych.planning import files
 from triptych.planning.costs.profile import Profile
+from triptych.planning.simulation.calibration import capacity
 from triptych.planning.simulation.frontend import Record
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand, Item
 
@@ -40,7 +39,6 @@ MEDIAN_LIMIT, WORST_LIMIT = 0.15, 0.30
 QUICK_LIMIT = 1.0
 ROWS = 16  # of any picture of the sizes here, with the built-in model
 LEAD_TOKENS = 8  # of its chat template, before the first picture
-CAPACITY_REQUESTS = 200
 FIGURES = ("ttft", "tpot", "throughput")
 FEWEST, MOST = 16, 400  # requests of one run
 LOOK_S = 1.0
@@ -144,7 +142,8 @@ def wait_until_quiet(limit_s: float, pids: list[int]) -> None:
 
 
 def _compare(case: Case, profile: Profile, engine: Engine, number: int, seconds: float) -> dict[str, Any]:
-    rate = case.load * _capacity(case, profile)
+    placement = Placement.parse(case.placement)
+    rate = case.load * capacity(profile.costs(), profile.as_served(placement), placement, _demand(case))
     requests = round(min(MOST, max(FEWEST, rate * seconds)))
     live = one_round(
         engine,
@@ -169,41 +168,28 @@ def _compare(case: Case, profile: Profile, engine: Engine, number: int, seconds:
 
 def _demands(case: Case, live: Round) -> list[Demand]:
     """The requests that the live engine got: when, and of which size."""
-    nbytes = len(picture((0, 0, 0), case.side, case.side, "jpeg")) if case.images else 0
-    item = Item((ROWS,), case.side * case.side, nbytes)
     return [
-        Demand(
-            record["scheduled_s"],
-            (item,) * case.images,
-            record["prompt_tokens"] - ROWS * case.images,
-            record["completion_tokens"],
-            lead_tokens=LEAD_TOKENS,
+        replace(
+            _demand(case),
+            at_s=record["scheduled_s"],
+            text_tokens=record["prompt_tokens"] - ROWS * case.images,
+            output_tokens=record["completion_tokens"],
         )
         for record in live["requests"]
     ]
 
 
-def _simulate(case: Case, profile: Profile, demands: Sequence[Demand], foreign_cores: float = 0.0) -> list[Record]:
+def _demand(case: Case) -> Demand:
+    nbytes = len(picture((0, 0, 0), case.side, case.side, "jpeg")) if case.images else 0
+    item = Item((ROWS,), case.side * case.side, nbytes)
+    media = (item,) * case.images
+    return Demand(0.0, media, case.text_tokens, case.output_tokens, lead_tokens=LEAD_TOKENS)
+
+
+def _simulate(case: Case, profile: Profile, demands: Sequence[Demand], foreign_cores: float) -> list[Record]:
     placement, costs = Placement.parse(case.placement), profile.costs()
     costs = replace(costs, cores=max(LEAST_CORES, costs.cores - foreign_cores))
-    crowded = len(placement.roles) > (profile.costs_of_steps.cores or len(placement.roles))
-    sizes = {role: _sizes(profile, role, crowded) for role in set(placement.roles)}
-    return Simulation(placement, costs, sizes).run(demands)
-
-
-def _sizes(profile: Profile, role: Role, crowded: bool) -> Sizes:
-    """What `triptych serve` gives an instance."""
-    interval_ms = SHARED_DECODE_INTERVAL_MS if crowded else 0.0
-    return profile.sizes(role, kv_bytes=GIB, prefix_caching=True, decode_interval_ms=interval_ms)
-
-
-def _capacity(case: Case, profile: Profile) -> float:
-    """Requests a second, if there are always some: many at once, so that the first and the last weigh little."""
-    demand = {"prompt_tokens": case.text_tokens + ROWS * case.images, "completion_tokens": case.output_tokens}
-    requests = [{**demand, "scheduled_s": 0.0} for _ in range(CAPACITY_REQUESTS)]
-    records = _simulate(case, profile, _demands(case, {"requests": requests}))
-    ends = sorted(record.finished_s for record in records if record.finished_s is not None)
-    return CAPACITY_REQUESTS / ends[-1]
+    return Simulation(placement, costs, profile.as_served(placement)).run(demands)
 
 
 def _live(found: Round) -> dict[str, float]:

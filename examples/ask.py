@@ -1,29 +1,48 @@
-"""Asks a question about pictures: python examples/ask.py "What colour is the circle in picture 1?" picture.png"""
+"""Asks a server about pictures: .venv/bin/python examples/ask.py "What colour is the circle?" picture.png"""
 
+import argparse
 import base64
+import mimetypes
 import sys
 from pathlib import Path
 
-from openai import OpenAI
-
-
-def image_part(path: str) -> dict[str, object]:
-    data = base64.b64encode(Path(path).read_bytes()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+import httpx
+from openai import OpenAI, OpenAIError
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    question, *paths = sys.argv[1:]
-    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
-    content = [*map(image_part, paths), {"type": "text", "text": question}]
-    stream = client.chat.completions.create(
-        model="triptych-demo", messages=[{"role": "user", "content": content}], stream=True
-    )
-    for chunk in stream:
-        print(chunk.choices[0].delta.content or "", end="", flush=True)
-    print()
+    options = parsed()
+    client = OpenAI(base_url=f"{options.url.rstrip('/')}/v1", api_key=options.api_key)
+    try:
+        content = [*map(image_part, options.pictures), {"type": "text", "text": options.question}]
+        stream = client.chat.completions.create(
+            model=options.model or client.models.list().data[0].id,
+            messages=[{"role": "user", "content": content}],
+            stream=True,
+        )
+        for chunk in stream:
+            print(chunk.choices[0].delta.content or "", end="", flush=True)
+        print()
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}")
+    except (OpenAIError, httpx.HTTPError) as error:
+        sys.exit(f"{options.url}: {error}")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("question")
+    parser.add_argument("pictures", nargs="*", metavar="picture", type=Path)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (%(default)s)")
+    parser.add_argument("--model", help="what the server calls it; the first that it lists if left out")
+    parser.add_argument("--api-key", default="none", help="where the server wants one")
+    return parser.parse_args()
+
+
+def image_part(path: Path) -> dict[str, object]:
+    kind = mimetypes.guess_type(path)[0] or "image/png"
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
 
 
 main()

@@ -41,6 +41,15 @@ def test_a_step_is_a_slice_on_the_track_of_its_instance():
     assert track["args"] == {"name": "i1"}
 
 
+def test_an_instance_that_was_told_to_end_is_not_lost():
+    events = written(
+        ("instance", "i0", "e", 0.0), ("stopped", "i0", 1.0), ("instance", "i1", "d", 0.0), ("lost", "i1", 1.0)
+    )
+    assert [(event["tid"], event["name"]) for event in of(events, ph="i")] == [
+        (1, "e"), (1, "stopped"), (2, "d"), (2, "lost")
+    ]  # fmt: skip
+
+
 def test_a_step_of_an_unknown_size_says_nothing_of_it():
     (step,) = of(written(("step", "i0", "encode", 0.0, 1.0)), ph="X")
     assert "args" not in step

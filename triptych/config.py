@@ -1,7 +1,8 @@
 """Frozen configuration, validated once and passed down in parts: a class takes the part it needs."""
 
 import re
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -161,8 +162,50 @@ def checked(cls: type[Config], **fields: Any) -> Config:
         return msgspec.convert(fields, cls)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
-        field = path.rstrip("`").partition("[")[0]
-        allowed = get_type_hints(cls).get(field)
-        if get_origin(allowed) is Literal:
-            message = f"{fields[field]!r} is none of {', '.join(get_args(allowed))}"
-        raise ConfigError(f"{field}: {message}, got {fields.get(field)!r}") from None
+        field, _, inside = path.rstrip("`").partition("[")
+        allowed = get_type_hints(cls, include_extras=True).get(field)
+        if inside and get_origin(allowed) is dict:
+            allowed = get_args(allowed)[1]
+        raise ConfigError(f"{field}: {refusal(fields.get(field), allowed, message)}") from None
+
+
+# ---- what is wrong with a value, in words
+
+BOUNDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "array": "a list",
+    "object": "keys and values",
+    "null": "nothing",
+}
+EXPECTED = re.compile(r"Expected `([^`]*)`")
+
+
+def refusal(value: Any, allowed: Any, message: str) -> str:
+    """Of a value that msgspec refused with this message where `allowed` was annotated."""
+    if get_origin(allowed) is Literal:
+        return f"{value!r} is none of {', '.join(get_args(allowed))}"
+    valid = valid_range(allowed)
+    if valid:
+        return f"{value!r:.100} is not valid; {valid}"
+    expected = EXPECTED.match(message)
+    if expected is None:
+        return f"{message}, got {value!r:.100}"
+    names = [TYPES.get(name, name) for name in expected[1].split(" | ")]
+    return f"expected {' or '.join(names)}, got {value!r:.100}"
+
+
+def valid_range(kind: Any) -> str:
+    """The bounds of an annotated number; empty where there are none."""
+    if get_origin(kind) in (Union, UnionType):
+        return next(filter(None, map(valid_range, get_args(kind))), "")
+    if get_origin(kind) is not Annotated:
+        return ""
+    base, *notes = get_args(kind)
+    limits = {bound: getattr(note, bound, None) for note in notes for bound in BOUNDS}
+    bounds = [f"{BOUNDS[bound]} {limit:.10g}" for bound, limit in limits.items() if limit is not None]
+    number = "a whole number" if base is int else "a number"
+    return f"{number} {' and '.join(bounds)} is needed" if bounds and base in (int, float) else ""

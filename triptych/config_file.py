@@ -1,10 +1,12 @@
 """Options of a command from a YAML file: its keys are the names of the flags, with hyphens or underscores, as in vLLM.
 
-JSON is YAML. What stands on the command line wins: the file only gives other defaults.
+JSON is YAML. What stands on the command line wins: the file only gives other defaults. What is wrong is told in the
+words of whoever said it: keys of the file, or flags.
 """
 
 import difflib
 import functools
+import inspect
 import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -15,11 +17,12 @@ import msgspec
 import typer
 import yaml
 
-from triptych.config import require
+from triptych.config import refusal, require
 from triptych.errors import ConfigError
 
 JSON = "JSON"  # metavar of a flag whose text is JSON: in a file it may be a mapping
 NO_KEYS = {"context", "config", "return"}  # of what a command is annotated with
+NO_FLAGS = {"context", "model"}  # of its parameters
 FILE = "file"  # in the notes of a context
 
 Options = ParamSpec("Options")
@@ -35,8 +38,24 @@ def load(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def naming_flags(command: Callable[Options, Result]) -> Callable[Options, Result]:
+    """A command whose ConfigErrors about fields name its flags."""
+    known = inspect.signature(command).parameters.keys() - NO_FLAGS
+
+    @functools.wraps(command)
+    def run(*args: Options.args, **options: Options.kwargs) -> Result:
+        try:
+            return command(*args, **options)
+        except ConfigError as error:
+            raise ConfigError(_with_flags(str(error), known)) from error
+
+    return run
+
+
 def naming_the_file(command: Callable[Options, Result]) -> Callable[Options, Result]:
-    """A command that takes its context, and whose ConfigErrors about values from the file say which file."""
+    """A command that takes its context, and whose ConfigErrors say which file about values from there, and name its
+    flags about all others."""
+    known = inspect.signature(command).parameters.keys() - NO_FLAGS
 
     @functools.wraps(command)
     def run(*args: Options.args, **options: Options.kwargs) -> Result:
@@ -47,9 +66,11 @@ def naming_the_file(command: Callable[Options, Result]) -> Callable[Options, Res
             given = [key for key in context.default_map or {} if _is_from_file(context, key)]
             key = _blamed(str(error), given)
             if key is None:
-                raise
-            named = "" if _words(str(error))[0] == key else f"{key}: "
-            raise ConfigError(f"{context.meta[FILE]}: {named}{error}") from error
+                raise ConfigError(_with_flags(str(error), known)) from error
+            field, colon, message = str(error).partition(": ")
+            said = message if colon and _without_unit(field) == _without_unit(key) else str(error)
+            named = "" if _words(said)[0] == key else f"{key}: "
+            raise ConfigError(f"{context.meta[FILE]}: {named}{said}") from error
 
     return run
 
@@ -112,8 +133,7 @@ def _value(where: str, value: Any, hint: Any) -> Any:
     try:
         return msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:
-        expected = str(error).partition(", got ")[0]
-        raise ConfigError(f"{where}: {expected}, got {value!r:.100}") from None
+        raise ConfigError(f"{where}: {refusal(value, wanted, str(error))}") from None
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -146,3 +166,16 @@ def _words(message: str) -> list[str]:
 
 def _without_unit(name: str) -> str:
     return re.sub(r"_(bytes|gib|mib)$", "", name)
+
+
+def _with_flags(message: str, known: Iterable[str]) -> str:
+    """Fields that a message begins with, or tells the value of, as the flags that they come from."""
+    flags = {_without_unit(name): f"--{name.replace('_', '-')}" for name in known}
+
+    def named(field: re.Match[str]) -> str:
+        return flags.get(_without_unit(field[0]), field[0])
+
+    head, colon, rest = message.partition(": ")
+    if colon and re.fullmatch(r"\w+(, \w+)*", head):
+        head = re.sub(r"\w+", named, head)
+    return head + colon + re.sub(r"\b\w+(?==)", named, rest)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import zmq
 from starlette.applications import Starlette
 
 from triptych.cluster.local import LocalCluster
@@ -37,7 +36,7 @@ from triptych.control.controller import Controller
 from triptych.control.instances import Cluster
 from triptych.core import InstanceId, Placement, Role, Stage
 from triptych.engine.pools import fitting_model_len
-from triptych.engine.sockets import Inbox, Post
+from triptych.engine.sockets import Inbox, Post, make_context
 from triptych.errors import ConfigError, InstanceError
 from triptych.messages import Alive, Ready, Switched, Unreachable
 from triptych.model.processor import Processor
@@ -131,7 +130,7 @@ async def serve(
         _run_dir() as run_dir,
         _listen(options.server.host, options.server.port) as listener,
     ):
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        context = make_context(len(options.placement.roles))
         inbox, post = Inbox(context, f"ipc://{run_dir}/frontend"), Post(context)
         configure = partial(instance_config, options, run_dir)
         controller = Controller(cluster or LocalCluster(), post, configure, options.control)
@@ -289,7 +288,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return bind(host, port)
     except OSError as error:
-        raise ConfigError(f"host, port: cannot listen on {host}:{port}: {error.strerror}") from error
+        taken = f"cannot listen on {host}:{port}: {error.strerror}; is another port free?"
+        raise ConfigError(f"host, port: {taken}") from error
 
 
 def _timeline(path: str | None) -> contextlib.AbstractContextManager[Timeline | None]:

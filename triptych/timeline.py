@@ -51,8 +51,11 @@ class Timeline:
 
     def lost(self, instance: str, at_s: float) -> None:
         """It failed. If it comes back, that is told as if it were new."""
-        self._roles[instance] = "lost"
-        self._mark(instance, "lost", at_s)
+        self._gone(instance, "lost", at_s)
+
+    def stopped(self, instance: str, at_s: float) -> None:
+        """It ended as it was told to."""
+        self._gone(instance, "stopped", at_s)
 
     # ---- requests
 
@@ -89,6 +92,10 @@ class Timeline:
             self.ended(request, self._last_s, "unfinished")
         self._stream.write(b"\n]\n")
         self._stream.flush()
+
+    def _gone(self, instance: str, how: str, at_s: float) -> None:
+        self._roles[instance] = how
+        self._mark(instance, how, at_s)
 
     def _track(self, instance: str) -> int:
         if instance not in self._numbers:

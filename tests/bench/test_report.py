@@ -1,8 +1,9 @@
 import pytest
+from rich.console import Console
 
 from triptych.bench.client import Answer
 from triptych.bench.options import BenchOptions
-from triptych.bench.report import CpuSeconds, Record, Summary
+from triptych.bench.report import CpuSeconds, Record, Summary, show
 
 
 def answer(sent_at: float, *token_times: float, tokens: int | None = None) -> Answer:
@@ -36,6 +37,17 @@ def test_failures_count_as_misses_and_as_nothing_else() -> None:
     assert summary.output_tokens_per_s == 3
     assert summary.ttft_ms is not None
     assert summary.ttft_ms.p50 == pytest.approx(500)
+
+
+def test_answers_that_arrive_in_one_piece_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*answers: Answer) -> str:
+        records = [Record.of(i, 0, 0, one) for i, one in enumerate(answers)]
+        show(Console(width=200), Summary.of_run(BenchOptions(), records, 2.0, CpuSeconds(0.1)))
+        return capsys.readouterr().out
+
+    whole, streamed = answer(0, 0.5, tokens=64), answer(0, 0.5, 0.502, 0.504, tokens=3)
+    assert "2 of 3 answers arrived in one piece" in told(whole, streamed, whole)
+    assert "in one piece" not in told(streamed, answer(0, 0.5, tokens=1), Answer(0.0, error="x"))
 
 
 def test_nothing_but_failures_is_still_a_summary() -> None:

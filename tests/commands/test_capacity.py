@@ -38,6 +38,18 @@ def test_weights_that_do_not_fit_are_said_in_the_table() -> None:
     assert "only disaggregated does it fit." in output.splitlines()[-1]
 
 
+def test_what_fits_nowhere_is_said_with_what_is_missing_and_what_to_do() -> None:
+    output = call("internvl2-26b", "--gpu", "RTX-4090")
+    assert output.count("GB short") == 6 and "-" not in output.splitlines()[3].partition("free")[2]
+    assert "on epd (weights do not fit): neither fits; a larger --gpu is needed." in output
+
+
+def test_sizes_of_a_small_model_have_small_units() -> None:
+    output = call()
+    assert output.startswith("triptych-demo: 3.2 million parameters, 1.3 million of them in the encoder; 6.14 MB of KV")
+    assert "7.63 MB" in output
+
+
 def test_that_disaggregation_gains_nothing_is_said() -> None:
     output = call("internvl2-8b", "--max-num-batched-tokens", "2048", "--max-encode-tokens", "1024")
     assert output.splitlines()[-1].endswith("for memory alone, disaggregation gains nothing here.")
@@ -63,6 +75,7 @@ def test_model_is_a_checkpoint_or_its_config_and_the_device_a_file(tmp_path: Pat
         found = json.loads(call(str(model), "--gpu", str(hardware), "--image", "64x64", "--json"))
         assert found["gpu"] == {"name": "toy", "memory_bytes": 8_000_000}
         assert found["model"]["context"] == 4096
+        assert found["model"]["name"] == "tiny"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
-"""`triptych profile`: what is wrong with the flags is said before anything is measured."""
+"""`triptych profile`: what is wrong with the flags is said before anything is measured; what was measured, in words."""
 
 from pathlib import Path
 
 import pytest
 import typer
+from msgspec.structs import replace
 from typer.testing import CliRunner
 
-from triptych.commands.profile import profile
+from tests.planning.test_profile import make_profile
+from triptych.commands.profile import profile, tell
 from triptych.errors import ConfigError
+from triptych.planning.costs.profile import Residual
 
 app = typer.Typer()
 app.command()(profile)
@@ -24,9 +27,10 @@ app.command()(profile)
         (["--transfer", "pigeon"], "--transfer: 'pigeon' is none of auto, shm, nixl"),
         (["--price", "1.29"], "--price: '1.29' has no unit; use USD/h"),
         (["--price", "-1 USD/h"], "--price: '-1 USD/h' is out of range"),
-        (["--dtype", "float8"], "dtype: 'float8' is none of"),
-        (["--max-model-len", "0"], "max_model_len:"),
+        (["--dtype", "float8"], "--dtype: 'float8' is none of"),
+        (["--max-model-len", "0"], "--max-model-len: 0 is not valid; a whole number of at least 1 is needed"),
         (["/nowhere"], "/nowhere"),
+        (["qwen3-vl-8b"], "model 'qwen3-vl-8b': is what capacity, simulate and plan call Qwen/Qwen3-VL-8B-Instruct"),
     ],
 )
 def test_wrong_flags_are_refused_by_name(tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -34,3 +38,25 @@ def test_wrong_flags_are_refused_by_name(tmp_path: Path, arguments: list[str], s
     assert isinstance(found.exception, ConfigError), found.exception
     assert said in str(found.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_costs_are_told_in_words_and_what_is_unknown_by_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    tell(make_profile(encode_step=0.0123456), Path("profile.json"), "./my model", quick=False)
+    output = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in output.splitlines() if "│" in line]
+    said = {row[0]: row[1] for row in rows}
+    assert said["encode: a step, beside what is in it"] == "12.3 ms"
+    assert said["encode: a pixel of it"] == said["bytes to host memory and back"] == "-"
+    assert said["KV of a token"] == "57.3 kB"
+    assert "_" not in "".join(said) and "None" not in output
+    assert output.endswith("next: triptych simulate './my model' --profile profile.json\n")
+
+
+def test_a_fit_that_is_far_off_is_said_with_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    poor = replace(make_profile(), residuals={"decode": Residual(samples=9, median=0.1, worst=0.24)})
+    tell(poor, Path("p.json"), None, quick=True)
+    output = capsys.readouterr().out
+    assert "Far off at worst: decode. To do better, measure without --quick, and keep the machine free" in output
+    assert output.endswith("next: triptych simulate --profile p.json\n")
+    tell(make_profile(), Path("p.json"), None, quick=True)
+    assert "Far off" not in capsys.readouterr().out

@@ -8,8 +8,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from triptych.commands.arguments import find_model
 from triptych.commands.simulate import simulate
+from triptych.demo import checkpoint_path
 from triptych.errors import ConfigError
+from triptych.planning.costs.analytic import analytic_profile
+from triptych.planning.costs.hardware import find_device
 
 MODEL = "minicpm-v-2.6"
 PAPER = ("--workload", "paper-synthetic-2")
@@ -41,7 +45,11 @@ def refusal(*arguments: str) -> str:
 
 def test_one_run_is_a_table_and_what_it_comes_to() -> None:
     output = call("--placement", "5e2p1d", *PAPER, "--rate", "0.1")
-    assert output.startswith("5e2p1d of minicpm-v-2.6 on A100-80G, paper-synthetic-2\n")
+    assert output.splitlines()[:3] == [
+        "5e2p1d of minicpm-v-2.6 on A100-80G, paper-synthetic-2",
+        "Sent: 0.1 req/s",
+        "SLO: TTFT at most 1.4 s, TPOT at most 40 ms, for 90% of the requests",
+    ]
     for line in ("100 requests in", "TTFT (ms)", "ITL (ms)", "Throughput: 0.", "SLO attainment:", "USD/h", "Idle: e "):
         assert line in output
 
@@ -87,6 +95,44 @@ def test_roles_follow_the_load() -> None:
     assert "became e instead of" in call(*load, "--adaptive")
 
 
+def test_the_head_says_how_fast_requests_come_and_what_they_are_held_against(tmp_path: Path) -> None:
+    path = tmp_path / "load.json"
+
+    def head(arrivals: dict[str, Any], *flags: str, **more: Any) -> list[str]:
+        kinds = {"short": {"text_tokens": 10, "output_tokens": 10}}
+        path.write_text(json.dumps({"name": "load", "arrivals": arrivals, "kinds": kinds, **more}))
+        return call("--workload", str(path), *flags).splitlines()[1:3]
+
+    steady = {"process": "poisson", "rate": "3 req/s"}
+    assert head({"process": "all_at_once"}, num_requests=4) == ["Sent: all at once", "SLO: none"]
+    assert head(steady, phases=[{"num_requests": 4, "rate_factor": 2}])[0].endswith(
+        "3 req/s, times the factor of each phase"
+    )
+    slo = head(steady, "--slo-tpot", "25 ms", "--attainment", "0.995", num_requests=4)
+    assert slo == ["Sent: 3 req/s", "SLO: TPOT at most 25 ms, for 99.5% of the requests"]
+
+
+# ---- the model and its profile
+
+
+def test_the_built_in_model_is_the_one_if_none_is_named_and_its_profile_is_taken(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    analytic_profile(find_model(None), find_device("A100-80G")).save(profile)
+    few = ["--requests", "5", "--profile", str(profile)]
+    output = CliRunner().invoke(app, few).output
+    assert output.startswith("1e1p1d of triptych-demo on A100-80G, pictures\n")
+    for model in (checkpoint_path(), checkpoint_path() / "config.json"):
+        assert CliRunner().invoke(app, [str(model), *few]).output == output
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    analytic_profile(find_model(None), find_device("A100-80G")).save(profile)
+    assert refusal("--profile", str(profile)) == (
+        f"--profile: {profile} is of the model triptych-demo, and not of {MODEL}"
+    )
+
+
 # ---- several rates
 
 
@@ -99,6 +145,7 @@ def test_several_rates_are_columns_and_the_highest_that_keeps_the_slo_is_the_goo
     assert found["goodput"] == kept[-1]
     output = call(*load, "--rates", "0.05,0.1,1,2,20,40")
     assert output.count("requests sent per second") == 2
+    assert "Sent: " not in output and "SLO: TTFT at most 2 s, TPOT at most 40 ms, for 90%" in output
     assert f"Goodput: {kept[-1]:g} req/s, the highest of these rates at which 90% of the requests meet" in output
 
 
@@ -144,7 +191,7 @@ def test_files_of_one_run_are_refused_for_several(tmp_path: Path, flag: str) -> 
         (("--seed", "-1"), "--seed: -1 is not between 0 and 4294967295"),
         (("--attainment", "1.5"), "--attainment: 1.5 is not above 0 and at most 1"),
         (("--slo-ttft", "2"), "--slo-ttft: '2' has no unit"),
-        (("--slo-tpot", "0 ms"), "--slo-tpot: 0 ms, which nothing can keep; above 0 s is needed"),
+        (("--slo-tpot", "0 ms"), "--slo-tpot: '0 ms' is out of range; a finite number above 0 is needed"),
         (("--schedule", "lifo"), "--schedule: 'lifo' is none of fcfs, sjf, slo"),
         (("--max-queue-s", "inf"), "--max-queue-s: inf is not a finite number above 0"),
         (("--max-num-seqs", "2048"), "--max-num-batched-tokens: 2048 is not above --max-num-seqs, which is 2048"),

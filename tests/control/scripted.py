@@ -117,7 +117,9 @@ class Scene:
     def handle(self, message: Table) -> None:
         self.heard.append(message)
 
-    def instance_lost(self, instance: InstanceId, suspects: Collection[RequestId] = ()) -> None:
+    def instance_lost(
+        self, instance: InstanceId, suspects: Collection[RequestId] = (), *, as_asked: bool = False
+    ) -> None:
         self.heard.append((instance, tuple(suspects)))
 
     def room(self) -> dict[InstanceId, int]:

@@ -16,7 +16,7 @@ from triptych.routing import RoutingTable
 
 
 @dataclass
-class Demand:
+class Pressure:
     queued_s: dict[Stage, float] = field(default_factory=dict)
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -32,7 +32,7 @@ class Server:
         self.table = RoutingTable(1, {InstanceId(id): make_peer(id, role) for id, role in roles.items()})
         self.prefill_demand = prefill_demand
         self.now = 0.0
-        self.answers = Demand()
+        self.answers = Pressure()
         self.events: list[Event] = []
         self.asked: list[tuple[InstanceId, Role]] = []
         self.outcome: asyncio.Future[dict[str, float]] | None = None
@@ -45,7 +45,7 @@ class Server:
         self.answers.queued_s = {Stage.PREFILL: backlog}
         return loads | {InstanceId("p0"): make_load("p0", Stage.PREFILL, done=done / 0.01)}
 
-    def demand(self) -> Demand:
+    def pressure(self) -> Pressure:
         self.loads  # noqa: B018 - brings the answers up to date
         return self.answers
 

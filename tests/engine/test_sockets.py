@@ -1,13 +1,16 @@
 """Mailboxes: order, and who waits for a routing table."""
 
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import zmq
 
 from triptych.core import RequestId
-from triptych.engine.sockets import Inbox, Post
+from triptych.engine.sockets import Inbox, Post, make_context
+from triptych.errors import ConfigError
 from triptych.messages import Abort, AnyMessage
 
 
@@ -61,3 +64,68 @@ def test_messages_of_one_sender_keep_their_order_while_they_wait(mail: Mail) -> 
 def test_a_reader_that_is_never_behind_gets_everything(mail: Mail) -> None:
     mail.send("sender", "far ahead", 1 << 40)
     assert mail.receive(1, None) == ["far ahead"]
+
+
+# ---- bounds of the process
+
+
+class Limits:
+    """Of open files, as a process finds and sets them."""
+
+    def __init__(self, soft: int, hard: int) -> None:
+        self.now = (soft, hard)
+
+    def get(self, what: int) -> tuple[int, int]:
+        return self.now
+
+    def set(self, what: int, limits: tuple[int, int]) -> None:
+        self.now = limits
+
+
+@contextmanager
+def limited(soft: int, hard: int) -> Iterator[Limits]:
+    limits = Limits(soft, hard)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resource, "getrlimit", limits.get)
+        patch.setattr(resource, "setrlimit", limits.set)
+        yield limits
+
+
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 10_000, reason="needs 10,000 open files")
+def test_more_than_a_thousand_correspondents_have_room_in_a_process(tmp_path: Path) -> None:
+    context = make_context()
+    inboxes = [Inbox(context, f"ipc://{tmp_path}/{number}") for number in range(1100)]
+    post = Post(context)
+    for number, inbox in enumerate(inboxes):
+        post.send(inbox.address, Abort(RequestId(str(number))))
+    for number, inbox in enumerate(inboxes):
+        assert inbox.socket.poll(5000), f"nothing came to {inbox.address}"
+        assert inbox.receive() == [Abort(RequestId(str(number)))]
+    post.close()
+    for inbox in inboxes:
+        inbox.close()
+    context.term()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [
+        (1024, 524_288, 65_536),
+        (1024, 4096, 4096),
+        (4096, 4096, 4096),
+        (100_000, 524_288, 100_000),
+        (1024, resource.RLIM_INFINITY, 65_536),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+    ],
+)
+def test_a_process_may_have_as_many_files_open_as_it_is_allowed_to(soft: int, hard: int, raised: int) -> None:
+    with limited(soft, hard) as limits:
+        make_context().term()
+        assert limits.now == (raised, hard)
+
+
+def test_more_instances_than_files_may_be_open_are_refused_before_one_starts() -> None:
+    with limited(1024, 4096), pytest.raises(ConfigError, match=r"--placement: 1000 .* about 10256 .* have 4096"):
+        make_context(1000)
+    with limited(1024, 4096):
+        make_context(100).term()

@@ -123,6 +123,7 @@ def test_a_truncated_picture_is_refused_by_name_and_the_next_request_succeeds(
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=MODEL, messages=messages, max_tokens=4, stream=stream)
     assert refused.value.param == "messages[0].content[1].image_url"
+    assert "messages[0].content[1].image_url: the image cannot be decoded: " in refused.value.message
     assert client.chat.completions.create(model=MODEL, messages=question(), max_tokens=4).choices
     wait_until_idle(server, timeout_s=2)
 

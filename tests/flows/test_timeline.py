@@ -43,12 +43,14 @@ def test_steps_requests_and_switches_of_a_server_are_on_one_clock(folder: Path, 
         assert httpx.post(f"{url}/cluster/instances/i3/role", json={"role": "p"}, timeout=60).status_code == 200
         wait_until_idle(url, 10.0)
         assert httpx.post(f"{url}/v1/completions", json={"model": MODEL, "prompt": 7}).status_code == 400
+        assert httpx.post(f"{url}/cluster/placement", json={"placement": "1e1p1d"}, timeout=60).status_code == 200
     events = json.loads(path.read_text())
     tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert sorted(tracks.values()) == ["i0", "i1", "i2", "i3"]
     marks = [(tracks[event["tid"]], event["name"]) for event in events if event["ph"] == "i"]
     assert marks[:4] == [("i0", "e"), ("i1", "p"), ("i2", "d"), ("i3", "d")]
     assert ("i3", "d to p") in marks
+    assert [name for _, name in marks].count("stopped") == 1, "one that is no longer wanted is not lost"
     steps = [event for event in events if event["ph"] == "X"]
     made = Counter((tracks[step["tid"]][:2], step["name"]) for step in steps)
     assert made["i0", "encode"] == made["i1", "prefill"] == 1

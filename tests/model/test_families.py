@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,18 @@ def test_picture_that_is_too_narrow_is_refused_by_every_family(family: str) -> N
     modality.lay_out(ImageHeader(200, 4), 1)
     with pytest.raises(RequestError, match="200 times"):
         modality.lay_out(ImageHeader(1, 201), 1)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+@pytest.mark.parametrize("size", [(1, 200), (1, 201), (3, 600), (601, 3), (13, 2600), (13, 2601)])
+def test_picture_is_refused_exactly_where_the_familys_own_processor_refuses_it(
+    family: str, size: tuple[int, int]
+) -> None:
+    modality, refused = modality_of(family), max(size) > 200 * min(size)
+    with pytest.raises(RequestError, match="200 times") if refused else nullcontext():
+        modality.lay_out(ImageHeader(*size), 1)
+    with pytest.raises(ValueError, match="aspect ratio") if refused else nullcontext():
+        modality.processor(images=[Image.new("RGB", size)], return_tensors="pt")
 
 
 @pytest.mark.parametrize("family", ["pixtral", "mistral3"])

@@ -85,10 +85,10 @@ def test_equal_intervals_are_equal() -> None:
             {"process": "poison", "rate": "1 req/s"},
             "did you mean 'poisson'? known are poisson, gamma, weibull, uniform",
         ),
-        ({"process": "poisson", "rate": "0 req/s"}, "rate: 0 req/s is no rate; above 0 req/s is needed"),
+        ({"process": "poisson", "rate": "0 req/s"}, "rate: '0 req/s' is out of range; a finite number above 0"),
         ({"process": "poisson", "rate": 3}, "rate: 3 has no unit; use req/s, req/min or req/h"),
         ({"process": "gamma", "rate": "1 req/s", "cv": 0}, "cv: 0 is not valid; a number above 0 and at most 100"),
-        ({"process": "weibull", "rate": "1 req/s", "shape": 0.1}, "shape: 0.1 is not valid; a number at least 0.2"),
+        ({"process": "weibull", "rate": "1 req/s", "shape": 0.1}, "shape: 0.1 is not valid; a number of at least 0.2"),
         ({"process": "all_at_once", "rate": "1 req/s"}, "rate: unknown key; known are process"),
     ],
 )

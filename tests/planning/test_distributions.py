@@ -112,7 +112,7 @@ def test_megapixels_have_the_area_and_all_shapes(rng: np.random.Generator) -> No
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        (-1, "-1 is not valid; a number at least 0 and at most 10000000 is needed"),
+        (-1, "-1 is not valid; a number of at least 0 and at most 10000000 is needed"),
         ([], "expected array of length >= 1, got []"),
         ({"distribution": "norml"}, "did you mean 'normal'? known are uniform, normal, lognormal, values"),
         ({"distribution": "uniform", "least": 3, "most": 2}, "least: 3 is above most, 2; at most that is needed"),

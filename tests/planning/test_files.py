@@ -127,7 +127,7 @@ def test_a_bare_number_that_is_not_finite_is_refused_wherever_it_stands(path: Pa
 def test_a_number_out_of_its_bounds_is_told_with_the_whole_range(path: Path) -> None:
     told = "slo.attainment: 1.5 is not valid; a number above 0 and at most 1 is needed"
     assert refused_with(path, slo={"ttft": "1 s", "attainment": 1.5}) == told
-    assert refused_with(path, count=-3) == "count: -3 is not valid; a whole number at least 1 is needed"
+    assert refused_with(path, count=-3) == "count: -3 is not valid; a whole number of at least 1 is needed"
     assert refused_with(path, weight=10**400).endswith("is out of range; only finite numbers are valid")
 
 
@@ -204,7 +204,8 @@ def test_what_was_written_is_read_as_exactly_the_same(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "round.json"
     slo = st.builds(Slo, ttft=FINITE.filter(bool).map(Seconds), tpot=st.none() | FINITE.map(Seconds))
-    arrivals = st.builds(Steady, rate=FINITE.map(PerSecond)) | st.builds(Bursty, rate=FINITE.map(PerSecond), cv=FINITE)
+    rates = FINITE.filter(bool).map(PerSecond)
+    arrivals = st.builds(Steady, rate=rates) | st.builds(Bursty, rate=rates, cv=FINITE)
     memory = st.dictionaries(st.text(max_size=5), FINITE.map(Bytes), max_size=3)
     plan = data.draw(
         st.builds(Plan, slo=slo, arrivals=arrivals, memory=memory, levels=st.lists(slo, max_size=2), weight=FINITE)

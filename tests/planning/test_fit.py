@@ -57,3 +57,9 @@ def test_no_cost_is_below_0() -> None:
 
 def test_a_cost_that_nothing_pays_is_0() -> None:
     assert fit([Sample({"step": 1.0}, 0.5)], ("step", "row")).costs == {"step": pytest.approx(0.5), "row": 0.0}
+
+
+def test_a_cost_that_nothing_pays_is_0_also_where_the_others_do_not_explain_everything() -> None:
+    rng = random.Random(3)
+    samples = [Sample({"token": float(n)}, 0.01 * n * rng.uniform(0.9, 1.1)) for n in range(1, 40)]
+    assert fit(samples, ("token", "picture")).costs["picture"] == 0.0

@@ -61,7 +61,7 @@ def test_a_model_that_is_larger_than_a_gpu_needs_two():
     half = msgspec.structs.replace(PROFILES[1].memory, device=Bytes(12e9))
     both = {1: msgspec.structs.replace(PROFILES[1], memory=half), 2: PROFILES[2]}
     machines = ProfiledMachines(both, SMALL)
-    with pytest.raises(ConfigError, match=r"memory\.device: 12 GB cannot hold what p of qwen2\.5-vl-7b needs"):
+    with pytest.raises(ConfigError, match=r"--gpu: 12 GB of A100-80G cannot hold what p of qwen2\.5-vl-7b needs"):
         machines.sizes(make_candidate("1e1p1d"))
     assert machines.sizes(make_candidate("1e1p1d", degrees=(1, 2, 2)))
 

@@ -141,7 +141,7 @@ def test_no_more_blocks_than_a_full_batch_could_fill() -> None:
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"memory.device: 10 GB cannot hold"):
+    with pytest.raises(ConfigError, match=r"--profile: 10 GB of a GPU cannot hold what p of small needs: 17.5 GB"):
         make_profile(device=10e9).sizes(Role.P, kv_fraction=0.8)
     with pytest.raises(ConfigError, match=r"memory.context_len: one request of 4096 tokens needs"):
         make_profile(device=17.6e9).sizes(Role.P, kv_fraction=0.8)

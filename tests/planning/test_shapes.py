@@ -1,6 +1,7 @@
 """Shapes against what they describe: models of transformers without weights, and the processors of checkpoints."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,24 @@ def test_model_that_is_nowhere_is_refused_with_what_there_is(tmp_path: Path) -> 
     file.write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match=r"config.json: model_type: 'bert'"):
         find_shape(str(file))
+
+
+def test_a_config_json_is_the_model_of_its_folder(tmp_path: Path) -> None:
+    folder = shutil.copytree("triptych/demo/checkpoint", tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safet*"))
+    whole = find_shape(str(folder))
+    assert find_shape(str(folder / "config.json")) == whole
+    assert whole.name == "tiny"
+    (folder / "preprocessor_config.json").unlink()
+    assert find_shape(str(folder / "config.json")).image(4032, 3024) != whole.image(4032, 3024)
+
+
+def test_a_config_under_another_name_stands_alone(tmp_path: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(f"triptych/demo/checkpoint/{name}", tmp_path)
+    copied = shutil.copy(tmp_path / "config.json", tmp_path / "other.json")
+    alone, whole = find_shape(str(copied)), find_shape(str(tmp_path))
+    assert alone.name == "other"
+    assert alone.image(4032, 3024) != whole.image(4032, 3024)
 
 
 def test_a_model_that_no_file_can_be_called_is_refused_too(tmp_path: Path) -> None:

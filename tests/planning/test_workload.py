@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.planning.rows import SimpleRows
 from triptych.errors import ConfigError
 from triptych.planning import files
+from triptych.planning.costs.shapes import preset
 from triptych.planning.quantities import PerSecond, Seconds
 from triptych.planning.workloads.arrivals import AllAtOnce, Gamma, Poisson, Uniform, Weibull
 from triptych.planning.workloads.demand import Demand
@@ -117,24 +118,24 @@ def test_there_are_examples() -> None:
         ({"num_request": 3}, "num_request: unknown key; did you mean 'num_requests'? known are name, arrivals, kinds,"),
         ({"duration": "1 min"}, "num_requests and duration given; one of num_requests, duration, phases is needed"),
         ({"num_requests": None}, "no end given; one of num_requests, duration, phases is needed"),
-        ({"num_requests": 0}, "num_requests: 0 is not valid; a whole number at least 1 and at most 10000000 is needed"),
-        ({"num_requests": None, "duration": "0 s"}, "duration: 0 s; above 0 s is needed"),
+        ({"num_requests": 0}, "num_requests: 0 is not valid; a whole number of at least 1 and at most 10000000"),
+        ({"num_requests": None, "duration": "0 s"}, "duration: '0 s' is out of range; a finite number above 0"),
         ({"num_requests": None, "duration": "5e6 h"}, "36000000000 requests would come; at most 10000000 are possible"),
         ({"arrivals": {"process": "poisson", "rate": 2}}, "arrivals.rate: 2 has no unit; use req/s, req/min or req/h"),
-        ({"arrivals": {"process": "poisson", "rate": "0 req/s"}}, "arrivals.rate: 0 req/s is no rate; above 0 req/s"),
+        ({"arrivals": {"process": "poisson", "rate": "0 req/s"}}, "arrivals.rate: '0 req/s' is out of range; a"),
         ({"arrivals": {"process": "gamma", "rate": "1 req/s", "cv": -1}}, "arrivals.cv: -1 is not valid; a number"),
         ({"kinds": {"a": {"weight": 0}}}, "kinds: all weights are 0; at least one must be above 0"),
-        ({"kinds": {"a": {"text_tokens": -5}}}, "kinds.a.text_tokens: -5 is not valid; a number at least 0 and at"),
+        ({"kinds": {"a": {"text_tokens": -5}}}, "kinds.a.text_tokens: -5 is not valid; a number of at least 0 and at"),
         ({"kinds": {"a": {"image": {}}}}, "kinds.a.image: unknown key; did you mean 'images'? known are weight,"),
         ({"kinds": {"a": {"images": {"size": "4k"}}}}, "kinds.a.images.size: '4k' is no size in pixels; use"),
         ({"kinds": {"a": {"images": {"size": "4x4", "count": WEIGHTLESS}}}},
          "kinds.a.images.count.weights: all weights are 0; at least one must be above 0"),
         ({"kinds": {"a": {"repeated": {"share": 1.5}}}}, "kinds.a.repeated.share: 1.5 is not valid; a number above"),
         ({"kinds": {"a": {"timeout": 3}}}, "kinds.a.timeout: 3 has no unit; use h, min, s, ms, us or ns"),
-        ({"kinds": {"a": {"timeout": "0 s"}}}, "kinds.a.timeout: 0 s, in which nothing can be answered; above 0 s is"),
+        ({"kinds": {"a": {"timeout": "0 s"}}}, "kinds.a.timeout: '0 s' is out of range; a finite number above 0"),
         ({"kinds": {"a": {"shared_prefix": {"tokens": 10**8}}}},
-         "kinds.a.shared_prefix.tokens: 100000000 is not valid; a whole number at least 1 and at most 10000000 is"),
-        ({"slo": {"ttft": "0 s"}}, "slo.ttft: 0 s, which nothing can keep; above 0 s is needed"),
+         "kinds.a.shared_prefix.tokens: 100000000 is not valid; a whole number of at least 1 and at most 10000000 is"),
+        ({"slo": {"ttft": "0 s"}}, "slo.ttft: '0 s' is out of range; a finite number above 0 is needed"),
         ({"slo": {"ttft": "2 s", "e2e": "1 s"}}, "slo.e2e: 1 s is less than ttft, 2 s; at least that is needed"),
         ({"slo": {}}, "slo: nothing is bounded; at least one of ttft, tpot and e2e is needed"),
         ({"slo": {"ttft": "1 s", "attainment": 90}}, "slo.attainment: 90 is not valid; a number above 0 and at most"),
@@ -156,8 +157,16 @@ def test_a_workload_that_cannot_be_is_refused_by_key_and_range(changes: dict[str
 def test_a_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(GOOD | {"seed": -1}))
-    with pytest.raises(ConfigError, match=r"bad\.json: seed: -1 is not valid; a whole number at least 0 is needed"):
+    with pytest.raises(ConfigError, match=r"bad\.json: seed: -1 is not valid; a whole number of at least 0 is needed"):
         load(path)
+
+
+def test_what_a_model_cannot_take_is_refused_with_the_file_and_the_kind() -> None:
+    workload = made(kinds={"chat": {}, "calls": {"audio": {"seconds": 3}}})
+    with pytest.raises(ConfigError, match=r"^desk\.json: kinds\.calls: qwen2\.5-vl-7b: takes no audio$"):
+        workload.demands(preset("qwen2.5-vl-7b"), "desk.json")
+    with pytest.raises(ConfigError, match=r"^good: kinds\.calls: qwen2\.5-vl-7b: takes no audio$"):
+        workload.demands(preset("qwen2.5-vl-7b"))
 
 
 def test_a_span_in_which_nothing_comes_is_refused() -> None:
@@ -175,7 +184,7 @@ def test_requests_that_would_never_come_are_refused() -> None:
 
 
 def test_a_rate_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match="good: at 0 req/s: rate: 0 req/s is no rate"):
+    with pytest.raises(ConfigError, match=r"good: at 0 req/s: 0\.0 req/s is out of range; a finite number above 0"):
         made().at_rate(0)
     with pytest.raises(ConfigError, match="good: at 5 req/s: arrivals: requests that come all at once have no rate"):
         made(arrivals={"process": "all_at_once"}).at_rate(5)

@@ -10,6 +10,8 @@ import pytest
 
 from tests.planning.rows import SimpleRows
 from triptych.planning import files, quantities
+from triptych.planning.costs.shapes import PRESETS as MODELS
+from triptych.planning.costs.shapes import preset
 from triptych.planning.workloads import arrivals, distributions, kinds
 from triptych.planning.workloads.distributions import Distribution, Sizes
 from triptych.planning.workloads.presets import PRESETS, load
@@ -39,11 +41,13 @@ def structs(*modules: Any) -> list[type[msgspec.Struct]]:
     return [kind for kind in found if issubclass(kind, msgspec.Struct) and not kind.__name__.startswith("_")]
 
 
-def test_the_first_example_has_all_its_kinds(tmp_path: Path) -> None:
+def test_the_first_example_has_all_its_kinds_and_is_for_any_model_that_has_a_name(tmp_path: Path) -> None:
     workload = example("support desk", tmp_path)
     demands = workload.demands(SimpleRows())
     assert len(demands) == pytest.approx(12 * 300, rel=0.2)
-    assert {item.modality for demand in demands for item in demand.media} == {"image", "video", "audio"}
+    assert {item.modality for demand in demands for item in demand.media} == {"image", "video"}
+    for name in MODELS:
+        assert len(workload.demands(preset(name))) == len(demands)
     assert any(demand.prefix for demand in demands) and any(demand.timeout_s == 30 for demand in demands)
     assert files.convert(json.loads(files.dumped(workload)), Workload) == workload
 

@@ -353,26 +353,26 @@ def test_room_is_what_decode_instances_could_take() -> None:
     assert frontend.room() == {"pd0": 7}
 
 
-def test_demand_is_what_waits_and_how_fast_answers_come() -> None:
+def test_pressure_is_what_waits_and_how_fast_answers_come() -> None:
     async def scenario() -> None:
         frontend, wire = make_frontend(admission=AdmissionConfig(slo_ttft_ms=1000.0, slo_tpot_ms=50.0))
-        quiet = frontend.demand()
+        quiet = frontend.pressure()
         assert set(quiet.queued_s.values()) == {0.0}
         assert (quiet.ttft_s, quiet.tpot_s, quiet.ttft_slack_s, quiet.tpot_slack_s) == (None, None, None, None)
         before = make_busy(frontend)
         start(frontend, n=2, sampling=SamplingParams(max_tokens=50, seed=1))
         answer(frontend, wire, before[1].outputs[0], upto=0)
-        demand = frontend.demand()
-        assert demand.queued_s == pytest.approx({Stage.ENCODE: 0.0, Stage.PREFILL: 10.0, Stage.DECODE: 1.0}, rel=0.1)
-        assert demand.waiting == {Kind.TEXT: 2, Kind.IMAGE: 0, Kind.VIDEO: 0, Kind.AUDIO: 0}
-        assert demand.predicted_wait_s[Kind.TEXT] == pytest.approx(10.0, rel=0.1)
+        pressure = frontend.pressure()
+        assert pressure.queued_s == pytest.approx({Stage.ENCODE: 0.0, Stage.PREFILL: 10.0, Stage.DECODE: 1.0}, rel=0.1)
+        assert pressure.waiting == {Kind.TEXT: 2, Kind.IMAGE: 0, Kind.VIDEO: 0, Kind.AUDIO: 0}
+        assert pressure.predicted_wait_s[Kind.TEXT] == pytest.approx(10.0, rel=0.1)
         await asyncio.sleep(0.01)
         answer(frontend, wire, before[0].outputs[0])
-        demand = frontend.demand()
-        assert demand.ttft_s is not None and 0.01 <= demand.ttft_s < 1.0
-        assert demand.ttft_slack_s == pytest.approx(1.0 - demand.ttft_s)
-        assert demand.tpot_s is not None and 0.0 <= demand.tpot_s < 0.05
-        assert demand.tpot_slack_s == pytest.approx(0.05 - demand.tpot_s)
+        pressure = frontend.pressure()
+        assert pressure.ttft_s is not None and 0.01 <= pressure.ttft_s < 1.0
+        assert pressure.ttft_slack_s == pytest.approx(1.0 - pressure.ttft_s)
+        assert pressure.tpot_s is not None and 0.0 <= pressure.tpot_s < 0.05
+        assert pressure.tpot_slack_s == pytest.approx(0.05 - pressure.tpot_s)
 
     on_loop(scenario)
 

@@ -368,7 +368,7 @@ class Stack:
 
 def num_live(frontend: Frontend) -> int:
     """Sequences that it has not forgotten."""
-    return sum(map(len, frontend._open.values()))
+    return sum(map(len, frontend._requests.open.values()))
 
 
 def reservation() -> Reservation:

@@ -222,7 +222,7 @@ def test_a_role_is_changed_and_the_steps_are_told() -> None:
         ("instances/i1/role", {"role": "x"}, "role", "role: 'x' is no role; roles are e, p, d, ep, pd, ed, epd"),
         ("instances/i1/role", {}, "role", "role: this field is required"),
         ("instances/i1/role", {"role": 3}, "role", "role"),
-        ("instances/i1/role", [], None, "Expected `object`"),
+        ("instances/i1/role", [], None, "the body: expected an object, got an array"),
         ("placement", {"placement": "2x"}, "placement", "expected counts and roles such as 1e1p1d"),
         ("placement", {"placement": "1e1p"}, "placement", "no instance serves decode"),
         ("placement", {"placement": None}, "placement", "placement"),

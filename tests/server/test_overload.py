@@ -39,7 +39,7 @@ def fill(stack: Stack, pool: ThreadPoolExecutor, extra: int) -> None:
 def test_an_overloaded_server_says_so_at_once_and_when_to_come_back(stack: Stack) -> None:
     with ThreadPoolExecutor(16) as pool:
         fill(stack, pool, extra=1)
-        wait_until(lambda: stack.frontend.demand().queued_s["p"] > 1.0)  # type: ignore[index]
+        wait_until(lambda: stack.frontend.pressure().queued_s["p"] > 1.0)  # type: ignore[index]
         for fields in ({}, {"stream": True}):
             began = time.monotonic()
             response = stack.chat(**fields)

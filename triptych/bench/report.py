@@ -12,6 +12,8 @@ from triptych.bench.client import Answer
 from triptych.bench.options import BenchOptions
 from triptych.latency import Latencies, Objectives, percentile
 
+ONE_PIECE_S = 2e-4  # a token: no model is that fast, so the texts of such an answer came together
+
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One request. Times in seconds; `scheduled_s` and `sent_s` count from the start of the run.
@@ -89,6 +91,7 @@ class Summary(Latencies, frozen=True, kw_only=True):
     send_lag_ms_p99: float  # how late the client was against its own schedule
     cpu_s: CpuSeconds
     errors: dict[str, int]
+    num_in_one_piece: int  # answers whose texts came together
     kinds: dict[str, Latencies]  # of a mix, by their names
 
     @classmethod
@@ -112,6 +115,7 @@ class Summary(Latencies, frozen=True, kw_only=True):
             send_lag_ms_p99=1e3 * percentile(lags, 99),
             cpu_s=cpu_s,
             errors=dict(Counter(record.error for record in records if record.error is not None).most_common(20)),
+            num_in_one_piece=sum(record.tpot_s is not None and record.tpot_s < ONE_PIECE_S for record in good),
             kinds={
                 kind.name: Latencies.of([record for record in records if record.kind == kind.name])
                 for kind in options.kinds
@@ -142,6 +146,11 @@ def show(console: Console, summary: Summary) -> None:
     if summary.cpu_s.server is not None and summary.cpu_s.others is not None:
         lines.append(
             f"Server: {summary.cpu_s.server:.2f} s of CPU; others on this machine: {summary.cpu_s.others:.2f} s"
+        )
+    if summary.num_in_one_piece:
+        lines.append(
+            f"{summary.num_in_one_piece} of {summary.num_requests - summary.num_failed} answers arrived in one piece: "
+            "the server, or the machine between, held their texts back, and TPOT and ITL say nothing about them"
         )
     lines += [f"{count} x {error}" for error, count in summary.errors.items()]
     for line in lines:

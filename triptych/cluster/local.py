@@ -84,10 +84,6 @@ def _open_process(pid: int) -> int | None:
 Entry = Callable[[InstanceConfig, Connection], None]
 
 ENVIRONMENT = {
-    # glibc would give the memory of every picture back to the kernel and fault it in again for the next one: 3,000 page
-    # faults, 5 ms. Large blocks stay on the heap instead.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     # Threads of one step wait for each other by spinning, a fraction of a millisecond at most. Without a bound a
     # process that needs the core made a step up to 100 times slower; without spinning a quiet one took 1.5 to 3 times.
     "GOMP_SPINCOUNT": "10000",

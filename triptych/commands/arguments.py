@@ -1,16 +1,33 @@
 """What several commands ask of their flags. Raises ConfigError that names the flag."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
 
 from triptych.config import require
+from triptych.demo import checkpoint_path
 from triptych.errors import ConfigError
 
 if TYPE_CHECKING:
+    from triptych.planning.costs.profile import Profile
+    from triptych.planning.model.shape import ModelShape
     from triptych.planning.quantities import Quantity
 
 Unit = TypeVar("Unit", bound="Quantity")
+
+BUILT_IN = "triptych-demo"  # what the built-in model is called
+
+DescribedModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Checkpoint folder, config.json, or one of minicpm-v-2.6, internvl2-8b, internvl2-26b, qwen2.5-vl-7b, "
+        "qwen3-vl-8b; the built-in model if left out.",
+    ),
+]
 
 
 def check_range(flag: str, number: int | None, low: int, high: int) -> None:
@@ -31,3 +48,52 @@ def quantity(flag: str, kind: type[Unit], text: str) -> Unit:
         return kind.parse(text)
     except ValueError as error:
         raise ConfigError(f"{flag}: {error}") from None
+
+
+# ---- MODEL
+
+
+def is_built_in(model: str | None) -> bool:
+    """Left out, or its folder."""
+    return model is None or os.path.realpath(os.path.expanduser(model)) == os.path.realpath(checkpoint_path())
+
+
+def served_names(model: str | None) -> list[str]:
+    """What clients may call a model that is served, the first in answers; they are told of the others too."""
+    names = [] if model is None else [model]
+    return [*names, BUILT_IN] if is_built_in(model) else names
+
+
+def find_checkpoint(model: str | None, revision: str) -> Path:
+    """A folder, or what the hub has under this name. Raises ConfigError, also for the names of presets."""
+    from triptych.model.loading import resolve_checkpoint
+    from triptych.planning.costs.shapes import CHECKPOINTS
+
+    if model is None:
+        return checkpoint_path()
+    if model in CHECKPOINTS and not Path(model).is_dir():
+        raise ConfigError(
+            f"model {model!r}: is what capacity, simulate and plan call {CHECKPOINTS[model]}; give that, or its folder"
+        )
+    return resolve_checkpoint(model, revision)
+
+
+def find_model(model: str | None) -> "ModelShape":
+    """What the config of a model says; the built-in one if left out."""
+    from dataclasses import replace
+
+    from triptych.planning.costs.shapes import find_shape
+
+    shape = find_shape(str(checkpoint_path()) if model is None else model)
+    path = None if model is None else os.path.dirname(model) if os.path.isfile(model) else model
+    return replace(shape, name=BUILT_IN) if is_built_in(path) else shape
+
+
+def load_profile(path: Path, shape: "ModelShape") -> "Profile":
+    """Raises ConfigError naming the file, also where it is of another model."""
+    from triptych.planning.costs.profile import Profile
+    from triptych.planning.costs.same_model import is_of
+
+    profile = Profile.load(path)
+    require(is_of(profile, shape), "--profile", f"{path} is of the model {profile.model}, and not of {shape.name}")
+    return profile

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from triptych.commands.arguments import DescribedModel, find_model, quantity
 from triptych.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,13 +16,7 @@ if TYPE_CHECKING:
 
 
 def capacity(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Checkpoint folder, config.json, or one of minicpm-v-2.6, internvl2-8b, internvl2-26b, "
-            "qwen2.5-vl-7b, qwen3-vl-8b."
-        ),
-    ],
+    model: DescribedModel = None,
     gpu: Annotated[
         str,
         typer.Option(
@@ -59,13 +54,12 @@ def capacity(
     """
     from triptych.planning.costs.capacity import Ask, capacities
     from triptych.planning.costs.hardware import find_device
-    from triptych.planning.costs.shapes import find_shape
 
     width, height = _size(image)
     ask = Ask(
         width=width, height=height, images=images_per_request, text_tokens=text_tokens, output_tokens=output_tokens
     )
-    shape, device = find_shape(model), find_device(gpu)
+    shape, device = find_model(model), find_device(gpu)
     runtime = _runtime(
         as_paper,
         utilization=utilization,
@@ -105,10 +99,7 @@ def _runtime(as_paper: bool, **chosen: Any) -> "Runtime":
 def _bytes(text: str | None) -> float | None:
     from triptych.planning.quantities import Bytes
 
-    try:
-        return None if text is None else Bytes.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"--embedding-cache: {error}") from None
+    return None if text is None else quantity("--embedding-cache", Bytes, text)
 
 
 # ---- for people
@@ -127,14 +118,14 @@ def _show(
     console = Console()
     units = shape.image_units(ask.width, ask.height, ask.images)
     console.print(
-        f"{shape.name}: {shape.parameters / 1e9:.2f} billion parameters, {shape.encoder_parameters / 1e9:.2f} of them "
-        f"in the encoder; {_gb(shape.kv_token_bytes * 1000)} of KV for 1,000 tokens; context {shape.context:,}",
+        f"{shape.name}: {_many(shape.parameters)} parameters, {_many(shape.encoder_parameters)} of them in the "
+        f"encoder; {_size_of(shape.kv_token_bytes * 1000)} of KV for 1,000 tokens; context {shape.context:,}",
         highlight=False,
         soft_wrap=True,
     )
     console.print(
-        f"{device.name}: {_gb(device.memory)}, {runtime.utilization:.0%} of it used, {kv_fraction:.0%} of what is then "
-        f"free for KV; a picture of {ask.width}x{ask.height} is {len(units)} unit{'s' * (len(units) > 1)}, "
+        f"{device.name}: {_size_of(device.memory)}, {runtime.utilization:.0%} of it used, {kv_fraction:.0%} of what is "
+        f"then free for KV; a picture of {ask.width}x{ask.height} is {len(units)} unit{'s' * (len(units) > 1)}, "
         f"{shape.prompt_tokens(units):,} tokens",
         highlight=False,
         soft_wrap=True,
@@ -155,9 +146,9 @@ def _table(ask: "Ask", found: list["RoleCapacity"]) -> "Table":
     for row in found:
         table.add_row(
             row.role.value,
-            _gb(row.weights),
+            _size_of(row.weights),
             f"{row.weights_saved:.1%}",
-            _gb(row.free),
+            _size_of(row.free) if row.free >= 0 else f"{_size_of(-row.free)} short",
             f"{row.kv_tokens:,}" if row.role.has_language_model else "-",
             _cell(row.images_per_request),
             _cell(row.batch),
@@ -176,7 +167,7 @@ def _cell(most: "Most") -> str:
 
 def _compared(found: list["RoleCapacity"]) -> str:
     from triptych.core import Role
-    from triptych.planning.costs.capacity import together
+    from triptych.planning.costs.capacity import Limit, together
 
     apart = together(found, (Role.E, Role.P, Role.D))
     joined = together(found, (Role.EPD,))
@@ -184,7 +175,8 @@ def _compared(found: list["RoleCapacity"]) -> str:
     text += f" (then {apart.limit.value})" if apart.number else f" ({apart.limit.value})"
     text += f", and {joined.number:,} on epd ({joined.limit.value})"
     if not joined.number and not apart.number:
-        return f"{text}: neither fits."
+        hint = "; a larger --gpu is needed" if Limit.WEIGHTS in (apart.limit, joined.limit) else ""
+        return f"{text}: neither fits{hint}."
     if not joined.number:
         return f"{text}: only disaggregated does it fit."
     if apart.number <= joined.number:
@@ -192,8 +184,14 @@ def _compared(found: list["RoleCapacity"]) -> str:
     return f"{text}: {apart.number / joined.number:.1f} times as many."
 
 
-def _gb(number: float) -> str:
-    return f"{number / 1e9:,.2f} GB"
+def _size_of(num_bytes: float) -> str:
+    from triptych.planning.quantities import Bytes
+
+    return Bytes(num_bytes).short()
+
+
+def _many(number: float) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
 # ---- for machines

@@ -2,35 +2,43 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from triptych.commands.arguments import check_folders, check_range, quantity
+from triptych.commands.arguments import (
+    DescribedModel,
+    check_folders,
+    check_range,
+    find_model,
+    is_built_in,
+    load_profile,
+    quantity,
+)
 from triptych.config import require
+from triptych.demo import checkpoint_path
 from triptych.errors import EXIT_FAILED, ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from triptych.planning.costs.profile import Profile
     from triptych.planning.model.shape import ModelShape
     from triptych.planning.quantities import Quantity
+    from triptych.planning.search.answer import Answer, Text
     from triptych.planning.search.export import Engine
     from triptych.planning.search.goals import Goal
-    from triptych.planning.search.plan import Curve, Question, Row
-    from triptych.planning.search.search import Outcome
+    from triptych.planning.search.plan import Question
     from triptych.planning.workloads.workload import Slo, Workload
 
 MOST_GPUS = 64
-CHECKPOINTS = {  # of models that are known by name, on the Hugging Face hub
-    "minicpm-v-2.6": "openbmb/MiniCPM-V-2_6",
-    "internvl2-8b": "OpenGVLab/InternVL2-8B",
-    "internvl2-26b": "OpenGVLab/InternVL2-26B",
-    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
-    "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
-}
+USUAL_REQUESTS = 500
+MOST_COLUMNS = 1000  # that a table may need
+NUM_REPORTS = 4  # of what takes long, where nobody sees a bar
 CHOICES: dict[str, Any] = {  # what is tried of each option, the usual first
     "max_num_seqs": (64, 16, 256),
     "max_num_batched_tokens": (2048, 8192),
@@ -44,13 +52,7 @@ Unit = TypeVar("Unit", bound="Quantity")
 
 
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Checkpoint folder, config.json, or one of minicpm-v-2.6, internvl2-8b, internvl2-26b, "
-            "qwen2.5-vl-7b, qwen3-vl-8b."
-        ),
-    ],
+    model: DescribedModel = None,
     gpu: Annotated[str, typer.Option(help="As of `triptych capacity`; unused where --profile is given.")] = "A100-80G",
     gpus: Annotated[int | None, typer.Option(help="How many there may be, at most.")] = None,
     budget: Annotated[str | None, typer.Option(help="Instead: what they may cost, such as '20 USD/h'.")] = None,
@@ -65,16 +67,33 @@ def plan(
         typer.Option(help="File of `triptych profile`; one for each degree of tensor parallelism."),
     ] = None,
     objective: Annotated[
-        str, typer.Option(help="goodput (less beta times the cost per hour), or cost (the least for --goodput).")
-    ] = "goodput",
-    beta: Annotated[float, typer.Option(help="Requests per second that a USD per hour must bring.")] = 0.0,
-    goodput: Annotated[
-        float | None, typer.Option(help="Requests per second to serve; the rate of the workload if left out.")
+        str,
+        typer.Option(
+            help="rate (the highest that keeps the SLO, less beta times the cost per hour; goodput, as papers call it, "
+            "is the same), or cost (the least for --rate)."
+        ),
+    ] = "rate",
+    beta: Annotated[
+        float | None, typer.Option(help="Requests per second that a USD per hour must bring; 0 if left out.")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", "--goodput", help="Requests per second to serve; that of the workload if left out."),
     ] = None,
     tensor_parallel: Annotated[
         str, typer.Option(help="Degrees to try, such as 1,2,4. `triptych serve` runs instances of one GPU.")
     ] = "1",
-    requests: Annotated[int, typer.Option(help="Requests of the workload that are simulated, at most.")] = 500,
+    requests: Annotated[
+        int | None,
+        typer.Option(help="Requests with which each candidate is simulated; 500, or what phases say, if left out."),
+    ] = None,
+    confirm: Annotated[
+        int | None,
+        typer.Option(
+            help="Requests of each of the longer runs that the best must keep the SLO in; as many as their rate needs "
+            "if left out, 0: no such runs."
+        ),
+    ] = None,
     trials: Annotated[int, typer.Option(help="Candidates to look at.")] = 160,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     processes: Annotated[int | None, typer.Option(help="That simulate; as many as cores if left out.")] = None,
@@ -82,47 +101,68 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for `triptych serve --config` (YAML).")
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Picture of goodput and cost over the request rate.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Picture of requests within the SLO and cost over the request rate.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Say which placement serves a load best within its SLO, what it costs, and whether splitting the stages pays.
+    """Say which placement keeps the SLO of a load at the highest rate, what it costs, and whether splitting pays.
 
-    Exit code 1 if no placement serves enough. The scripts for other engines stand beside the output file, or are
-    printed.
+    Exit code 1 if no placement serves enough. The script for another engine stands beside the output file; without
+    one it is all that stdout gets, and the rest goes to stderr.
     """
-    _check_numbers(gpus, beta, goodput, attainment, requests, trials, seed, processes)
-    require(objective in ("goodput", "cost"), "--objective", f"{objective!r} is none of goodput, cost")
+    _check_numbers(gpus, rate, attainment, requests, confirm, trials, seed, processes)
+    _check_objective(objective, beta, rate)
     require(export in (None, "vllm", "sglang"), "--export", f"{export!r} is none of vllm, sglang")
     check_folders({"--output": output, "--png": png})
+    _check_suffix("--output", output, ".yaml", ".yml")
+    _check_suffix("--png", png, ".png")
 
-    from triptych.planning.costs import shapes
     from triptych.planning.search.goals import LeastCost, MostGoodput
     from triptych.planning.search.plan import Question
     from triptych.planning.workloads import presets
 
-    shape = shapes.find_shape(model)
+    shape = find_model(model)
     asked = presets.load(workload)
+    said = f"{asked.name} has phases, which say how many requests come"
+    require(requests is None or not asked.phases, "--requests", said)
+    require(not confirm or not asked.phases, "--confirm", said)
     profiles = _profiles(shape, gpu, profile or [], tensor_parallel)
     question = Question.of(
         where=workload,
-        demands=asked.demands(shape)[:requests],
+        workload=asked,
+        rows_of=shape,
         slo=_slo(asked, workload, slo_ttft, slo_tpot, attainment),
         profiles=profiles,
         num_gpus=_num_gpus(gpus, budget, profiles),
         choices=CHOICES,
+        num_requests=requests or USUAL_REQUESTS,
+        num_confirming=confirm,
     )
-    goal = LeastCost(goodput or asked.rate or question.load.rate) if objective == "cost" else MostGoodput(beta)
-    title = f"{shape.name} on at most {question.space.num_gpus} x {profiles[min(profiles)].hardware}, {asked.name}"
-    outcome, best, curves = _answer(question, goal, trials, seed, processes, draws=png is not None)
-    written = _written(question, best, CHECKPOINTS.get(model, model), cast("Engine | None", export), title)
-    if output is not None:
-        _write(output, written, export)
-    if png is not None and curves:
-        from triptych.planning.search.charts import plan_chart
-
-        plan_chart(png, curves, title)
-    _tell_json(outcome, goal, best, written) if json else _tell(outcome, goal, best, written, title, output)
-    raise typer.Exit(0 if best and outcome.best[0].goodput >= _wanted(goal) else EXIT_FAILED)
+    goal = LeastCost(rate or asked.rate or question.load.rate) if objective == "cost" else MostGoodput(beta or 0.0)
+    engine = cast("Engine | None", export)
+    answer = _answer(question, goal, trials, seed, processes, engine, draws=png is not None)
+    title = _title(shape, question, profiles, asked)
+    words: dict[str, object] = {
+        "--workload": workload,
+        "--slo-ttft": slo_ttft,
+        "--slo-tpot": slo_tpot,
+        "--attainment": attainment,
+    }
+    words |= {"--profile": _single(profile, profiles)} if profile else {"--gpu": gpu}
+    lines = answer.simulate_lines(_words(model, words))
+    texts = answer.texts(_served(model), engine, _exported(model), title)
+    told = _written(answer, texts, {"serve": output, "export": _script(output, engine), "png": png}, title)
+    if json:
+        typer.echo(answer.as_json(lines, texts))
+    script = texts["export"].content if export and output is None and not json and "export" in texts else None
+    console = _console(to_stderr=json or script is not None)
+    if not json:
+        _tell(answer, title, lines, console)
+    _say(console, [*_notes(texts, output, engine), *told])
+    if script is not None:
+        typer.echo(script, nl=False)
+    raise typer.Exit(0 if answer.suffices else EXIT_FAILED)
 
 
 # ---- what was asked
@@ -130,10 +170,10 @@ def plan(
 
 def _check_numbers(
     gpus: int | None,
-    beta: float,
-    goodput: float | None,
+    rate: float | None,
     attainment: float | None,
-    requests: int,
+    requests: int | None,
+    confirm: int | None,
     trials: int,
     seed: int,
     processes: int | None,
@@ -141,27 +181,43 @@ def _check_numbers(
     for flag, number, low, high in (
         ("--gpus", gpus, 1, MOST_GPUS),
         ("--requests", requests, 1, 10_000_000),
+        ("--confirm", confirm, 0, 10_000_000),
         ("--trials", trials, 1, 100_000),
         ("--seed", seed, 0, 2**32 - 1),
         ("--processes", processes, 1, 1024),
     ):
         check_range(flag, number, low, high)
-    require(math.isfinite(beta) and beta >= 0, "--beta", f"{beta} is not a finite number of at least 0")
-    served = goodput is None or (math.isfinite(goodput) and goodput > 0)
-    require(served, "--goodput", f"{goodput} is not a finite number above 0")
+    served = rate is None or (math.isfinite(rate) and rate > 0)
+    require(served, "--rate", f"{rate} is not a finite number above 0")
     require(attainment is None or 0 < attainment <= 1, "--attainment", f"{attainment} is not above 0 and at most 1")
+
+
+def _check_objective(objective: str, beta: float | None, rate: float | None) -> None:
+    """Beta belongs to one objective, a rate to the other."""
+    require(objective in ("rate", "goodput", "cost"), "--objective", f"{objective!r} is none of rate, goodput, cost")
+    valid = beta is None or (math.isfinite(beta) and beta >= 0)
+    require(valid, "--beta", f"{beta} is not a finite number of at least 0")
+    by_cost = objective == "cost"
+    require(beta is None or not by_cost, "--beta, --objective", "the least cost is not weighed; leave --beta out")
+    only = "the highest rate is looked for; leave --rate out, or give --objective cost"
+    require(rate is None or by_cost, "--rate, --objective", only)
+
+
+def _check_suffix(flag: str, path: Path | None, *suffixes: str) -> None:
+    valid = path is None or path.suffix.lower() in suffixes
+    require(valid, flag, f"{path} does not end in {' or '.join(suffixes)}")
 
 
 def _slo(workload: "Workload", where: str, ttft: str | None, tpot: str | None, attainment: float | None) -> "Slo":
     """Of the workload, but for what flags say."""
     from msgspec.structs import asdict
 
-    from triptych.planning.quantities import Seconds
+    from triptych.planning.quantities import PositiveSeconds
     from triptych.planning.workloads.workload import Slo
 
     fields = {} if workload.slo is None else asdict(workload.slo)
     given = {"ttft": ("--slo-ttft", ttft), "tpot": ("--slo-tpot", tpot)}
-    fields |= {name: quantity(flag, Seconds, text) for name, (flag, text) in given.items() if text is not None}
+    fields |= {name: quantity(flag, PositiveSeconds, text) for name, (flag, text) in given.items() if text is not None}
     fields |= {} if attainment is None else {"attainment": attainment}
     require(fields.get("ttft") is not None, "--slo-ttft", f"{where} has no slo.ttft, so it is needed, such as '2 s'")
     try:
@@ -174,10 +230,9 @@ def _profiles(shape: "ModelShape", gpu: str, paths: Sequence[Path], degrees: str
     """By the degree of tensor parallelism: measured, or computed from the config and the data sheet."""
     from triptych.planning.costs.analytic import analytic_profile
     from triptych.planning.costs.hardware import find_device
-    from triptych.planning.costs.profile import Profile
 
     if paths:
-        measured = [Profile.load(path) for path in paths]
+        measured = [load_profile(path, shape) for path in paths]
         profiles = {one.tensor_parallel: one for one in measured}
         require(len(profiles) == len(measured), "--profile", "two files are of the same degree of tensor parallelism")
         return profiles
@@ -212,33 +267,55 @@ def _num_gpus(gpus: int | None, budget: str | None, profiles: "dict[int, Profile
 
 
 def _answer(
-    question: "Question", goal: "Goal", trials: int, seed: int, processes: int | None, *, draws: bool
-) -> "tuple[Outcome, list[Row], list[Curve]]":
+    question: "Question",
+    goal: "Goal",
+    trials: int,
+    seed: int,
+    processes: int | None,
+    engine: "Engine | None",
+    *,
+    draws: bool,
+) -> "Answer":
     from triptych.planning.search import search
-    from triptych.planning.search.plan import chosen, curves, require_possible, rows
+    from triptych.planning.search.answer import Answer
+    from triptych.planning.search.export import can_export
+    from triptych.planning.search.plan import chosen, curves, rows, searched
+    from triptych.planning.search.possible import limit_note, require_possible
+    from triptych.planning.search.written import is_servable
 
     space, evaluator = question.space, question.evaluator
     number = processes or len(os.sched_getaffinity(0))
-    with search.processes(evaluator, number) as ask, _bar() as bar:
-        with bar("looking for the fastest", 1):
-            require_possible(question, ask)
-        with bar("candidates", trials) as advance:
-            outcome = search.search(space, evaluator, goal, ask, trials=trials, seed=seed, advance=advance)
-        with bar("figures", 1):
-            best = rows(chosen(outcome, goal), goal, ask)
-        with bar("picture", 1):
-            return outcome, best, curves(best, ask) if draws and best else []
+    also = [is_servable] if engine is None else [is_servable, can_export]
+    with _bar() as bar:
+        with search.processes(evaluator, number) as ask:
+            with bar("looking for the fastest", 1):
+                require_possible(question, ask)
+            with bar("candidates", trials) as advance:
+                outcome = search.search(
+                    space, evaluator, searched(goal), ask, trials=trials, seed=seed, advance=advance
+                )
+        found = chosen(outcome, goal, *also)
+        with search.processes(question.runs, number) as ask_runs:
+            with bar(f"longer runs of the best {len(found)}", 1):
+                best = rows(found, goal, ask_runs)
+                note = limit_note(question, found, best, ask_runs)
+            with bar("picture", 1):
+                drawn = curves(best, ask_runs) if draws and best else []
+    return Answer(question, goal, outcome, best, drawn, note)
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[..., Any]]:
-    """On stderr, where that is a terminal."""
+    """On stderr; where that is no terminal, a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _reported
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
 
         @contextmanager
         def part(text: str, total: int) -> Iterator[Callable[[], None]]:
@@ -249,84 +326,114 @@ def _bar() -> Iterator[Callable[..., Any]]:
         yield part
 
 
-def _wanted(goal: "Goal") -> float:
-    """The goodput that is enough."""
-    return goal.most if math.isfinite(goal.most) else 1e-9
+@contextmanager
+def _reported(text: str, total: int) -> Iterator[Callable[[], None]]:
+    """When it begins, and a few times until it is done."""
+    began_s, done = time.monotonic(), 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if done < total and done * NUM_REPORTS // total > (done - 1) * NUM_REPORTS // total:
+            typer.echo(f"plan: {text}, {done} of {total} after {time.monotonic() - began_s:.0f} s", err=True)
+
+    typer.echo(f"plan: {text}{f', {total}' if total > 1 else ''}", err=True)
+    yield advance
 
 
 # ---- what is written and told
 
 
-def _written(
-    question: "Question", best: "Sequence[Row]", model: str, engine: "Engine | None", title: str
-) -> dict[str, str]:
-    """Texts of files: `serve`, and `export` where it is asked for."""
-    from triptych.planning.search.export import can_export, export
-    from triptych.planning.search.plan import config_text, serve_config
-
-    texts = {}
-    servable = next((row for row in best if set(row.candidate.degrees) == {1}), None)
-    if servable is not None:
-        comments = [
-            f"{title}: {servable.goodput:.3g} req/s within the SLO, as simulated.",
-            "Made by `triptych plan` for `triptych serve --config`.",
-        ]
-        texts["serve"] = config_text(serve_config(servable, question, model), comments)
-    routed = next((row for row in best if can_export(row.candidate)), None)
-    if engine is not None and routed is not None:
-        texts["export"] = export(engine, routed.candidate, model)
-    return texts
+def _title(shape: "ModelShape", question: "Question", profiles: "dict[int, Profile]", workload: "Workload") -> str:
+    hardware = profiles[min(profiles)].hardware
+    if question.machines.shares_cores:
+        return f"{shape.name}, at most {question.size} on the cores of one {hardware}, {workload.name}"
+    return f"{shape.name} on at most {question.space.num_gpus} x {hardware}, {workload.name}"
 
 
-def _write(output: Path, texts: dict[str, str], engine: str | None) -> None:
+def _served(model: str | None) -> dict[str, Any]:
+    """What `triptych serve` is told of the model: a folder by a path that is valid everywhere, and a name."""
+    from triptych.planning.costs.shapes import CHECKPOINTS
+
+    if model in CHECKPOINTS and not Path(model).exists():
+        return {"model": CHECKPOINTS[model]}
+    path = Path(checkpoint_path() if model is None else model).expanduser().resolve()
+    folder = path.parent if path.is_file() else path
+    return {} if is_built_in(str(folder)) else {"model": str(folder), "served_model_name": [folder.name]}
+
+
+def _exported(model: str | None) -> str:
+    """What other engines are told."""
+    served: dict[str, Any] = _served(model)
+    return str(served.get("model", checkpoint_path()))
+
+
+def _words(model: str | None, given: Mapping[str, object]) -> list[str]:
+    """Arguments of `triptych simulate` that are those of this command."""
+    words = [] if model is None else [model]
+    return words + [str(word) for flag, value in given.items() if value is not None for word in (flag, value)]
+
+
+def _single(paths: Sequence[Path], profiles: "dict[int, Profile]") -> Path:
+    """The file of one GPU, in whose order the profiles are, where there is one."""
+    return paths[list(profiles).index(1)] if 1 in profiles else paths[0]
+
+
+def _script(output: Path | None, engine: str | None) -> Path | None:
+    return None if output is None or engine is None else output.with_suffix(f".{engine}.sh")
+
+
+def _written(answer: "Answer", texts: "dict[str, Text]", paths: "dict[str, Path | None]", title: str) -> list[str]:
+    """Writes them, and says so, or why not."""
     from triptych.planning import files
+    from triptych.planning.search.charts import plan_chart
 
-    if "serve" in texts:
-        files.write_bytes(output, texts["serve"].encode())
-    if "export" in texts:
-        files.write_bytes(_script(output, engine), texts["export"].encode())
+    said = []
+    for name, path in paths.items():
+        if path is None:
+            continue
+        if name in texts:
+            files.write_bytes(path, texts[name].content.encode())
+            start = f"triptych serve --config {path}" if name == "serve" else f"bash {path}"
+            said.append(f"{path} is written, {texts[name].candidate}: {start}")
+        elif name == "png" and answer.curves:
+            plan_chart(path, answer.curves, title)
+            said.append(f"{path} is written: {', '.join(str(curve.candidate) for curve in answer.curves)}")
+        else:
+            said.append(f"{path} is not written: no placement for it keeps the SLO")
+    return said
 
 
-def _script(output: Path, engine: str | None) -> Path:
-    return output.with_suffix(f".{engine}.sh")
+def _notes(texts: "dict[str, Text]", output: Path | None, engine: str | None) -> list[str]:
+    """What files are not of the first row, and why."""
+    made = [text for name, text in texts.items() if name == "export" or output is not None]
+    missing = ["--export: no placement that can be exported keeps the SLO"] if engine and "export" not in texts else []
+    return [*(text.note for text in made if text.note is not None), *missing]
 
 
-def _tell(
-    outcome: "Outcome",
-    goal: "Goal",
-    best: "Sequence[Row]",
-    texts: dict[str, str],
-    title: str,
-    output: Path | None,
-) -> None:
+def _console(*, to_stderr: bool) -> "Console":
     from rich.console import Console
 
-    from triptych.planning.search.tables import plan_table, settings
-    from triptych.planning.search.verdict import verdict
-
-    console = Console()
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    say(title)
-    for reason, number in outcome.rejected.items():
-        say(f"{number} x does not fit: {reason}")
-    if not best:
-        say("No placement serves enough requests within the SLO at any rate.")
-        return
-    console.print(plan_table(best))
-    say(verdict(outcome, goal))
-    say(f"triptych serve {settings(best[0])}")
-    if output is not None and "serve" in texts:
-        say(f"written to {output}: triptych serve --config {output}")
-    if output is None and "export" in texts:
-        say(f"\n{texts['export']}")
+    return Console(stderr=to_stderr)
 
 
-def _tell_json(outcome: "Outcome", goal: "Goal", best: "Sequence[Row]", texts: dict[str, str]) -> None:
-    from triptych.planning.search.plan import as_json
-    from triptych.planning.search.verdict import verdict
+def _tell(answer: "Answer", title: str, lines: "Sequence[str | None]", console: "Console") -> None:
+    from triptych.planning.search.tables import plan_lines, plan_table
 
-    said = verdict(outcome, goal) if best else "No placement serves enough requests within the SLO at any rate."
-    typer.echo(as_json(outcome, best, said, texts))
+    fits = [f"{number} x does not fit: {reason}" for reason, number in answer.outcome.rejected.items()]
+    _say(console, [title, *fits])
+    unit = answer.question.unit
+    table = plan_table(answer.rows, unit)
+    if not answer.rows:
+        pass
+    elif console.measure(table, options=console.options.update_width(MOST_COLUMNS)).maximum <= console.width:
+        console.print(table)
+    else:
+        for line in plan_lines(answer.rows, unit):
+            console.print(line, markup=False, highlight=False)
+    _say(console, answer.said(lines[0] if lines else None))
+
+
+def _say(console: "Console", lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

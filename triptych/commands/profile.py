@@ -1,23 +1,75 @@
 """`triptych profile`: measures what the engine costs on this machine, and writes it to a file."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from triptych.commands.arguments import BUILT_IN, find_checkpoint, is_built_in, quantity
 from triptych.config import require
-from triptych.errors import ConfigError
+from triptych.config_file import naming_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from triptych.bench.serving import ServingCosts
     from triptych.config import ModelConfig
     from triptych.engine.profiling import Measured
     from triptych.planning.costs.profile import Made, Profile, Residual
     from triptych.planning.quantities import DollarsPerHour
+    from triptych.planning.simulation.calibration import LiveRun
 
 
+WORDS = {  # what a cost is of, where its name does not say it
+    "encode_step": "encode: a step, beside what is in it",
+    "encode_item": "encode: a picture, video or clip",
+    "encode_pixel": "encode: a pixel of it",
+    "encode_unit": "encode: an encode unit",
+    "encode_row": "encode: an embedding row",
+    "prefill_step": "prefill: a step, beside what is in it",
+    "prefill_token": "prefill: a token",
+    "prefill_pair": "prefill: a token, for each one before it",
+    "decode_step": "decode: a step, beside what is in it",
+    "decode_sequence": "decode: a sequence",
+    "decode_context": "decode: a token of its context",
+    "turn": "an instance that takes messages and computes nothing",
+    "handover": "an instance that hands KV or embeddings over",
+    "wake": "the first step after a rest",
+    "arrival": "a request, until it is dispatched",
+    "message": "a message from process to process",
+    "transfer": "a transfer, beside its bytes",
+    "bytes_per_second": "bytes of transfers",
+    "host_bytes_per_second": "bytes to host memory and back",
+    "switch_weights": "a role switch that loads weights",
+    "switch_books": "a role switch that loads none",
+    "cores": "cores that all processes share",
+    "server_request": "server: a request",
+    "server_prompt_token": "server: a token of its prompt",
+    "server_item": "server: a picture, video or clip",
+    "server_media_byte": "server: a byte of it",
+    "server_step": "server: what a step of an instance sampled",
+    "server_token": "server: a token of an answer",
+    "server_peer": "server: a request, for each instance that there is",
+    "server_report": "server: anything else that an instance says",
+    "client_request": "load generator: a request",
+    "client_token": "load generator: a token of an answer",
+    "device": "memory of the device",
+    "runtime": "memory before any weight is loaded",
+    "encoder_weights": "weights of the encoders",
+    "language_weights": "weights of the language model",
+    "encode_activations": "activations of an encode step, at most",
+    "language_activations": "activations of a language step, at most",
+    "kv_token": "KV of a token",
+    "kv_sequence": "recurrent states of a sequence",
+    "embedding_row": "an embedding row",
+    "kv_block_tokens": "tokens of a block of KV",
+    "embedding_block_tokens": "rows of a block of embeddings",
+    "context_len": "tokens of prompt and answer, at most",
+}
+FAR_OFF = 0.2  # error of a fit that is worth a remark
+
+
+@naming_flags
 def profile(
     model: Annotated[
         str | None, typer.Argument(help="Checkpoint folder or Hugging Face id; the built-in model if left out.")
@@ -42,19 +94,16 @@ def profile(
     from datetime import UTC, datetime
 
     from msgspec.structs import replace
-    from rich.console import Console
 
     from triptych import __version__
     from triptych.config import ModelConfig, checked
-    from triptych.demo import checkpoint_path
-    from triptych.model.loading import load_config, resolve_checkpoint, resolve_dtype
+    from triptych.model.loading import load_config, resolve_dtype
     from triptych.planning.costs.profile import Made
 
-    path = checkpoint_path() if model is None else resolve_checkpoint(model, revision)
     config = checked(
         ModelConfig,
-        path=str(path),
-        name="triptych-demo" if model is None else model,
+        path=str(find_checkpoint(model, revision)),
+        name=BUILT_IN if model is None or is_built_in(model) else model,
         revision=revision,
         dtype=dtype,
         device=_device(device),
@@ -65,7 +114,6 @@ def profile(
     arguments += [] if model is None else [model]
     arguments += [] if max_model_len is None else ["--max-model-len", str(max_model_len)]
     arguments += [] if not revision else ["--revision", revision]
-    measured, serving = _measure(config, threads, transfer, quick, arguments)
     made = Made(
         date=datetime.now(UTC).date().isoformat(),
         version=__version__,
@@ -74,11 +122,10 @@ def profile(
         dtype=str(resolve_dtype(config, load_config(config.path))).removeprefix("torch."),
         threads=threads,
     )
-    result = _assembled(config, hardware or _hardware(config.device), made, measured, serving)
+    result = _measured(config, hardware or _hardware(config.device), made, transfer, quick, arguments)
     result = replace(result, price=cost_per_hour)
     result.save(output)
-    _show(Console(), result)
-    typer.echo(f"written to {output}")
+    tell(result, output, model, quick=quick)
 
 
 def _check(output: Path, threads: int, transfer: str) -> None:
@@ -95,10 +142,7 @@ def _check(output: Path, threads: int, transfer: str) -> None:
 def _price(text: str | None) -> "DollarsPerHour | None":
     from triptych.planning.quantities import DollarsPerHour
 
-    try:
-        return None if text is None else DollarsPerHour.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"--price: {error}") from None
+    return None if text is None else quantity("--price", DollarsPerHour, text)
 
 
 def _device(device: str) -> str:
@@ -119,33 +163,64 @@ def _hardware(device: str) -> str:
     return str(environment()["cpu"]) if device == "cpu" else torch.cuda.get_device_name(device)
 
 
-def _measure(
-    model: "ModelConfig", threads: int, transfer: str, quick: bool, arguments: list[str]
-) -> "tuple[Measured, ServingCosts]":
-    """With a bar of what is done."""
+def _measured(
+    model: "ModelConfig", hardware: str, made: "Made", transfer: str, quick: bool, arguments: list[str]
+) -> "Profile":
+    """The engine by itself, then real servers under load. With a bar of what is done."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from triptych.bench import serving
+    from triptych.bench import live_costs
     from triptych.engine.profiling import FULL, QUICK, Profiler
 
-    loads = serving.QUICK if quick else serving.FULL
+    effort = live_costs.QUICK if quick else live_costs.FULL
     columns = (TextColumn("measuring: {task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("role switches", total=Profiler.steps + 1 + len(loads))
+        num_loads = len(live_costs.PLACEMENTS) * (1 + len(effort.asks))
+        task = progress.add_task("role switches", total=Profiler.steps + num_loads)
 
         def done(what: str) -> None:
             progress.update(task, advance=1, description=f"{what} done")
 
-        effort = QUICK if quick else FULL
-        measured = Profiler(model, threads=threads, transfer=transfer, effort=effort, done=done).run()  # type: ignore[arg-type]
-        return measured, serving.serving_costs(["--placement", "1epd", *arguments], loads, done)
+        measured = Profiler(
+            model,
+            threads=made.threads,
+            transfer=transfer,  # type: ignore[arg-type]
+            effort=QUICK if quick else FULL,
+            sides=live_costs.SIDES,
+            done=done,
+        ).run()
+        alone = _assembled(model, hardware, made, measured)
+        pictures = live_costs.Pictures(measured.rows, measured.lead_tokens) if measured.rows else None
+        runs, arrival_s = live_costs.live_runs(arguments, alone, pictures, effort, done)
+        return _calibrated(alone, runs, arrival_s)
 
 
-def _assembled(
-    model: "ModelConfig", hardware: str, made: "Made", measured: "Measured", serving: "ServingCosts"
-) -> "Profile":
-    """Costs of everything, each fitted to the samples of its stage."""
+def _calibrated(alone: "Profile", runs: "list[LiveRun]", arrival_s: float) -> "Profile":
+    """What the processes of a live server took of the cores says what steps cost among them, and what serving costs.
+    Where an instance computes elsewhere, or with several threads, its CPU time says nothing of its steps."""
+    from dataclasses import replace
+
+    from msgspec.structs import replace as replaced
+
+    from triptych.planning.simulation.calibration import calibrate
+
+    costs = replace(alone.costs(), arrival=arrival_s)
+    if not runs:
+        note = "no server was measured: one load would have taken longer than a minute"
+        return replaced(alone.with_costs(costs), made=replaced(alone.made, notes=(note,)))
+    found = calibrate(costs, runs, steps=alone.made.device == "cpu" and alone.made.threads == 1)
+    times = ", ".join(f"{stage} {scale:.2f}" for stage, scale in found.stages.items())
+    note = f"in a live server steps take so many times what they take alone: {times}"
+    return replaced(
+        alone.with_costs(found.costs),
+        residuals={**alone.residuals, **found.residuals},
+        made=replaced(alone.made, notes=(note,)),
+    )
+
+
+def _assembled(model: "ModelConfig", hardware: str, made: "Made", measured: "Measured") -> "Profile":
+    """Costs of the engine alone, each fitted to the samples of its stage."""
     import os
 
     from triptych.engine.profiling import STAGES
@@ -156,15 +231,9 @@ def _assembled(
     fits = {stage: fit(measured.stages[stage], names) for stage, names in STAGES.items() if stage in measured.stages}
     costs = {name: cost for of in fits.values() for name, cost in of.costs.items()}
     byte_s = costs.pop("byte")
-    costs |= measured.seconds | {
-        "arrival": serving.arrival_s,
-        **{f"server_{name}": cost for name, cost in serving.server.costs.items()},
-        "client_request": serving.client.costs["request"],
-        "client_token": serving.client.costs["token"],
-    }
+    costs |= measured.seconds
     residuals = {stage: of.residual for stage, of in fits.items()}
     seconds: dict[str, Any] = {name: Seconds(value) for name, value in costs.items()}
-    residuals |= {"server": serving.server.residual, "client": serving.client.residual}
     if measured.stages["mixed"]:
         residuals["mixed"] = _mixed_residual(measured, costs)
     assert measured.memory is not None
@@ -197,17 +266,29 @@ def _mixed_residual(measured: "Measured", costs: dict[str, float]) -> "Residual"
     return Residual(samples=len(errors), median=median(errors), worst=max(errors))
 
 
+def tell(profile: "Profile", output: Path, model: str | None, *, quick: bool) -> None:
+    """What was measured and written to this file; how it becomes better, and what it is for."""
+    from rich.console import Console
+
+    _show(Console(), profile)
+    typer.echo(f"written to {output}")
+    far = [name for name, residual in profile.residuals.items() if residual.worst > FAR_OFF]
+    if far:
+        better = "measure without --quick, and " if quick else ""
+        typer.echo(f"Far off at worst: {', '.join(far)}. To do better, {better}keep the machine free of other work.")
+    named = [] if model is None else [shlex.quote(model)]
+    typer.echo(f"next: {' '.join(['triptych simulate', *named, '--profile', shlex.quote(str(output))])}")
+
+
 def _show(console: "Console", profile: "Profile") -> None:
     from msgspec.structs import asdict
     from rich.table import Table
 
-    costs = asdict(profile.costs_of_steps)
-    table = Table("cost", "measured", title=f"{profile.model} on {profile.hardware}")
-    for name, value in costs.items():
-        table.add_row(name, _short(value))
-    for name, value in asdict(profile.memory).items():
-        table.add_row(f"memory: {name}", _short(value))
+    table = Table("cost", "measured", title=f"{profile.model} on {profile.hardware}", title_justify="left")
+    for name, value in (asdict(profile.costs_of_steps) | asdict(profile.memory)).items():
+        table.add_row(WORDS.get(name, name.replace("_", " ")), _short(value))
     console.print(table)
+    console.print("-: too little to be told from the rest, or not measured", highlight=False)
     table = Table("fit of", "samples", "median error", "worst error")
     for name, residual in profile.residuals.items():
         table.add_row(name, str(residual.samples), f"{residual.median:.1%}", f"{residual.worst:.1%}")
@@ -217,6 +298,6 @@ def _show(console: "Console", profile: "Profile") -> None:
 def _short(value: object) -> str:
     from triptych.planning.quantities import Quantity
 
-    if isinstance(value, Quantity) and value:
-        value = type(value)(float(f"{float(value):.3g}"))
-    return str(value)
+    if not value:
+        return "-"
+    return value.short() if isinstance(value, Quantity) else str(value)

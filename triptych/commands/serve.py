@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from triptych import config_file
+from triptych.commands.arguments import find_checkpoint, served_names
 from triptych.config import (
     GIB,
     AdmissionConfig,
@@ -154,14 +155,11 @@ def serve(
     from triptych.serve import ServeOptions
     from triptych.telemetry import set_up_logging
 
-    require(log_level in LOG_LEVELS, "--log-level", f"{log_level!r} is none of {', '.join(LOG_LEVELS)}")
+    require(log_level in LOG_LEVELS, "log_level", f"{log_level!r} is none of {', '.join(LOG_LEVELS)}")
     set_up_logging(log_level)
 
-    from triptych.demo import checkpoint_path
-    from triptych.model.loading import resolve_checkpoint
-
-    path = checkpoint_path() if model is None else resolve_checkpoint(model, revision)
-    names = tuple(served_model_name or (["triptych-demo"] if model is None else [model]))
+    path = find_checkpoint(model, revision)
+    names = tuple(served_model_name or served_names(model))
     options = checked(
         ServeOptions,
         placement=Placement.parse(placement),
@@ -178,8 +176,8 @@ def serve(
         ),
         memory=checked(
             MemoryConfig,
-            kv_cache_bytes=_bytes("--kv-cache-gib", kv_cache_gib),
-            embedding_cache_bytes=_bytes("--embedding-cache-gib", embedding_cache_gib),
+            kv_cache_bytes=_bytes("kv_cache_gib", kv_cache_gib),
+            embedding_cache_bytes=_bytes("embedding_cache_gib", embedding_cache_gib),
             gpu_memory_utilization=gpu_memory_utilization,
             prefix_caching=enable_prefix_caching,
         ),
@@ -199,9 +197,9 @@ def serve(
             port=port,
             api_key=api_key,
             served_model_names=names,
-            limit_mm_per_prompt=_json("--limit-mm-per-prompt", limit_mm_per_prompt),
-            media_io_kwargs=_json("--media-io-kwargs", media_io_kwargs),
-            max_body_bytes=max_body_mib << 20,
+            limit_mm_per_prompt=_json("limit_mm_per_prompt", limit_mm_per_prompt),
+            media_io_kwargs=_json("media_io_kwargs", media_io_kwargs),
+            max_body_bytes=_mebibytes("max_body_mib", max_body_mib),
             max_image_pixels=max_image_pixels,
             media_fetch_timeout_s=media_fetch_timeout_s,
             allow_private_media_hosts=allow_private_media_hosts,
@@ -214,17 +212,17 @@ def serve(
         admission=checked(
             AdmissionConfig,
             schedule=schedule,
-            max_queue_s=_finite("--max-queue-s", max_queue_s),
-            slo_ttft_ms=_finite_if_given("--slo-ttft-ms", slo_ttft_ms),
-            slo_tpot_ms=_finite_if_given("--slo-tpot-ms", slo_tpot_ms),
-            recovery_timeout_s=_finite("--recovery-timeout-s", recovery_timeout_s),
-            max_media_held_bytes=max_media_held_mib << 20,
+            max_queue_s=_finite("max_queue_s", max_queue_s),
+            slo_ttft_ms=_finite_if_given("slo_ttft_ms", slo_ttft_ms),
+            slo_tpot_ms=_finite_if_given("slo_tpot_ms", slo_tpot_ms),
+            recovery_timeout_s=_finite("recovery_timeout_s", recovery_timeout_s),
+            max_media_held_bytes=_mebibytes("max_media_held_mib", max_media_held_mib),
         ),
         control=checked(
             ControlConfig,
             adaptive=adaptive,
-            drain_timeout_s=_finite("--drain-timeout-s", drain_timeout_s),
-            switch_timeout_s=_finite("--switch-timeout-s", switch_timeout_s),
+            drain_timeout_s=_finite("drain_timeout_s", drain_timeout_s),
+            switch_timeout_s=_finite("switch_timeout_s", switch_timeout_s),
         ),
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -244,21 +242,29 @@ async def _serve(options: "ServeOptions") -> None:
     await serve(options, stop, lambda address: typer.echo(f"Triptych ready on {address}"))
 
 
-def _json(flag: str, text: str) -> Any:
+# ---- values of parameters, which are called `name` here and in files
+
+
+def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        raise ConfigError(f"{flag}: {text!r} is not JSON") from None
+        raise ConfigError(f"{name}: {text!r} is not JSON") from None
 
 
-def _finite(flag: str, number: float) -> float:
-    require(math.isfinite(number), flag, f"{number} is not a finite number above 0")
+def _finite(name: str, number: float) -> float:
+    require(math.isfinite(number) and number > 0, name, f"{number:g} is not a finite number above 0")
     return number
 
 
-def _finite_if_given(flag: str, number: float | None) -> float | None:
-    return None if number is None else _finite(flag, number)
+def _finite_if_given(name: str, number: float | None) -> float | None:
+    return None if number is None else _finite(name, number)
 
 
-def _bytes(flag: str, gib: float | None) -> int | None:
-    return None if gib is None else int(_finite(flag, gib) * GIB)
+def _bytes(name: str, gib: float | None) -> int | None:
+    return None if gib is None else max(1, int(_finite(name, gib) * GIB))
+
+
+def _mebibytes(name: str, number: int) -> int:
+    require(number > 0, name, f"{number} is not a whole number above 0")
+    return number << 20

@@ -2,13 +2,13 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from triptych.commands.arguments import check_folders, check_range, quantity
+from triptych.commands.arguments import DescribedModel, check_folders, check_range, find_model, load_profile, quantity
 from triptych.config import require
 from triptych.core import Placement
 
@@ -29,13 +29,7 @@ FAILURE = re.compile(r"i([0-9]{1,4})@(.+)", re.DOTALL)
 
 
 def simulate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Checkpoint folder, config.json, or one of minicpm-v-2.6, internvl2-8b, internvl2-26b, "
-            "qwen2.5-vl-7b, qwen3-vl-8b."
-        ),
-    ],
+    model: DescribedModel = None,
     placement: Annotated[
         str, typer.Option(help="Counts and roles: 1e1p1d, 2e1pd, 1ep1d, 1ed1p, 1epd, 2e2p2d, ...")
     ] = "1e1p1d",
@@ -108,13 +102,12 @@ def simulate(
     placed = Placement.parse(placement)
     failures = _failures(fail or [], placed)
 
-    from triptych.planning.costs import shapes
     from triptych.planning.search import outcome
     from triptych.planning.search.space import Candidate
     from triptych.planning.simulation.scenario import Scenario
     from triptych.planning.workloads import presets
 
-    shape = shapes.find_shape(model)
+    shape = find_model(model)
     asked = _with_numbers(presets.load(workload), requests, seed)
     objectives, target = _objectives(asked, slo_ttft, slo_tpot, attainment)
     scenario = Scenario(
@@ -149,7 +142,7 @@ def simulate(
     if json:
         typer.echo(outcome.as_json(scenario, runs, target))
     else:
-        _tell(title, *outcome.tables(runs, target))
+        _tell([title, *_terms(asked, asked_rates, objectives, target)], *outcome.tables(runs, target))
 
 
 # ---- what was asked
@@ -217,14 +210,13 @@ def _objectives(
 ) -> "tuple[Objectives, float]":
     """The SLO of the workload, but for what flags say, and the share of the requests that must keep it."""
     from triptych.latency import Objectives
-    from triptych.planning.quantities import Seconds
+    from triptych.planning.quantities import PositiveSeconds
 
     slo = workload.slo
     limits = {name: getattr(slo, name, None) for name in ("ttft", "tpot", "e2e")}
     for name, flag, text in (("ttft", "--slo-ttft", ttft), ("tpot", "--slo-tpot", tpot)):
         if text is not None:
-            limit = limits[name] = quantity(flag, Seconds, text)
-            require(limit > 0, flag, f"{text}, which nothing can keep; above 0 s is needed")
+            limits[name] = quantity(flag, PositiveSeconds, text)
     objectives = Objectives(**{f"{name}_ms": None if s is None else float(s) * 1e3 for name, s in limits.items()})
     return objectives, attainment or (USUAL_TARGET if slo is None else slo.attainment)
 
@@ -233,11 +225,10 @@ def _profile(shape: "ModelShape", gpu: str, path: Path | None) -> "Profile":
     """Measured, or computed from the config and the data sheet."""
     from triptych.planning.costs.analytic import analytic_profile
     from triptych.planning.costs.hardware import find_device
-    from triptych.planning.costs.profile import Profile
 
     if path is None:
         return analytic_profile(shape, find_device(gpu))
-    found = Profile.load(path)
+    found = load_profile(path, shape)
     require(found.tensor_parallel == 1, "--profile", f"{path}: of {found.tensor_parallel} GPUs for one instance, not 1")
     return found
 
@@ -245,12 +236,34 @@ def _profile(shape: "ModelShape", gpu: str, path: Path | None) -> "Profile":
 # ---- the answer
 
 
-def _tell(title: str, tables: "Sequence[Table]", lines: Sequence[str]) -> None:
+def _terms(
+    workload: "Workload", rates: Sequence[float | None], objectives: "Objectives", target: float
+) -> Iterator[str]:
+    """How fast requests are sent, and what they are held against."""
+    from triptych.planning.quantities import Seconds
+
+    if len(rates) == 1:
+        yield f"Sent: {_pace(workload, rates[0])}"
+    limits = {"TTFT": objectives.ttft_ms, "TPOT": objectives.tpot_ms, "E2E": objectives.e2e_ms}
+    kept = [f"{name} at most {Seconds(limit / 1e3).short()}" for name, limit in limits.items() if limit is not None]
+    yield f"SLO: {', '.join(kept)}, for {100 * target:.4g}% of the requests" if kept else "SLO: none"
+
+
+def _pace(workload: "Workload", rate: float | None) -> str:
+    rate = workload.rate if rate is None else rate
+    if rate is None:
+        return "all at once" if workload.trace is None else "as recorded"
+    return f"{rate:.4g} req/s" + (", times the factor of each phase" if workload.phases else "")
+
+
+def _tell(head: Sequence[str], tables: "Sequence[Table]", lines: Sequence[str]) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    for line in head:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for table in tables:
+        table.title_justify = "left"
         console.print(table)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

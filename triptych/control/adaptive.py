@@ -13,7 +13,7 @@ from triptych.errors import InstanceError, RequestError
 from triptych.messages import Load
 from triptych.planning.allocator import PURE, Allocator, Candidate, Decision, Policy
 from triptych.planning.estimator import Estimator, Observation
-from triptych.router.demand import Demand
+from triptych.router.pressure import Pressure
 from triptych.routing import RoutingTable
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Watched(Protocol):
     def table(self) -> RoutingTable: ...
     @property
     def loads(self) -> Mapping[InstanceId, Load]: ...
-    def demand(self) -> Demand: ...
+    def pressure(self) -> Pressure: ...
 
 
 class Controls(Protocol):
@@ -85,7 +85,7 @@ class Adaptive:
     def look(self) -> None:
         """Decides, and begins the switch that was decided on. While one is under way it only watches."""
         frontend = self._frontend
-        seen = Observation.of(self._clock(), frontend.table, frontend.loads, frontend.demand())
+        seen = Observation.of(self._clock(), frontend.table, frontend.loads, frontend.pressure())
         estimate = self._estimator.observe(seen)
         if self._switching is not None or not seen.roles:
             return

@@ -35,7 +35,9 @@ class Observer(Protocol):
     """Who wants to know; the frontend."""
 
     def handle(self, message: Table, /) -> None: ...
-    def instance_lost(self, instance: InstanceId, suspects: Collection[RequestId] = ()) -> None: ...
+    def instance_lost(
+        self, instance: InstanceId, suspects: Collection[RequestId] = (), *, as_asked: bool = False
+    ) -> None: ...
     def room(self) -> dict[InstanceId, int]: ...
 
 
@@ -298,7 +300,7 @@ class Fleet:
             if peer is not None:
                 self._post.forget(peer.address)
                 self.publish()
-                self._observer.instance_lost(instance.id, suspected)
+                self._observer.instance_lost(instance.id, suspected, as_asked=as_asked)
         self._notify()
 
     # ---- inside

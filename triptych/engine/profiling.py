@@ -12,7 +12,7 @@ import select
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, product
@@ -34,6 +34,7 @@ from triptych.config import (
 )
 from triptych.core import InstanceId, LeaseId, Role
 from triptych.engine.fitting import Fitter, Weights
+from triptych.engine.heap import keep_large_blocks
 from triptych.engine.pools import Layouts, fitting_model_len
 from triptych.engine.rig import Rig, Turn
 from triptych.engine.sockets import Inbox, Post
@@ -51,7 +52,7 @@ DECODE = ("decode_step", "decode_sequence", "decode_context")
 TRANSFER = ("transfer", "byte")
 STAGES = {"encode": ENCODE, "prefill": PREFILL, "decode": DECODE, "transfer": TRANSFER}
 WIDEST_CHUNK = 2048  # tokens: longer prompts are prefilled in parts, which look back at those before them
-MOST_PULLED_BYTES = 64 << 20
+MOST_PULLED_BYTES = 16 << 20
 WARM_UP_PICTURES = 30
 REST_S = 0.02
 
@@ -81,6 +82,8 @@ class Measured:
     stages: dict[str, list[Sample]] = field(default_factory=dict)  # encode, prefill, decode, mixed, transfer
     seconds: dict[str, float] = field(default_factory=dict)  # turn, wake, message, switch_weights, switch_books
     memory: Memory | None = None
+    rows: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of square pictures, by their side in pixels
+    lead_tokens: int = 0  # of a prompt, before its first picture
 
 
 class Profiler:
@@ -89,12 +92,21 @@ class Profiler:
     steps = 6
 
     def __init__(
-        self, model: ModelConfig, *, threads: int, transfer: TransferMode, effort: Effort, done: Callable[[str], None]
+        self,
+        model: ModelConfig,
+        *,
+        threads: int,
+        transfer: TransferMode,
+        effort: Effort,
+        sides: Sequence[int],
+        done: Callable[[str], None],
     ) -> None:
+        """`sides`: of the pictures of which the rows are asked."""
         self._model = replace(model, max_model_len=fitting_model_len(model, MemoryConfig()))
         self._threads = threads
         self._transfer = transfer
         self._effort = effort
+        self._sides = sides
         self._done = done
         self._measured = Measured()
         self._clock = time.process_time if threads == 1 and model.device == "cpu" else time.perf_counter
@@ -113,6 +125,7 @@ class Profiler:
 
     def _engine(self) -> None:
         runtime = _used_bytes(self._model.device)
+        keep_large_blocks()
         torch.set_num_threads(self._threads)
         with tempfile.TemporaryDirectory(prefix="triptych-") as folder, torch.inference_mode():
             config = self._config(Path(folder), Role.E)
@@ -163,6 +176,9 @@ class Profiler:
         """Returns the bytes that encode steps and language steps take beside weights and pools, at most."""
         encode_bytes = 0.0
         if rig.takes_pictures:
+            of_sides = {side: rig.rows(side) for side in self._sides}
+            self._measured.rows = {side: rows for side, (rows, _) in of_sides.items()}
+            self._measured.lead_tokens = max(lead for _, lead in of_sides.values())
             self._warm_up(rig)
             with _peak_bytes(self._model.device) as encode_peak:
                 self._measured.stages["encode"] = self._encode(rig)
@@ -255,12 +271,14 @@ class Profiler:
         self._done("messages")
 
     def _transfers(self) -> None:
-        """Pulls between two slabs of this device, of KV blocks."""
+        """Pulls between two slabs of this device, of KV blocks, into blocks that were never written: those of a prompt
+        that no cache knows are new to an instance until its pool has been filled once."""
         layouts = Layouts.of(self._model, load_config(self._model.path))
         block_bytes = layouts.kv.block_bytes
         most = max(2, MOST_PULLED_BYTES // block_bytes)
-        sizes = {"kv": (block_bytes, most, layouts.kv.layout)}
-        slabs = [Slab(f"triptych-profiled-{name}", block_bytes * most, self._model.device) for name in "ab"]
+        counts = [max(1, most >> share) for share in (0, 2, 4, 6, 8)] * (self._effort.repeats + 1)
+        sizes = {"kv": (block_bytes, sum(counts), layouts.kv.layout)}
+        slabs = [Slab(f"triptych-profiled-{name}", block_bytes * sum(counts), self._model.device) for name in "ab"]
         for slab in slabs:
             slab.carve(sizes)
         reader, holder = (
@@ -268,14 +286,15 @@ class Profiler:
         )
         holder_peer = Peer(InstanceId("b"), Role.P, "1", "", holder.describe())
         reader.connect(holder_peer)
-        samples = []
-        for round_ in range(self._effort.repeats + 1):
-            for share in (0, 2, 4, 6, 8, 10):
-                count = max(1, most >> share)
-                ticket = Ticket(holder_peer.id, "1", LeaseId(0), "kv", list(range(count)), count)
-                seconds = _seconds(lambda ticket=ticket: _pull(reader, ticket))  # type: ignore[misc]
-                if round_:  # the first one finds pages that were never written
-                    samples.append(Sample({"transfer": 1.0, "byte": float(count * block_bytes)}, seconds))
+        slabs[1].tensor.fill_(1)  # whoever holds KV has written it
+        samples, first = [], 0
+        for number, count in enumerate(counts):
+            blocks = list(range(first, first + count))
+            ticket = Ticket(holder_peer.id, "1", LeaseId(0), "kv", blocks, count)
+            seconds = _seconds(lambda ticket=ticket: _pull(reader, ticket))  # type: ignore[misc]
+            if number >= len(counts) // (self._effort.repeats + 1):  # the first ones set up the connection
+                samples.append(Sample({"transfer": 1.0, "byte": float(count * block_bytes)}, seconds))
+            first += count
         for transfers in (reader, holder):
             transfers.close()
         for slab in slabs:

@@ -16,17 +16,19 @@ import numpy as np
 import zmq
 from PIL import Image
 
-from triptych.config import InstanceConfig
+from triptych.config import KV_BLOCK_TOKENS, InstanceConfig
 from triptych.core import HASH_BYTES, Chunk, EncodeWork, LeaseId, RequestId, SampledToken, SamplingParams
 from triptych.engine.engine import Engine
 from triptych.engine.equipment import EncodeRuns, LanguageRuns
 from triptych.engine.fitting import Fitter
 from triptych.engine.sockets import Inbox, Post
 from triptych.errors import ConfigError, RequestError
+from triptych.memory.prefix import prompt_hashes
 from triptych.messages import AnyMessage, Encode, Failed, Release, Submit, Table, Tokens
 from triptych.model.headers import ImageHeader
 from triptych.model.processor import Processor
 
+ROOT = b"profiled"  # stands for the model in the names of blocks
 WORDS = "apple river stone cloud window garden letter music winter silver bridge candle forest mirror engine harbour"
 
 
@@ -103,7 +105,8 @@ class Rig:
     def text(self, num_tokens: int, output_tokens: int) -> list[AnyMessage]:
         """The orders of a request of so many tokens."""
         request_id, ids = self._new_id(), self._rng.choices(self._token_ids, k=num_tokens)
-        return [Submit(request_id, ids, num_tokens, (), (), self._sampling(output_tokens))]
+        hashes = prompt_hashes(ROOT, ids, (), (), KV_BLOCK_TOKENS)
+        return [Submit(request_id, ids, num_tokens, (), (), self._sampling(output_tokens), prompt_hashes=hashes)]
 
     def pictures(self, width: int, height: int, count: int, output_tokens: int = 1) -> list[AnyMessage]:
         """The orders of a request with JPEG pictures that no cache knows."""
@@ -126,9 +129,18 @@ class Rig:
             prompt.spans,
             self._sampling(output_tokens),
             position_arguments=prompt.position_arguments,
+            prompt_hashes=prompt_hashes(
+                ROOT, prompt.token_ids, tuple(unit for unit, _ in units), prompt.spans, KV_BLOCK_TOKENS
+            ),
             ordered=tuple(unit.hash for unit, _ in units),
         )
         return [submit, *orders]
+
+    def rows(self, side: int) -> tuple[tuple[int, ...], int]:
+        """Of the units of a square picture, and how many tokens of a prompt come before the first picture."""
+        text = self._processor.render([{"role": "user", "content": [{"type": "image"}]}])
+        prompt = self._processor.expand(text, [("image", ImageHeader(side, side))])
+        return tuple(prompt.layouts[0].units), prompt.spans[0].start
 
     def play(self, requests: Sequence[list[AnyMessage]]) -> list[Turn]:
         """Until every request is answered. Raises ConfigError where one cannot be."""

@@ -4,19 +4,43 @@ A message is two frames: the version of the routing table that its sender had, a
 """
 
 import logging
+import resource
 import struct
 
 import msgspec
 import zmq
 
 from triptych import messages
-from triptych.errors import TriptychError
+from triptych.errors import ConfigError, TriptychError
 from triptych.messages import AnyMessage
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_BYTES = 32  # of a frame that is no message, in the log
 _VERSION = struct.Struct("<Q")
+
+_MOST_FILES = 65_536  # more than that nobody needs, and some hosts allow a thousand million
+_FILES_PER_PEER = 10  # a mailbox and its connection, what comes from there, and the pipes to a process
+_OTHER_FILES = 256  # of a server: libraries, the listener, the first clients
+
+
+def make_context(num_peers: int = 0) -> zmq.Context[zmq.Socket[bytes]]:
+    """For as many correspondents as this process may have files open: libzmq's own bound is 1,023 sockets, and the
+    usual soft bound of a process 1,024 files, which is raised as far as it may be. Raises ConfigError where it is known
+    that `num_peers` of them will not do: in the middle of it all libzmq would end the process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    needed = num_peers * _FILES_PER_PEER + _OTHER_FILES
+    if num_peers and needed > allowed:
+        text = f"{num_peers} instances need about {needed} open files, and this process may have {allowed} (ulimit -Hn)"
+        raise ConfigError(f"--placement: {text}")
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    limit = context.get(zmq.SOCKET_LIMIT)
+    assert isinstance(limit, int), f"libzmq's bound of sockets is {limit}"
+    context.set(zmq.MAX_SOCKETS, min(allowed, limit))
+    return context
 
 
 class Inbox:

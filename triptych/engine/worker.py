@@ -11,12 +11,12 @@ import traceback
 from multiprocessing.connection import Connection
 
 import torch
-import zmq
 
 from triptych.config import InstanceConfig
 from triptych.engine.build import build
 from triptych.engine.engine import Engine
-from triptych.engine.sockets import Post
+from triptych.engine.heap import keep_large_blocks
+from triptych.engine.sockets import Post, make_context
 from triptych.errors import EXIT_FAILED, EXIT_REFUSED, ConfigError
 from triptych.messages import Alive, Ready
 from triptych.telemetry import set_up_logging
@@ -34,6 +34,7 @@ def work(config: InstanceConfig, failures: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group; the controller decides
         signal.signal(number, signal.SIG_IGN)
     set_up_logging(config.log_level, process=config.id)
+    keep_large_blocks()
     torch.set_num_threads(config.threads)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
@@ -51,7 +52,7 @@ def work(config: InstanceConfig, failures: Connection) -> None:
 
 def _run(config: InstanceConfig, began: float) -> None:
     alive = _Alive(config)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context = make_context()
     engine = alive.engine = build(config, context)
     post = Post(context)
     post.send(config.frontend, Ready(engine.peer, time.monotonic() - began))
@@ -73,7 +74,7 @@ class _Alive:
         threading.Thread(target=self._run, name="alive", daemon=True).start()
 
     def _run(self) -> None:
-        config, post = self._config, Post(zmq.Context())
+        config, post = self._config, Post(make_context())
         while True:
             turning_s = 0.0 if self.engine is None else time.monotonic() - self.engine.turn_began
             post.send(config.frontend, Alive(config.id, config.epoch, turning_s))

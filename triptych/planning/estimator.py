@@ -13,7 +13,7 @@ import msgspec
 
 from triptych.core import InstanceId, Role, Stage
 from triptych.messages import Load
-from triptych.router.demand import Demand
+from triptych.router.pressure import Pressure
 from triptych.routing import RoutingTable
 
 MEMORY_S = 12.0  # time constant of the arrival rates: how fast a shift is believed
@@ -36,15 +36,15 @@ class Observation:
     tpot_slack: float | None = None
 
     @classmethod
-    def of(cls, at_s: float, table: RoutingTable, loads: Mapping[InstanceId, Load], demand: Demand) -> Self:
+    def of(cls, at_s: float, table: RoutingTable, loads: Mapping[InstanceId, Load], pressure: Pressure) -> Self:
         roles = {peer.id: peer.role for peer in table.peers.values() if not peer.leaving}
         return cls(
             at_s,
             roles,
             {id: load for id, load in loads.items() if id in roles},
-            demand.queued_s,
-            _share(demand.ttft_slack_s, demand.ttft_s),
-            _share(demand.tpot_slack_s, demand.tpot_s),
+            pressure.queued_s,
+            _share(pressure.ttft_slack_s, pressure.ttft_s),
+            _share(pressure.tpot_slack_s, pressure.tpot_s),
         )
 
     def serving(self, stage: Stage) -> list[Load]:

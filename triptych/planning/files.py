@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
+from triptych.config import valid_range
 from triptych.errors import ConfigError
 from triptych.planning.quantities import Quantity
 
@@ -28,7 +29,6 @@ WRONG = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?", r
 MOST_SHOWN = 60  # characters of a value in a message
 FINITE = "only finite numbers are valid"
 WANTED: dict[Any, tuple[Any, ...]] = {list: (list, tuple), dict: (dict,), str: (str, Literal)}
-BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def read(path: str | Path, kind: type[Kind]) -> Kind:
@@ -172,7 +172,7 @@ class _Place:
         self.name = ""
         self.value = value
         self.kind = _chosen(kind, value)
-        self.range = _range(kind)
+        self.range = valid_range(kind)
 
     def enter(self, step: str | int) -> None:
         self.name = f"{self.name}[{step}]" if isinstance(step, int) else self.inside(step)
@@ -182,7 +182,7 @@ class _Place:
         except (LookupError, TypeError):
             self.value = None
         self.kind = _chosen(kind, self.value)
-        self.range = _range(kind)
+        self.range = valid_range(kind)
 
     def inside(self, key: str) -> str:
         return f"{self.name}.{key}" if self.name else key
@@ -218,19 +218,6 @@ class _Place:
             expected = message.removeprefix("Expected ").partition(", got")[0].replace("`", "")
             return f"expected {expected}, got {shown}"
         return message if message != "Number out of range" else f"{shown} is out of range; {FINITE}"
-
-
-def _range(kind: Any) -> str:
-    """The bounds of an annotated number, in words."""
-    if get_origin(kind) in (Union, UnionType):
-        return next(filter(None, map(_range, get_args(kind))), "")
-    if get_origin(kind) is not Annotated:
-        return ""
-    base, *notes = get_args(kind)
-    limits = {bound: getattr(note, bound, None) for note in notes for bound in BOUNDS}
-    bounds = [f"{BOUNDS[bound]} {limit:.10g}" for bound, limit in limits.items() if limit is not None]
-    number = "a whole number" if base is int else "a number"
-    return f"{number} {' and '.join(bounds)} is needed" if bounds and base in (int, float) else ""
 
 
 def _shown(value: Any) -> str:

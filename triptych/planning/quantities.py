@@ -17,19 +17,27 @@ LEAST_SHOWN, MOST_SHOWN = 1, 1000  # a number is written in the unit that brings
 class Quantity(float):
     """A number of at least 0 in the base unit of its class: the one whose factor is 1. Subclasses say which there are.
 
-    Raises ValueError where it is negative, infinite or not a number. `str` gives the exact text for files.
+    Raises ValueError where it is negative, infinite or not a number, and 0 where the class has none. `str` gives the
+    exact text for files, `short` one for messages.
     """
 
     units: ClassVar[Mapping[str, Decimal]]  # how many of the base unit each is
     written: ClassVar[tuple[str, ...]]  # the units that text is written in, largest first: powers of ten of each other
+    has_zero: ClassVar[bool] = True  # whether 0 is one of them
     __slots__ = ()
 
     def __new__(cls, value: float) -> Self:
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(
-                f"{float(value)!r} {cls.base_unit()} is out of range; a finite number of at least 0 is needed"
-            )
+        if not cls._is_valid(value):
+            raise ValueError(f"{float(value)!r} {cls.base_unit()} is out of range; {cls._valid_range()}")
         return super().__new__(cls, value)
+
+    @classmethod
+    def _is_valid(cls, value: float) -> bool:
+        return math.isfinite(value) and (value >= 0 if cls.has_zero else value > 0)
+
+    @classmethod
+    def _valid_range(cls) -> str:
+        return f"a finite number {'of at least 0' if cls.has_zero else 'above 0'} is needed"
 
     @classmethod
     def base_unit(cls) -> str:
@@ -53,8 +61,8 @@ class Quantity(float):
             raise ValueError(f"{value!r} has no unit; use {cls.known_units()}")
         if unit not in cls.units:
             raise ValueError(f"{value!r} has the unit {unit!r}; use {cls.known_units()}{_meant(unit, cls.units)}")
-        if not math.isfinite(float(number)) or Decimal(number) < 0:
-            raise ValueError(f"{value!r} is out of range; a finite number of at least 0 is needed")
+        if not math.isfinite(float(number)) or not cls._is_valid(float(Decimal(number) * cls.units[unit])):
+            raise ValueError(f"{value!r} is out of range; {cls._valid_range()}")
         return cls(float(Decimal(number) * cls.units[unit]))
 
     def __str__(self) -> str:
@@ -64,6 +72,10 @@ class Quantity(float):
         readable = (unit for unit, number in scaled.items() if LEAST_SHOWN <= number < MOST_SHOWN)
         unit = next(readable, self.base_unit())
         return f"{_plain(scaled[unit])} {unit}"
+
+    def short(self) -> str:
+        """With three significant digits."""
+        return str(type(self)(float(f"{float(self):.3g}")))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({float.__repr__(self)})"
@@ -99,6 +111,13 @@ class Seconds(Quantity):
     __slots__ = ()
 
 
+class PositiveSeconds(Seconds):
+    """A time in which something is to happen."""
+
+    has_zero = False
+    __slots__ = ()
+
+
 class Bytes(Quantity):
     units: ClassVar = BYTES | BINARY
     written = tuple(BYTES)
@@ -106,8 +125,9 @@ class Bytes(Quantity):
 
 
 class PerSecond(Quantity):
-    """Requests a second."""
+    """Requests a second: at a rate of 0 none would ever come."""
 
+    has_zero = False
     units: ClassVar = {"req/s": ONE, "req/min": 1 / Decimal(60), "req/h": 1 / Decimal(3600)}
     written = ("req/s",)
     __slots__ = ()

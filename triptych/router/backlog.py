@@ -10,7 +10,7 @@ from triptych.errors import RequestError
 from triptych.router.admission import broken, unavailable
 from triptych.router.attempts import Attempt, Task
 from triptych.router.clock import Clock, Timer
-from triptych.router.dispatch import Dispatcher, Plan
+from triptych.router.dispatch import Dispatcher, Route
 from triptych.router.generation import Generation
 from triptych.router.quarantine import Quarantine
 from triptych.router.slots import Slots
@@ -50,15 +50,15 @@ class Backlog:
     def queue(self, tasks: list[Task]) -> None:
         """They go to the instances together as soon as it is their turn: at once, if nothing is before them."""
         now, first = self._clock.now, tasks[0]
-        plan = self._dispatcher.plan(first, len(tasks))
+        route = self._dispatcher.route(first, len(tasks))
         arrived_at, deadline = first.generation.arrived_at, first.generation.deadline
         queued_at = now if first.suspected_at is None else first.suspected_at
         goes_on = first.output.num_tokens > 0
-        waiter = Waiter(tasks, first.kind, len(tasks), plan.work, arrived_at, queued_at, deadline, goes_on)
+        waiter = Waiter(tasks, first.kind, len(tasks), route.work, arrived_at, queued_at, deadline, goes_on)
         for task in tasks:
             task.waiter = waiter
         self.room.add(waiter, now)
-        self._pump(waiter, plan)
+        self._pump(waiter, route)
         if waiter.is_waiting:
             self._watch_stalled()
 
@@ -132,25 +132,30 @@ class Backlog:
 
     # ---- sending
 
-    def _pump(self, newest: Waiter[list[Task]] | None = None, plan: Plan | None = None) -> None:
-        """Sends all that may go now. `plan` is that of the `newest`, made just now."""
+    def _pump(self, newest: Waiter[list[Task]] | None = None, route: Route | None = None) -> None:
+        """Sends all that may go now. `route` is that of the `newest`, found just now."""
         if self._is_pumping:  # one that cannot be sent fails, which asks for this again: it goes on anyway
             return
         self._is_pumping = True
-        while (waiter := self.room.take(self._clock.now)) is not None:
-            try:
-                self._send(waiter, plan if waiter is newest else None)
-            except Exception:  # the boundary of a request: others go on
-                logger.exception("%s: cannot be sent", waiter.what[0].output.request_id)
-                self._unsend(waiter)
-                self._fail(waiter.what[0].generation, broken())
-        self._is_pumping = False
+        try:
+            while (waiter := self.room.take(self._clock.now)) is not None:
+                self._send_or_fail(waiter, route if waiter is newest else None)
+        finally:
+            self._is_pumping = False
 
-    def _send(self, waiter: Waiter[list[Task]], plan: Plan | None) -> None:
+    def _send_or_fail(self, waiter: Waiter[list[Task]], route: Route | None) -> None:
+        try:
+            self._send(waiter, route)
+        except Exception:  # the boundary of a request: others go on
+            logger.exception("%s: cannot be sent", waiter.what[0].output.request_id)
+            self._unsend(waiter)
+            self._fail(waiter.what[0].generation, broken())
+
+    def _send(self, waiter: Waiter[list[Task]], route: Route | None) -> None:
         tasks = waiter.what
         for task in tasks:
             task.waiter = None
-        attempts = self._dispatcher.send(tasks, plan or self._dispatcher.plan(tasks[0], len(tasks)))
+        attempts = self._dispatcher.send(tasks, route or self._dispatcher.route(tasks[0], len(tasks)))
         for attempt in attempts:  # the first one stands for the work of all, which is that of their prompt
             attempt.work = waiter.work if attempt is attempts[0] else NO_WORK
             self.attempts[attempt.request_id] = attempt

@@ -27,7 +27,7 @@ class Wire(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Route:
     """Where a sequence would go now, and what there would be to do for it."""
 
     prefill: InstanceId | None  # None: nobody prefills at the moment
@@ -121,7 +121,7 @@ class Dispatcher:
             return BlockHashes()
         return prompt_hashes(self._identity, prompt.token_ids, prompt.units, prompt.spans, KV_BLOCK_TOKENS)
 
-    def plan(self, task: Task, num_sequences: int = 1) -> Plan:
+    def route(self, task: Task, num_sequences: int = 1) -> Route:
         """For a task, and for as many choices of its prompt together. Changes nothing."""
         prefill = self._pick_prefill(task)
         num_cached = 0 if prefill is None else self._num_cached(prefill, task.hashes)
@@ -144,29 +144,29 @@ class Dispatcher:
             max(task.num_tokens - num_cached, 1) * self._usual_pace_s(Stage.PREFILL, prefill),
             num_sequences * self._foreseen_tokens(task) * self._usual_pace_s(Stage.DECODE),
         )
-        return Plan(prefill, num_cached, needed, missing, held, work)
+        return Route(prefill, num_cached, needed, missing, held, work)
 
     # ---- orders
 
-    def send(self, tasks: Sequence[Task], plan: Plan) -> list[Attempt]:
-        """One attempt for each of the tasks, which are choices of one prompt, according to a plan that is new."""
-        assert plan.prefill is not None, "sent without an instance that prefills"
+    def send(self, tasks: Sequence[Task], route: Route) -> list[Attempt]:
+        """One attempt for each of the tasks, which are choices of one prompt, on a route that was found just now."""
+        assert route.prefill is not None, "sent without an instance that prefills"
         first = tasks[0]
-        self._add_work(plan.prefill, Stage.PREFILL, first.num_tokens - plan.num_cached)
-        self._directory.add_blocks(plan.prefill, first.hashes.blocks)
-        encoders = self._assign_units(plan.missing, first.prompt)
-        for hash_ in plan.needed:
-            self._directory.add_unit(hash_, plan.prefill)
+        self._add_work(route.prefill, Stage.PREFILL, first.num_tokens - route.num_cached)
+        self._directory.add_blocks(route.prefill, first.hashes.blocks)
+        encoders = self._assign_units(route.missing, first.prompt)
+        for hash_ in route.needed:
+            self._directory.add_unit(hash_, route.prefill)
         attempts = []
         for task in tasks:
             # The other choices use what the first one ordered; if it is gone by then, they ask for it.
             leads = task is first
             self._newest_serial = next(self._serials)
-            attempt = task.begin(plan.prefill, self._newest_serial)
-            attempt.num_cached = plan.num_cached
+            attempt = task.begin(route.prefill, self._newest_serial)
+            attempt.num_cached = route.num_cached
             if leads:
                 attempt.order(encoders)
-            self._submit(attempt, tuple(encoders) if leads else (), plan.held if leads else {})
+            self._submit(attempt, tuple(encoders) if leads else (), route.held if leads else {})
             attempts.append(attempt)
         self._order_units(attempts[0], encoders)
         return attempts

@@ -114,6 +114,13 @@ class Generation:
         self._error = self._error or error
         self._wake()
 
+    def close(self) -> None:
+        """Nobody works on any of its sequences any more: what was kept for it is let go."""
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.reservation is not None:
+            self.reservation.close()
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

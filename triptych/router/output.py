@@ -1,6 +1,6 @@
 """What one sequence has said so far: tokens in, text out. Knows no HTTP and no other sequence."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Protocol
 
 from triptych.core import FinishReason, RequestId, SamplingParams, TokenLogprobs
@@ -66,18 +66,21 @@ class Output:
         """It is taken up again behind its last token: what came before its turn comes again."""
         self._early.clear()
 
-    def in_order(self, update: TokenUpdate) -> Iterator[TokenUpdate]:
+    def in_order(self, update: TokenUpdate) -> Iterable[TokenUpdate]:
         """The updates that can be pushed now that this one is here: none while an earlier one is missing.
 
         Decode's first token may overtake prefill's. One that was here before is dropped.
         """
         if update.index >= len(self.token_ids):
             self._early[update.index] = update
+        if update.index == 0:
+            self.num_cached_tokens = update.num_cached
         while len(self.token_ids) in self._early:
             yield self._early.pop(len(self.token_ids))
 
-    def push(self, update: TokenUpdate) -> None:
-        """Takes one token. Sets `finish` when it is the last one, or when it completes a stop string."""
+    def push(self, update: TokenUpdate) -> int:
+        """Takes the tokens that an update stands for, here one, and returns how many these are. Sets `finish` with the
+        last one, or where a stop string is complete."""
         self.token_ids.append(update.token_id)
         if update.logprobs is not None:
             self._new_tokens.append((update.token_id, update.logprobs))
@@ -94,6 +97,7 @@ class Output:
             text = self._until_stop(self._stop_filter, text)
         if text:
             self._new_text.append(text)
+        return 1
 
     def take_text(self) -> str:
         text = "".join(self._new_text)

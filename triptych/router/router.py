@@ -1,22 +1,22 @@
 """From a client's request to the instances and back: who may come in, who waits, who works on it, who goes on with it.
 
-The server's frontend gives it tasks and hands out what they say; in a simulation the simulated one does.
+The server's frontend gives it requests and hands out what they say; in a simulation the simulated one does.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
 from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, RequestId, Stage
 from triptych.errors import RequestError
-from triptych.messages import Abort, AnyMessage, Evicted, Failed, Load, Located, Table, TokenUpdate, Wanted
+from triptych.messages import Abort, AnyMessage, Evicted, Failed, Load, Located, Table, Wanted
 from triptych.router.admission import Admission, broken, lost_too_often, poisonous
 from triptych.router.attempts import Attempt
 from triptych.router.backlog import Backlog
 from triptych.router.clock import Clock
-from triptych.router.demand import AnswerTimes, Demand
 from triptych.router.dispatch import Dispatcher, Wire
-from triptych.router.generation import Generation
+from triptych.router.pressure import AnswerTimes, Pressure
+from triptych.router.requests import Audience, Requests
 from triptych.router.slots import Slots
 from triptych.router.waiting import Kind
 from triptych.routing import RoutingTable
@@ -31,7 +31,7 @@ _RETRY_REASONS = {"moved": "moved", "unavailable": "unavailable"}  # by the code
 
 
 class Router:
-    """Takes tasks, and what instances say of them. Messages may come in any order, any number of times, also about
+    """Takes requests, and what instances say of them. Messages may come in any order, any number of times, also about
     requests that nobody knows any more."""
 
     def __init__(
@@ -44,34 +44,35 @@ class Router:
         parallel_encode: bool,
         prefix_caching: bool,
         max_num_seqs: int,
-        retried: Callable[[str], None],
-        fail: Callable[[Iterable[Generation], RequestError], None],
+        audience: Audience,
+        retried: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """`identity` stands for the model in hashes of prompts. `max_num_seqs`: sequences that decode together on one
-        instance. `retried` hears the reason of each further attempt. `fail` ends generations: it drops what is left of
-        them here."""
+        instance. `retried` hears the reason of each further attempt."""
         slo_tpot_ms = config.slo_tpot_ms
         self.slots = Slots(max_num_seqs, None if slo_tpot_ms is None else slo_tpot_ms / 1e3)
         self.dispatcher = Dispatcher(wire, identity, parallel_encode=parallel_encode, prefix_caching=prefix_caching)
-        self.backlog = Backlog(config, self.dispatcher, clock, self.slots, retried, lambda one, why: fail([one], why))
+        self.backlog = Backlog(
+            config, self.dispatcher, clock, self.slots, retried, lambda one, why: self.requests.fail([one], why)
+        )
         self.room = self.backlog.room
         self.attempts = self.backlog.attempts
         self.admission = Admission(config, self.room)
         self.times = AnswerTimes()
+        self.requests = Requests(self.backlog, wire, clock, self.slots, self.times, audience)
         self._config = config
         self._wire = wire
         self._clock = clock
-        self._fail = fail
 
     @property
     def table(self) -> RoutingTable:
         return self.dispatcher.table
 
-    def demand(self) -> Demand:
+    def pressure(self) -> Pressure:
         """What is asked of the instances, and how answers are doing."""
         now, queued = self._clock.now, self.room.queued()
         ttft_slack_s, tpot_slack_s = self.times.slack_s(self._config)
-        return Demand(
+        return Pressure(
             {Stage.ENCODE: queued.encode_s, Stage.PREFILL: queued.prefill_s, Stage.DECODE: queued.decode_s},
             {kind: self.room.num_waiting(kind) for kind in Kind},
             {kind: self.room.predicted_wait_s(kind, now) for kind in Kind},
@@ -103,33 +104,6 @@ class Router:
                 return False
         return True
 
-    def attempt_of(self, update: TokenUpdate, instance: InstanceId) -> Attempt | None:
-        """Whose token this is. None if nobody waits for it any more, or if it has to be sampled anew."""
-        attempt = self.attempts.get(update.request_id)
-        if attempt is None:
-            if update.finish is None:  # aborted, but that instance did not know yet that it held it
-                self._wire.send(instance, Abort(update.request_id))
-            return None
-        is_news = instance not in attempt.holders and update.index >= attempt.task.output.num_tokens
-        if is_news and not self.backlog.hand_over(attempt, instance):
-            return None
-        return attempt
-
-    def told(self, attempt: Attempt, index: int, instance: InstanceId) -> None:
-        """The token with that index was taken, and is not the last one of its sequence."""
-        if attempt.work is not None and attempt.has_answered:
-            self.backlog.prefilled(attempt)
-        # A token behind the first one comes from the instance that decodes. Only once all before it are here too, or
-        # the loss of one on the way would never be noticed; and only the newest says where the sequence is now.
-        if attempt.decoder != instance and index > attempt.start and attempt.task.output.num_tokens == index + 1:
-            self.backlog.decodes(attempt, instance)
-
-    def observe_gap(self, attempt: Attempt, gap_s: float, num_tokens: int = 1) -> None:
-        """So many tokens of an attempt came, each that long after the one before it. The first one of an attempt tells
-        how long it was taken up again, not how fast instances are."""
-        if attempt.task.output.num_tokens - num_tokens > attempt.start:
-            self.slots.observe(gap_s, self.room.num_out, self._clock.now, num_tokens)
-
     def _located(self, message: Located) -> None:
         attempt = self.attempts.get(message.request_id)
         if attempt is None:  # aborted while it was on its way there; if it is finished, this changes nothing
@@ -154,8 +128,9 @@ class Router:
             if attempt.has_answered:  # it went on without that unit
                 return
         param = None if message.unit is None else attempt.task.prompt.fields.get(message.unit)
-        error = RequestError(message.message, status=message.status, param=param, code=message.code)
-        self._fail([attempt.task.generation], error)
+        text = message.message if param is None else f"{param}: {message.message}"
+        error = RequestError(text, status=message.status, param=param, code=message.code)
+        self.requests.fail([attempt.task.generation], error)
 
     def _failed_for_now(self, attempt: Attempt, message: Failed) -> None:
         """An instance could not go on with it, but another may, or the same one a little later. That roles change is no
@@ -163,7 +138,7 @@ class Router:
         task, reason = attempt.task, _RETRY_REASONS.get(message.code or "", "transfer")
         task.num_failures += 1
         if reason == "transfer" and task.num_failures > MAX_FAILURES:
-            self._fail([task.generation], RequestError(message.message, status=500, code=message.code))
+            self.requests.fail([task.generation], RequestError(message.message, status=500, code=message.code))
             return
         pause_s = min(FIRST_PAUSE_S * 2 ** (task.num_failures - 2), LONGEST_PAUSE_S) if task.num_failures > 1 else 0.0
         self.backlog.retry([attempt], reason, pause_s)
@@ -180,11 +155,11 @@ class Router:
         guilty = [attempt.task.generation for attempt in blamed.values() if attempt.task.num_blames >= MAX_BLAMES]
         for attempt in self.attempts.values():
             attempt.holders.discard(instance)
-        self._fail(guilty, poisonous())
+        self.requests.fail(guilty, poisonous())
         for attempt in (lost | blamed).values():
             attempt.task.num_losses += 1
         often = [attempt.task.generation for attempt in lost.values() if attempt.task.num_losses > MAX_LOSSES]
-        self._fail(often, lost_too_often(instance))
+        self.requests.fail(often, lost_too_often(instance))
         remaining = [attempt for id, attempt in (lost | blamed).items() if id in self.attempts]
         self.backlog.retry(remaining, "instance_lost")
 
@@ -192,4 +167,4 @@ class Router:
         """What a message said of it could not be taken: it fails, and nothing else does."""
         attempt = self.attempts.get(request_id)
         if attempt is not None:
-            self._fail([attempt.task.generation], broken())
+            self.requests.fail([attempt.task.generation], broken())

@@ -18,6 +18,7 @@ class Slots:
 
     def __init__(self, per_decode: int, slo_tpot_s: float | None = None) -> None:
         """`per_decode`: sequences that one instance decodes together."""
+        self.has_objective = slo_tpot_s is not None  # else nobody needs to observe anything
         self._per_decode = per_decode
         self._slo_tpot_s = slo_tpot_s
         self._most: float | None = None  # None: no bound is needed, or none would help

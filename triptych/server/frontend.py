@@ -1,37 +1,30 @@
 """The frontend owns the truth about every request: what was asked, what was answered, who works on it.
 
-Requests wait here until instances may have them, and are taken up again when those are lost. Knows no HTTP, no sockets
-and no pixels.
+It is the router with clients: it makes sequences out of what they ask for, hands their text out, and tells telemetry
+and timeline. Knows no HTTP, no sockets and no pixels.
 """
 
 import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
 from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, RequestId, SamplingParams
 from triptych.errors import RequestError, shutting_down
-from triptych.messages import (
-    AnyMessage,
-    Load,
-    Steps,
-    Table,
-    Tokens,
-    TokenUpdate,
-)
+from triptych.messages import AnyMessage, Load, Steps, Table, Tokens
 from triptych.model.processor import Processor
 from triptych.router.admission import REFUSALS, deadline_exceeded
 from triptych.router.attempts import Task
 from triptych.router.clock import LoopClock
-from triptych.router.demand import Demand
 from triptych.router.dispatch import Wire
 from triptych.router.generation import Generation, PreparedPrompt
 from triptych.router.ledger import Ledger, Reservation
 from triptych.router.output import Output
+from triptych.router.pressure import Pressure
 from triptych.router.router import Router
 from triptych.router.waiting import Kind
 from triptych.routing import RoutingTable
@@ -76,12 +69,12 @@ class Frontend:
             parallel_encode=parallel_encode,
             prefix_caching=prefix_caching,
             max_num_seqs=max_num_seqs,
+            audience=self,
             retried=telemetry.retried,
-            fail=self._fail_all,
         )
+        self._requests = self._router.requests
         # What all requests hold of their bodies and media, also before they are asked for here.
         self.ledger = Ledger(self._config.max_media_held_bytes, self._clock, self._count_refusal)
-        self._open: dict[Generation, dict[Task, None]] = {}  # what is not answered yet
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -161,21 +154,16 @@ class Frontend:
         if reservation is None:
             reservation = generation.reservation = self.ledger.reserve()
         reservation.keep(generation.media_bytes)
-        self._open[generation] = dict.fromkeys(task for tasks in groups for task in tasks)
-        self._tell_queued(generation)
+        self._tell_queued(generation, groups)
         self._idle.clear()
-        if deadline is not None:
-            generation.timer = self._clock.after(deadline - now, self._fail, generation, deadline_exceeded())
-        for tasks in groups:
-            if generation in self._open:  # else one of its sequences could not be sent
-                self._router.backlog.queue(tasks)
+        self._requests.begin(generation, groups)
         return generation
 
     def abort(self, generation: Generation) -> None:
         """Takes every unfinished sequence back from all instances. Idempotent."""
-        for _ in self._end(generation, "aborted"):
+        for task in self._requests.abort(generation):
             self._telemetry.aborted()
-        self._router.backlog.settle()
+            self._ended(task, "aborted")
 
     # ---- what operators ask for
 
@@ -185,20 +173,20 @@ class Frontend:
 
     async def drained(self) -> None:
         """Returns when every sequence is answered, has failed or was aborted."""
-        while self._open:
+        while self._requests.open:
             await self._idle.wait()
 
     def close(self) -> None:
         """Ends everything with 503: the server stops."""
         self._draining = True
-        self._fail_all(self._open, shutting_down())
+        self._requests.fail(self._requests.open, shutting_down())
 
     def room(self) -> dict[InstanceId, int]:
         """KV blocks that instances which decode could take, as they last said."""
         return self._router.dispatcher.room()
 
-    def demand(self) -> Demand:
-        return self._router.demand()
+    def pressure(self) -> Pressure:
+        return self._router.pressure()
 
     # ---- what instances report
 
@@ -209,10 +197,14 @@ class Frontend:
             logger.exception("cannot take %s", type(message).__name__)
             self._router.give_up(getattr(message, "request_id", RequestId("")))
 
-    def instance_lost(self, instance: InstanceId, suspects: Collection[RequestId] = ()) -> None:
-        """Everything that cannot go on without it is taken up again; see the router's."""
+    def instance_lost(
+        self, instance: InstanceId, suspects: Collection[RequestId] = (), *, as_asked: bool = False
+    ) -> None:
+        """Everything that cannot go on without it is taken up again; see the router's. `as_asked`: it ended as it was
+        told to."""
         if self._timeline is not None:
-            self._timeline.lost(instance, self._clock.now)
+            tell = self._timeline.stopped if as_asked else self._timeline.lost
+            tell(instance, self._clock.now)
         self._router.instance_lost(instance, suspects)
 
     def _handle(self, message: AnyMessage) -> None:
@@ -228,29 +220,12 @@ class Frontend:
                     logger.warning("frontend got %s, which is not for it", type(message).__name__)
 
     def _tokens(self, message: Tokens) -> None:
-        now = self._clock.now
         for update in message.updates:
             try:
-                self._update(update, message.instance, now)
+                self._requests.take(update, message.instance)
             except Exception:  # the boundary of a request: the others of this step go on
                 logger.exception("%s: cannot take token %d", update.request_id, update.index)
                 self._router.give_up(update.request_id)
-
-    def _update(self, update: TokenUpdate, instance: InstanceId, now: float) -> None:
-        attempt = self._router.attempt_of(update, instance)
-        if attempt is None:
-            return
-        task, output = attempt.task, attempt.task.output
-        if update.index == 0:
-            output.num_cached_tokens = update.num_cached
-        for due in output.in_order(update):
-            output.push(due)
-            self._observe(task, now)
-            task.generation.notify(output)
-            if output.finish is not None:
-                self._finish(task, by_instance=due.finish is not None, now=now)
-                return
-        self._router.told(attempt, update.index, instance)
 
     def _table(self, message: Table) -> None:
         before = self.table.version
@@ -258,79 +233,47 @@ class Frontend:
         if self.table.version > before:
             self._tell_roles(message)
 
-    def _observe(self, task: Task, now: float) -> None:
+    # ---- what becomes of requests
+
+    def said(self, task: Task, num_tokens: int, after_s: float) -> None:
+        """One token came; see `Audience`."""
         output = task.output
         if output.num_tokens == 1:
-            after_s = now - task.generation.arrived_at
             self._telemetry.first_token(after_s, len(task.prompt.token_ids))
-            self._router.times.first(after_s)
             if self._timeline is not None:
-                self._timeline.first_token(output.request_id, now)
+                self._timeline.first_token(output.request_id, self._clock.now)
         else:
-            gap_s = now - output.last_token_at
-            self._telemetry.next_token(gap_s)
-            self._router.times.next(gap_s)
-            assert task.attempt is not None, f"{output.request_id} got a token from nobody"
-            self._router.observe_gap(task.attempt, gap_s)
-        output.last_token_at = now
+            self._telemetry.next_token(after_s)
+        task.generation.notify(output)
 
-    def _finish(self, task: Task, *, by_instance: bool, now: float) -> None:
-        """The last token is here. After a stop string the instances would go on."""
+    def answered(self, task: Task) -> None:
+        """The last token came; see `Audience`."""
         output = task.output
-        assert output.finish is not None
-        self._close(task, tell=not by_instance)
-        self._tell_ended(task, "finished")
-        after_s = now - task.generation.arrived_at
+        assert output.finish is not None, f"{output.request_id} is answered and goes on"
+        after_s = self._clock.now - task.generation.arrived_at
         self._telemetry.finished(output.finish, after_s, len(task.prompt.token_ids), output.num_tokens)
-        self._router.backlog.settle()
+        self._ended(task, "finished")
 
-    def _fail(self, generation: Generation, error: RequestError) -> None:
-        self._fail_all([generation], error)
-
-    def _fail_all(self, generations: Iterable[Generation], error: RequestError) -> None:
-        for generation in list(dict.fromkeys(generations)):
-            ended = self._end(generation, error.code or "failed")
-            for _ in ended:
-                self._telemetry.failed()
-            if ended:
-                self._count_refusal(error)
-            generation.fail(error)
-        self._router.backlog.settle()
-
-    def _end(self, generation: Generation, outcome: str) -> list[Task]:
-        """Nobody works on any part of it any more. Returns what was not answered."""
-        tasks = list(self._open.get(generation, ()))
+    def failed(self, generation: Generation, tasks: Sequence[Task], error: RequestError) -> None:
+        """These sequences of it will not be answered; see `Audience`."""
+        self._count_refusal(error)
         for task in tasks:
-            self._close(task)
-            self._tell_ended(task, outcome)
-        return tasks
+            self._telemetry.failed()
+            self._ended(task, error.code or "failed")
 
-    def _close(self, task: Task, *, tell: bool = True) -> None:
-        """Nobody works on it any more, and what was kept for it is let go."""
-        self._router.backlog.drop(task, tell=tell)
-        generation = task.generation
-        del self._open[generation][task]
-        if self._open[generation]:
-            return
-        del self._open[generation]
-        if generation.reservation is not None:
-            generation.reservation.close()
-        if generation.timer is not None:
-            generation.timer.cancel()
-        if not self._open:
+    def _ended(self, task: Task, outcome: str) -> None:
+        if self._timeline is not None:
+            self._timeline.ended(task.output.request_id, self._clock.now, outcome, task.output.num_tokens)
+        if not self._requests.open:
             self._idle.set()
 
     # ---- the timeline
 
-    def _tell_queued(self, generation: Generation) -> None:
+    def _tell_queued(self, generation: Generation, groups: Sequence[Sequence[Task]]) -> None:
         if self._timeline is not None:
-            for task in self._open[generation]:
+            for task in itertools.chain.from_iterable(groups):
                 about = {"prompt_tokens": len(task.prompt.token_ids), "kind": task.kind.value}
                 self._timeline.queued(task.output.request_id, generation.arrived_at, **about)
-
-    def _tell_ended(self, task: Task, outcome: str) -> None:
-        if self._timeline is not None:
-            self._timeline.ended(task.output.request_id, self._clock.now, outcome, task.output.num_tokens)
 
     def _tell_roles(self, table: Table) -> None:
         """An instance has its role once it is not leaving another one."""

@@ -20,8 +20,17 @@ _PLACE = re.compile(r"^(?P<text>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", re.DOTA
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _UNKNOWN_VALUE = re.compile(r"Invalid (?:enum )?value '?(.*?)'?$", re.DOTALL)
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(\w+)`")
+_MISTYPED = re.compile(r"Expected `(?P<expected>[^`]*)`(?P<bound> [^`]*?)?(?:, got `(?P<got>[^`]*)`)?$")
 _UNTYPED_PART = re.compile(r"Object missing required field `type` - at `\$\.messages\[\d+\]\.content\[\d+\]`")
 
+_WORDS = {
+    "object": "an object",
+    "array": "an array",
+    "str": "a string",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+}
 _MAX_QUOTED = 100  # characters of what a client wrote, in an error
 
 
@@ -32,6 +41,8 @@ def decode_body(body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise _explained(str(error), kind) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if not body.strip():
+            raise RequestError("the body is empty; a JSON object is needed", code="invalid_json") from error
         path = _non_finite_field(body)
         if path is not None:
             raise _out_of_range(path, "JSON knows no NaN and no Infinity", kind) from error
@@ -118,6 +129,8 @@ def _explained(message: str, kind: type[msgspec.Struct]) -> RequestError:
         text = "must not be empty"
     elif path.endswith("].content"):
         text = "expected a string or a list of content parts"
+    else:
+        text = _MISTYPED.sub(_in_words, text)
     return _out_of_range(path, text, kind)
 
 
@@ -136,6 +149,17 @@ def _unknown_value(path: str, value: str) -> RequestError:
     return RequestError(f"{path}: {value!r} is not a valid value", param=path, code="invalid_value")
 
 
+def _in_words(mistyped: re.Match[str]) -> str:
+    """Of types as JSON calls them. The bound of a number is left out: its valid range follows."""
+    expected, got = (_types(mistyped[name]) for name in ("expected", "got"))
+    bound = mistyped["bound"] or ""
+    return f"expected {expected}" + (bound if "length" in bound else "") + (f", got {got}" if got else "")
+
+
+def _types(text: str | None) -> str:
+    return " or ".join(_WORDS.get(name, name) for name in (text or "").split(" | "))
+
+
 def _listed(names: tuple[str, ...]) -> str:
     quoted = [repr(name) for name in names]
     return f"{', '.join(quoted[:-1])} and {quoted[-1]}"
@@ -143,8 +167,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def _out_of_range(path: str, text: str, kind: type[msgspec.Struct]) -> RequestError:
     valid = _valid_range(kind, path)
-    place = f"{path}: " if path else ""
-    message = f"{place}{text}" + (f" (valid: {valid})" if valid else "")
+    message = f"{path or 'the body'}: {text}" + (f" (valid: {valid})" if valid else "")
     return RequestError(message, param=path or None, code="invalid_value")
 
 

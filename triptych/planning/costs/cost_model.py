@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import inf
 
 from triptych.core import Chunk, EncodeWork, Role
-from triptych.planning.workloads.demand import Item
+from triptych.planning.workloads.demand import Demand, Item
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,7 @@ class Costs:
     decode_sequence: float = 0.0
     decode_context: float = 0.0  # for each token of context of each sequence
     turn: float = 0.0  # of an instance that takes messages and computes nothing; in steps it is included
+    handover: float = 0.0  # of KV or embeddings that go to another instance: of the one that reads, and of the other
     wake: float = 0.0  # more of the first language step after a rest: what ran meanwhile has filled the caches
     arrival: float = 0.0  # before a request is dispatched: HTTP, fetching media, preprocessing
     message: float = 0.0005
@@ -35,19 +36,26 @@ class Costs:
     switch_weights: float = 0.7  # a role switch that changes which half of the model is loaded
     switch_books: float = 0.05  # one that keeps it
     cores: float = inf  # that all processes share; infinite: every instance has a device of its own
-    server_request: float = 0.0  # of the server process, which is one core's at most, as the next five
+    server_request: float = 0.0  # of the server process, which is one core's at most, as the next seven
+    server_prompt_token: float = 0.0
+    server_item: float = 0.0  # of a media item, beside its bytes
     server_media_byte: float = 0.0
     server_step: float = 0.0  # of what a step of an instance sampled, beside each token
     server_token: float = 0.0
     server_peer: float = 0.0  # of a request, for each instance that there is: the router looks at them all
-    server_report: float = 0.0  # of what an instance says about itself
+    server_report: float = 0.0  # of whatever else an instance says
     client_request: float = 0.0  # of a load generator on the same machine, as the next one
     client_token: float = 0.0
 
     @property
     def serving_takes_time(self) -> bool:
-        of_request = self.server_request or self.server_media_byte or self.server_peer
-        return bool(of_request or self.server_step or self.server_token or self.server_report)
+        return any(getattr(self, name) for name in self.__slots__ if name.startswith("server_"))
+
+    def server_request_s(self, demand: Demand, num_instances: int) -> float:
+        seconds = self.server_request + demand.prompt_tokens * self.server_prompt_token
+        seconds += len(demand.media) * self.server_item
+        seconds += sum(item.nbytes for item in demand.media) * self.server_media_byte
+        return seconds + num_instances * self.server_peer
 
     def encode_s(self, works: list[EncodeWork], read: Iterable[Item]) -> float:
         """`read`: items that are read for this step; those that were read for an earlier one are still there."""
@@ -58,12 +66,16 @@ class Costs:
     def language_s(self, decodes: list[Chunk], chunks: list[Chunk]) -> float:
         """One forward over both: the larger of the fixed parts, and the sum of the others."""
         seconds = max(self.decode_step if decodes else 0.0, self.prefill_step if chunks else 0.0)
-        context = sum(chunk.start for chunk in decodes)
-        seconds += len(decodes) * self.decode_sequence + context * self.decode_context
+        seconds += self.sequences_s(decodes)
         for chunk in chunks:
             pairs = chunk.length * (chunk.start + 0.5 * chunk.length)
             seconds += chunk.length * self.prefill_token + pairs * self.prefill_pair
         return seconds
+
+    def sequences_s(self, decodes: list[Chunk]) -> float:
+        """What decodes add to a step."""
+        context = sum(chunk.start for chunk in decodes)
+        return len(decodes) * self.decode_sequence + context * self.decode_context
 
     def decodes_s(self, num_sequences: int, context: int, num_steps: int) -> float:
         """Steps in a row over the same sequences, of `context` tokens together before the first one."""

@@ -49,16 +49,16 @@ def fit(samples: Sequence[Sample], names: Sequence[str]) -> Fit:
 def _nonnegative(relative: Floats) -> Floats:
     """Least squares of `relative @ costs = 1` with no cost below 0: that of the best set of columns whose own least
     squares are positive. There are few columns, so all sets are tried, which needs no tolerance."""
-    num_columns = relative.shape[1]
-    scale = np.maximum(relative.max(axis=0), 1e-300)  # columns differ by ten powers of ten
+    scale = relative.max(axis=0)  # columns differ by ten powers of ten
+    paid = [int(column) for column in np.flatnonzero(scale)]
     target = np.ones(len(relative))
-    best, best_error = np.zeros(num_columns), float("inf")
-    for size in range(1, num_columns + 1):
-        for columns in combinations(range(num_columns), size):
+    best, best_error = np.zeros(len(scale)), float("inf")
+    for size in range(1, len(paid) + 1):
+        for columns in combinations(paid, size):
             chosen = list(columns)
             found, *_ = np.linalg.lstsq(relative[:, chosen] / scale[chosen], target, rcond=None)
             error = float(np.sum((relative[:, chosen] / scale[chosen] @ found - target) ** 2))
             if found.min() >= 0 and error < best_error * (1 - 1e-9):
-                best, best_error = np.zeros(num_columns), error
+                best, best_error = np.zeros(len(scale)), error
                 best[chosen] = found / scale[chosen]
     return best

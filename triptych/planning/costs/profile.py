@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS, require
-from triptych.core import Role, Stage
+from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS, SHARED_DECODE_INTERVAL_MS, require
+from triptych.core import Placement, Role, Stage
 from triptych.errors import ConfigError
 from triptych.planning import files
 from triptych.planning.costs.cost_model import Costs
@@ -37,6 +37,7 @@ class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     decode_sequence: Seconds = Seconds(0)
     decode_context: Seconds = Seconds(0)
     turn: Seconds = Seconds(0)
+    handover: Seconds = Seconds(0)
     wake: Seconds = Seconds(0)
     arrival: Seconds = Seconds(0)
     message: Seconds = Seconds(0)
@@ -47,6 +48,8 @@ class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     switch_books: Seconds
     cores: Count | None = None  # that all processes share; None: every instance has a device of its own
     server_request: Seconds = Seconds(0)
+    server_prompt_token: Seconds = Seconds(0)
+    server_item: Seconds = Seconds(0)
     server_media_byte: Seconds = Seconds(0)
     server_step: Seconds = Seconds(0)
     server_token: Seconds = Seconds(0)
@@ -161,8 +164,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         num_embedding_blocks = int(embedding_bytes / embedding_block) if role.encodes or prefills else 0
         require(
             memory.free(role) > 0,
-            "memory.device",
-            f"{memory.device} cannot hold what {role} of {self.model} needs: {Bytes(memory.used(role))}",
+            "--gpu" if self.kind == "analytic" else "--profile",
+            f"{memory.device.short()} of {self.hardware} cannot hold what {role} of {self.model} needs: "
+            f"{Bytes(memory.used(role)).short()}",
         )
         num_kv_blocks = 0
         if role.has_language_model:
@@ -175,6 +179,25 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             max_num_seqs=max_num_seqs,
             **bounds,
         )
+
+    def as_served(self, placement: Placement) -> dict[Role, Sizes]:
+        """Of each role of a placement, what `triptych serve` gives it on a CPU without being told: 1 GiB of KV, prefix
+        caching, and answers that slow down for pictures where there are more instances than cores."""
+        crowded = self.costs_of_steps.cores is not None and len(placement.roles) > self.costs_of_steps.cores
+        interval_ms = SHARED_DECODE_INTERVAL_MS if crowded else 0.0
+        return {
+            role: self.sizes(role, kv_bytes=GIB, prefix_caching=True, decode_interval_ms=interval_ms)
+            for role in set(placement.roles)
+        }
+
+    def with_costs(self, costs: Costs) -> "Profile":
+        """With those of the fields of `costs` that stand in a profile."""
+        fields = {
+            name: type(value)(getattr(costs, name))
+            for name, value in msgspec.structs.asdict(self.costs_of_steps).items()
+            if isinstance(value, Seconds)
+        }
+        return msgspec.structs.replace(self, costs_of_steps=msgspec.structs.replace(self.costs_of_steps, **fields))
 
     def _kv_bytes(self, role: Role, fraction: float | None, embedding_bytes: float) -> float:
         if fraction is None:
@@ -193,7 +216,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         num_blocks = min(int(kv_bytes / block_bytes), longest * max_num_seqs)
         if num_blocks < longest:
             raise ConfigError(
-                f"memory.context_len: one request of {memory.context_len} tokens needs {Bytes(longest * block_bytes)} "
-                f"for its KV, and {role} of {self.model} has {Bytes(max(0.0, kv_bytes))}: lower the context length"
+                f"memory.context_len: one request of {memory.context_len} tokens needs "
+                f"{Bytes(longest * block_bytes).short()} for its KV, and {role} of {self.model} has "
+                f"{Bytes(max(0.0, kv_bytes)).short()}: lower the context length"
             )
         return num_blocks

@@ -18,9 +18,16 @@ from triptych.planning.model.configs import Fields
 from triptych.planning.model.families import FAMILIES
 from triptych.planning.model.shape import ModelShape
 
-__all__ = ["PRESETS", "ModelShape", "find_shape", "preset", "shape_of"]
+__all__ = ["CHECKPOINTS", "PRESETS", "ModelShape", "find_shape", "preset", "shape_of"]
 
-PRESETS = ("minicpm-v-2.6", "internvl2-8b", "internvl2-26b", "qwen2.5-vl-7b", "qwen3-vl-8b")
+CHECKPOINTS = {  # of models that are known by name, on the Hugging Face hub
+    "minicpm-v-2.6": "openbmb/MiniCPM-V-2_6",
+    "internvl2-8b": "OpenGVLab/InternVL2-8B",
+    "internvl2-26b": "OpenGVLab/InternVL2-26B",
+    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
+}
+PRESETS = tuple(CHECKPOINTS)
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -53,10 +60,16 @@ def _weight_bytes(config: Fields) -> int:
 
 
 def find_shape(model: str) -> ModelShape:
-    """Of a checkpoint's folder, a config file, or one of PRESETS. Raises ConfigError naming what there is."""
+    """Of a checkpoint's folder, a config file, or one of PRESETS. A config.json is that of its folder, and what the
+    processor is told stands beside it; a config under any other name stands alone.
+
+    Raises ConfigError naming what there is.
+    """
     path = Path(os.path.expanduser(model))
     if model and os.path.isdir(path):  # unlike those of Path these take any text
         return _read(path / "config.json", path.resolve().name, _processor(path))
+    if os.path.isfile(path) and path.name == "config.json":
+        return _read(path, path.resolve().parent.name, _processor(path.parent))
     if os.path.isfile(path):
         return _read(path, path.stem, None)
     if model in PRESETS:

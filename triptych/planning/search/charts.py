@@ -21,13 +21,15 @@ SIZE_INCHES = (11.0, 4.4)
 DOTS_PER_INCH = 140
 
 Value = Callable[[Figures], float | None]
+ValueAt = Callable[[float, Figures], float | None]  # of a rate, too
 
 
 def plan_chart(path: str | Path, curves: Sequence[Curve], title: str) -> None:
-    """Goodput, and cost, over the request rate. Whole or not at all; raises ConfigError where it cannot be written."""
+    """What is within the SLO, and what that costs, over the request rate. Whole or not at all; raises ConfigError where
+    it cannot be written."""
     figure = _figure(title)
     goodput, cost = figure.subplots(1, 2)
-    _lines(goodput, curves, lambda figures: (figures.sent_per_s or 0.0) * (figures.slo_attainment or 0.0))
+    _lines_at(goodput, curves, lambda rate, figures: rate * (figures.slo_attainment or 0.0))
     _label(goodput, "of these within the SLO (req/s)")
     end = max(rate for curve in curves for rate in curve.rates)
     goodput.plot([0, end], [0, end], color="#999999", linewidth=0.8, zorder=0, label="all of them")
@@ -75,9 +77,13 @@ def _figure(title: str) -> "Figure":
 
 
 def _lines(axes: "Axes", curves: Sequence[Curve], value: Value, *, thin: bool = False) -> None:
+    _lines_at(axes, curves, lambda _, figures: value(figures), thin=thin)
+
+
+def _lines_at(axes: "Axes", curves: Sequence[Curve], value: ValueAt, *, thin: bool = False) -> None:
     """One for each curve; where there is no value, there is a gap."""
     for number, curve in enumerate(curves):
-        found = [value(figures) for figures in curve.figures]
+        found = [value(rate, figures) for rate, figures in zip(curve.rates, curve.figures, strict=True)]
         axes.plot(
             curve.rates,
             [float("nan") if one is None else one for one in found],

@@ -120,27 +120,45 @@ class Evaluator:
     def attains(self, candidate: Candidate, rate: float, *, short: bool = False) -> bool:
         """Whether enough requests meet the objectives, of all and, where they are not too few, of the later half: where
         queues grow as long as requests come, the earlier ones hide it. Simulates until that is decided."""
-        demands = self._load(short).at(rate)
         simulation = self._simulation(candidate)
-        step_s = max(LEAST_STEP_S, (demands[-1].at_s - demands[0].at_s) / NUM_LOOKS)
-        simulation.every(step_s, lambda: self._look(simulation, short))
         try:
-            simulation.run(demands)
-            self._look(simulation, short)
+            self._run_watched(simulation, rate, short=short)
         except _DecidedError as decided:
             return decided.attains
         raise AssertionError("a run that is over is decided")
 
-    def _look(self, simulation: Simulation, short: bool) -> None:
-        """Raises _DecidedError as soon as what is still open does not matter."""
-        records = simulation.records
+    def attained(self, candidate: Candidate, rate: float) -> Figures | None:
+        """Figures of the whole run, or None as soon as it is known that too few requests meet the objectives."""
+        simulation = self._simulation(candidate)
+        try:
+            self._run_watched(simulation, rate, to_its_end=True)
+        except _DecidedError:
+            return None
+        return self._figures_of(simulation, candidate)
+
+    def _run_watched(
+        self, simulation: Simulation, rate: float, *, short: bool = False, to_its_end: bool = False
+    ) -> None:
+        """Raises _DecidedError as soon as what is still open does not matter; with `to_its_end` only if the objectives
+        are missed."""
+        demands = self._load(short).at(rate)
+        step_s = max(LEAST_STEP_S, (demands[-1].at_s - demands[0].at_s) / NUM_LOOKS)
+
+        def look() -> None:
+            attains = self._decided(simulation.records, simulation.clock.now, short)
+            if attains is False or (attains and not to_its_end):
+                raise _DecidedError(attains)
+
+        simulation.every(step_s, look)
+        simulation.run(demands)
+        look()
+
+    def _decided(self, records: Sequence[Record], now: float, short: bool) -> bool | None:
+        """Of all requests and of the later half; None while it is open."""
         tells = not short and len(records) >= LEAST_HALVED
         later = records[len(records) // 2 :] if tells else records
-        parts = [self._kept(part, simulation.clock.now) for part in (records, later)]
-        if False in parts:
-            raise _DecidedError(False)
-        if None not in parts:
-            raise _DecidedError(True)
+        parts = [self._kept(part, now) for part in (records, later)]
+        return False if False in parts else None if None in parts else True
 
     def _kept(self, records: Sequence[Record], now: float) -> bool | None:
         """Whether enough of these meet the objectives; None while that is open."""
@@ -158,8 +176,10 @@ class Evaluator:
         return True if num_met >= num_needed else None
 
     def figures(self, candidate: Candidate, rate: float) -> Figures:
-        dollars = self.machines.dollars_per_hour(candidate)
-        return Figures.of_run(self.run(candidate, rate), self.objectives, dollars)
+        return self._figures_of(self.run(candidate, rate), candidate)
+
+    def _figures_of(self, simulation: Simulation, candidate: Candidate) -> Figures:
+        return Figures.of_run(simulation, self.objectives, self.machines.dollars_per_hour(candidate))
 
     def run(self, candidate: Candidate, rate: float | None, *, short: bool = False) -> Simulation:
         """To its end. Without a rate every request is alone."""

@@ -45,8 +45,9 @@ def can_export(candidate: Candidate) -> bool:
     return set(candidate.family) in SHAPES
 
 
-def export(engine: Engine, candidate: Candidate, model: str) -> str:
-    """A script that starts all instances and the proxy on one host. Raises ConfigError where they cannot route it."""
+def export(engine: Engine, candidate: Candidate, model: str, note: str | None = None) -> str:
+    """A script that starts all instances on one host and, when they are up, the proxy. `note` says why it is not of the
+    best candidate. Raises ConfigError where they cannot route it."""
     if not can_export(candidate):
         known = ", ".join("+".join(sorted(shape)) for shape in SHAPES)
         raise ConfigError(f"--export: {engine} has no equivalent of {candidate}; it routes {known}")
@@ -54,6 +55,7 @@ def export(engine: Engine, candidate: Candidate, model: str) -> str:
     head = [
         "#!/usr/bin/env bash",
         f"# {candidate}, as `triptych plan` found it, on {engine} on one host.",
+        *([f"# {note}"] if note else []),
         *(f"# No equivalent: {text}" for text in missing(engine, candidate)),
         "set -euo pipefail",
         f"MODEL={shlex.quote(model)}",
@@ -99,7 +101,8 @@ def _vllm(candidate: Candidate, instances: list[Instance]) -> list[str]:
         return [_vllm_serve(candidate, alone, [f"--data-parallel-size {len(instances)}"])]
     lines = ["STORE=$(mktemp -d)  # of embeddings on their way"] if Role.E in candidate.family else []
     lines += [_vllm_serve(candidate, instance, _vllm_transfers(instance)) for instance in instances]
-    return [*lines, _vllm_proxy(candidate, instances)]
+    where = "# The proxy is no part of the package of vLLM: run this script in a clone of its repository."
+    return [*lines, _until_up(instances), where, _vllm_proxy(candidate, instances)]
 
 
 def _vllm_serve(candidate: Candidate, instance: Instance, flags: list[str]) -> str:
@@ -163,7 +166,7 @@ def _sglang(candidate: Candidate, instances: list[Instance]) -> list[str]:
         return [_sglang_launch(candidate, Instance(Role.EPD, PORT, gpus), [f"--dp-size {len(instances)}"])]
     encoders = " ".join(one.url for one in instances if one.role is Role.E)
     lines = [_sglang_launch(candidate, one, _sglang_role(one.role, encoders)) for one in instances]
-    return [*lines, _sglang_router(instances)]
+    return [*lines, _until_up(instances), _sglang_router(instances)]
 
 
 def _sglang_launch(candidate: Candidate, instance: Instance, flags: list[str]) -> str:
@@ -198,6 +201,18 @@ def _sglang_router(instances: list[Instance]) -> str:
     prefill = [f"--prefill {one.url}" for one in instances if one.role in (Role.P, Role.EP)]
     decode = [f"--decode {one.url}" for one in instances if one.role is Role.D]
     return _command([head], ["--pd-disaggregation", *prefill, *decode, f"--port {PORT}"])
+
+
+def _until_up(instances: list[Instance]) -> str:
+    """Ends the script where one of them has ended."""
+    ports = " ".join(str(one.port) for one in instances)
+    return f"""for port in {ports}; do  # until all are up
+    until curl -sf "http://127.0.0.1:$port/health" > /dev/null; do
+        [ "$(jobs -rp | wc -l)" -eq {len(instances)} ] || exit 1
+        sleep 2
+    done
+done
+"""
 
 
 def _command(head: list[str], flags: list[str]) -> str:

@@ -1,12 +1,13 @@
 """What the instances of a candidate cost and hold: in time, in memory, in money."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import msgspec
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS
+from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS, SHARED_DECODE_INTERVAL_MS
 from triptych.core import Role, Stage
 from triptych.errors import ConfigError
 from triptych.planning.costs.cost_model import Costs
@@ -37,6 +38,7 @@ class Reach:
     sequence_tokens: int  # prompt and answer
     unit_blocks: int  # of embeddings
     media_blocks: int  # of all media of one request
+    has_prefixes: bool = False  # some begin alike
 
     @classmethod
     def of(cls, demands: Sequence[Demand]) -> "Reach":
@@ -45,6 +47,7 @@ class Reach:
             max(demand.prompt_tokens + demand.output_tokens for demand in demands),
             max((blocks_of(rows) for demand in demands for item in demand.media for rows in item.rows), default=0),
             max(sum(blocks_of(rows) for item in demand.media for rows in item.rows) for demand in demands),
+            any(demand.prefix for demand in demands),
         )
 
 
@@ -66,8 +69,25 @@ class ProfiledMachines:
         }
         return replace(by_stage[Stage.PREFILL], **changed)
 
+    @property
+    def shares_cores(self) -> bool:
+        """Whether instances are processes on the cores of one machine, instead of GPUs."""
+        return math.isfinite(self._num_cores)
+
     def sizes(self, candidate: Candidate) -> dict[Role, Sizes]:
-        return {role: self._sizes(role, candidate) for role in candidate.family}
+        """Prefixes cost time to look for, and are looked for where there are any; answers slow down for pictures where
+        instances share cores: both as `triptych serve` does without being told."""
+        interval_ms = SHARED_DECODE_INTERVAL_MS if len(candidate.placement.roles) > self._num_cores else 0.0
+        return {
+            role: replace(
+                self._sizes(role, candidate), prefix_caching=self.reach.has_prefixes, decode_interval_ms=interval_ms
+            )
+            for role in candidate.family
+        }
+
+    @property
+    def _num_cores(self) -> float:
+        return next(iter(self.profiles.values())).costs().cores
 
     def dollars_per_hour(self, candidate: Candidate) -> float | None:
         prices = [self.profiles[candidate.degree(role)].price for role in candidate.placement.roles]

@@ -1,33 +1,41 @@
-"""A search, and what people and machines are told of it: rows of the best, curves over the rate, a file for `serve`."""
+"""A plan: what is asked, which of the candidates that a search found are confirmed, and in which order they stand."""
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import msgspec
 
-from triptych.config import GIB
-from triptych.core import Stage
 from triptych.errors import ConfigError
-from triptych.latency import Objectives, percentile
+from triptych.latency import Objectives
 from triptych.planning.costs.profile import Profile
+from triptych.planning.search.confirmation import (
+    NUM_SEEDS,
+    Claim,
+    Runs,
+    different_seeds,
+    enough_requests,
+    kept,
+    with_requests,
+)
 from triptych.planning.search.evaluation import Evaluator
 from triptych.planning.search.goals import Goal, LeastCost
 from triptych.planning.search.load import Load
 from triptych.planning.search.machines import ProfiledMachines, Reach
 from triptych.planning.search.search import Asking, Found, Outcome
-from triptych.planning.search.space import Candidate, Family, Space
-from triptych.planning.simulation.figures import Figures, meets
-from triptych.planning.workloads.demand import Demand
-from triptych.planning.workloads.workload import Slo
+from triptych.planning.search.space import Candidate, Space
+from triptych.planning.simulation.figures import Figures
+from triptych.planning.workloads.demand import Demand, Rows
+from triptych.planning.workloads.workload import Slo, Workload
 
 MOST_ROWS = 6
+MOST_OF_A_COST = 3  # rows, where what counts is the cost
 MOST_CURVES = 4
-MOST_ALONE = 3  # candidates that are tried with the whole load on an idle server
-NUM_RATES = 10
-LOWEST_RATE, HIGHEST_RATE = 0.2, 1.6  # of the best goodput: where curves begin and end
+NUM_RATES = 8
+LOWEST_RATE, HIGHEST_RATE = 0.2, 1.6  # of the best rate: where curves begin and end
+HEADROOM = 1.2  # of a wanted rate: a search looks for so much more, as longer runs keep less
+TIE = 0.03  # two placements that differ by less are equally good: no figure is more exact than that
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +47,63 @@ class Question:
     machines: ProfiledMachines
     space: Space
     evaluator: Evaluator
+    runs: Runs  # that confirm what was found with the load
+    is_confirmed: bool  # they are longer, or have other seeds
 
     @classmethod
     def of(
         cls,
         *,
         where: str,
-        demands: Sequence[Demand],
+        workload: Workload,
+        rows_of: Rows,
         slo: Slo,
         profiles: Mapping[int, Profile],
         num_gpus: int,
         choices: Mapping[str, Any],
+        num_requests: int,
+        num_confirming: int | None = None,
     ) -> "Question":
-        """Rates are those at which the demands come, whatever was meant: a few hundred of them are always faster or
-        slower. Raises ConfigError where they have no rate, and for a request that the model cannot take."""
-        load = Load(demands, _rate(demands, where))
-        machines = ProfiledMachines(profiles, Reach.of(demands))
-        machines.require_context(where)
+        """A search looks at `num_requests`, each run that confirms has `num_confirming`: None is as many as the rate
+        needs, with 0 there is but one run, of the requests of the search. Rates of the search are those at which the
+        demands come, whatever was meant: a few hundred of them are always faster or slower.
+
+        Raises ConfigError where they have no rate, and for a request that the model cannot take.
+        """
+        demands = with_requests(workload, num_requests).demands(rows_of, where)
+        load, reach = Load(demands, _rate(demands, where)), Reach.of(demands)
+        _checked(where, profiles, reach)
+        objectives = Objectives(
+            *(None if limit is None else float(limit) * 1e3 for limit in (slo.ttft, slo.tpot, slo.e2e))
+        )
         space = Space(num_gpus=num_gpus, degrees=tuple(profiles), **choices)
-        limits = [None if limit is None else float(limit) * 1e3 for limit in (slo.ttft, slo.tpot, slo.e2e)]
-        return cls(where, load, machines, space, Evaluator(load, machines, Objectives(*limits), slo.attainment))
+        first = Evaluator(load, ProfiledMachines(profiles, reach), objectives, slo.attainment)
+        if num_confirming is None:
+            num_confirming = enough_requests(objectives, max(map(first.guess, space.aggregated()), default=0.0))
+        longer = with_requests(workload, num_confirming or num_requests)
+        seeds = different_seeds(workload, NUM_SEEDS if num_confirming else 1)
+        runs = Runs(where, longer, rows_of, profiles, objectives, slo.attainment, seeds)
+        everything = chain(demands, *(runs.demands(load.rate, seed) for seed in seeds))
+        machines = _checked(where, profiles, Reach.of(list(everything)))
+        evaluator = Evaluator(load, machines, objectives, slo.attainment)
+        return cls(where, load, machines, space, evaluator, runs, is_confirmed=bool(num_confirming))
+
+    @property
+    def unit(self) -> str:
+        """What placements are made of."""
+        return "instance" if self.machines.shares_cores else "GPU"
+
+    @property
+    def size(self) -> str:
+        """How many there may be."""
+        number = self.space.num_gpus
+        return f"{number} {self.unit}{'s' if number > 1 else ''}"
+
+
+def _checked(where: str, profiles: Mapping[int, Profile], reach: Reach) -> ProfiledMachines:
+    machines = ProfiledMachines(profiles, reach)
+    machines.require_context(where)
+    return machines
 
 
 def _rate(demands: Sequence[Demand], where: str) -> float:
@@ -69,12 +114,14 @@ def _rate(demands: Sequence[Demand], where: str) -> float:
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A candidate and how it does at its goodput."""
+    """A candidate, the highest rate at which all runs kept the SLO, and how it does there."""
 
     candidate: Candidate
-    goodput: float
+    rate: float
+    cost: float
     score: float
-    figures: Figures
+    figures: Figures  # of the run with the first seed
+    attained: list[float]  # by the run with each seed
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,172 +132,104 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     figures: list[Figures]
 
 
-@dataclass(frozen=True, slots=True)
-class At:
-    """A candidate at a rate; None: one request at a time."""
-
-    candidate: Candidate
-    rate: float | None
-    short: bool = False
+# ---- which candidates are told
 
 
-def _figures(evaluator: Evaluator, at: At) -> Figures:
-    assert at.rate is not None
-    return evaluator.figures(at.candidate, at.rate)
+def searched(goal: Goal) -> Goal:
+    """What a search is given."""
+    return LeastCost(HEADROOM * goal.most) if isinstance(goal, LeastCost) else goal
 
 
-def _goodput(evaluator: Evaluator, candidate: Candidate) -> float:
-    return evaluator.goodput(candidate)
-
-
-# ---- what is told
-
-
-def chosen(outcome: Outcome, goal: Goal) -> list[Found]:
-    """One for each placement, best first, and the best aggregated one in any case."""
+def chosen(outcome: Outcome, goal: Goal, *also: Callable[[Candidate], bool]) -> list[Found]:
+    """One for each placement, best first; the best aggregated one, and the best of each of `also`, in any case."""
     serving = [found for found in outcome.best if found.goodput > 0]
-    if isinstance(goal, LeastCost):
-        serving = [found for found in serving if found.goodput >= goal.most] or serving
-    distinct = list({(one.candidate.placement, one.candidate.degrees): one for one in reversed(serving)}.values())
-    best = sorted(distinct, key=outcome.best.index)[:MOST_ROWS]
-    whole = outcome.aggregated()
-    return best if whole is None or whole in best or not whole.goodput else [*best[: MOST_ROWS - 1], whole]
+    if isinstance(goal, LeastCost) and any(found.goodput >= goal.most for found in serving):
+        serving = sorted(
+            (found for found in serving if found.goodput >= goal.most), key=lambda one: (one.cost, -one.goodput)
+        )
+        best = _few_of_each_cost(_distinct(serving))[:MOST_ROWS]
+    else:
+        best = _distinct(serving)[:MOST_ROWS]
+    for is_wanted in (lambda one: one.is_aggregated, *also):
+        if not any(is_wanted(found.candidate) for found in best):
+            best += [found for found in _distinct(serving) if is_wanted(found.candidate)][:1]
+    return best
 
 
-def rows(found: Sequence[Found], goal: Goal, ask: Asking) -> list[Row]:
-    """With figures at the goodput of each; a goal that asks for no more than some goodput did not look further."""
-    goodputs = [one.goodput for one in found]
-    if isinstance(goal, LeastCost):
-        goodputs = ask(_goodput, [one.candidate for one in found])
-    figures = ask(_figures, [At(one.candidate, rate) for one, rate in zip(found, goodputs, strict=True)])
+def _distinct(found: Sequence[Found]) -> list[Found]:
+    """The first of each placement."""
+    return list({(one.candidate.placement, one.candidate.degrees): one for one in reversed(found)}.values())[::-1]
+
+
+def _few_of_each_cost(found: Sequence[Found]) -> list[Found]:
     return [
-        Row(candidate=one.candidate, goodput=goodput, score=one.score, figures=its)
-        for one, goodput, its in zip(found, goodputs, figures, strict=True)
+        one
+        for number, one in enumerate(found)
+        if sum(other.cost == one.cost for other in found[:number]) < MOST_OF_A_COST
     ]
 
 
-def curves(of: Sequence[Row], ask: Asking, advance: Callable[[], None] = lambda: None) -> list[Curve]:
-    """The first ones, and the aggregated one, at the same rates."""
+def rows(found: Sequence[Found], goal: Goal, ask: Asking[Runs]) -> list[Row]:
+    """Those that longer runs confirm at some rate, best first."""
+    confirmed = ask(kept, [Claim(one.candidate, one.goodput) for one in found])
+    return ordered(
+        [
+            Row(
+                candidate=one.candidate,
+                rate=its.rate,
+                cost=one.cost,
+                score=goal.score(min(its.rate, goal.most), one.cost),
+                figures=its.figures[0],
+                attained=its.attained,
+            )
+            for one, its in zip(found, confirmed, strict=True)
+            if its.rate > 0
+        ],
+        goal,
+    )
+
+
+def ordered(found: Sequence[Row], goal: Goal) -> list[Row]:
+    """Best first. Of those that are as good as the best, the cheapest, and the aggregated one before others."""
+    if not found:
+        return []
+    best = max(found, key=lambda row: row.score)
+    margin = 0.0 if isinstance(goal, LeastCost) and reaches(best, goal) else TIE * best.rate
+    ties = [row for row in found if row.score >= best.score - margin and row.cost <= best.cost]
+    first = min(ties, key=lambda row: (row.cost, not row.candidate.is_aggregated, -row.rate))
+    others = [row for row in found if row is not first]
+    return [first, *sorted(others, key=lambda row: (-row.score, row.cost, -row.rate))]
+
+
+def reaches(row: Row, goal: Goal) -> bool:
+    """Whether it serves as much as is wanted."""
+    return row.rate >= goal.most if isinstance(goal, LeastCost) else row.rate > 0
+
+
+# ---- curves over the rate
+
+
+def curves(of: Sequence[Row], ask: Asking[Runs], advance: Callable[[], None] = lambda: None) -> list[Curve]:
+    """The first ones, and the aggregated one, at the same rates, and each at its own: with the requests and the seed of
+    the rows."""
     shown = [*of[: MOST_CURVES - 1], *[row for row in of[MOST_CURVES - 1 :] if row.candidate.is_aggregated][:1]]
-    rates = spread(max(row.goodput for row in of))
+    rates = spread(max(row.rate for row in of))
     found = []
     for row in shown:
-        figures = ask(_figures, [At(row.candidate, rate) for rate in rates])
-        found.append(Curve(candidate=row.candidate, rates=rates, figures=figures))
+        figures = dict(zip(rates, ask(_figures, [Claim(row.candidate, rate) for rate in rates]), strict=True))
+        figures[row.rate] = row.figures
+        found.append(
+            Curve(candidate=row.candidate, rates=sorted(figures), figures=[figures[at] for at in sorted(figures)])
+        )
         advance()
     return found
 
 
-def spread(goodput: float) -> list[float]:
-    """Rates below and above a goodput."""
+def _figures(runs: Runs, at: Claim) -> Figures:
+    return runs.figures(at.candidate, at.rate)
+
+
+def spread(rate: float) -> list[float]:
+    """Rates below and above one."""
     step = (HIGHEST_RATE - LOWEST_RATE) / (NUM_RATES - 1)
-    return [goodput * (LOWEST_RATE + step * number) for number in range(NUM_RATES)]
-
-
-# ---- what cannot be
-
-
-class Alone(msgspec.Struct, frozen=True):
-    """How a candidate does while it is almost idle: nothing serves these requests better."""
-
-    attainment: float
-    ttft_ms: float  # that as many requests keep as must keep the SLO
-    tpot_ms: float
-
-
-def require_possible(question: Question, ask: Asking) -> None:
-    """Raises ConfigError for an SLO that even an idle server cannot keep."""
-    evaluator = question.evaluator
-    heads = list(_fastest(question.space, evaluator))
-    first = ask(_alone, [At(one, None, short=True) for one in heads])
-    ranked = sorted(range(len(heads)), key=lambda number: (-first[number].attainment, first[number].ttft_ms))
-    found = ask(_alone, [At(heads[number], None) for number in ranked[:MOST_ALONE]])
-    if not found or any(one.attainment >= evaluator.target for one in found):
-        return
-    objectives, share = evaluator.objectives, f"{evaluator.target:.0%}"
-    for name, limit_ms in (("ttft", objectives.ttft_ms), ("tpot", objectives.tpot_ms)):
-        least_ms = min(getattr(one, f"{name}_ms") for one in found)
-        if limit_ms is not None and least_ms > limit_ms:
-            raise ConfigError(
-                f"{question.where}: slo.{name}: {limit_ms:g} ms cannot be kept within {question.space.num_gpus} GPUs: "
-                f"on an idle server {share} of these requests need {least_ms:.4g} ms; at least that is valid"
-            )
-    raise ConfigError(f"{question.where}: slo: no idle server keeps all of it for {share} of these requests")
-
-
-def _alone(evaluator: Evaluator, at: At) -> Alone:
-    records = evaluator.run(at.candidate, at.rate, short=at.short).records
-    good = [record for record in records if record.error is None]
-    num_met = sum(meets(record, evaluator.objectives) for record in good)
-    percent = 100 * evaluator.target
-    return Alone(
-        num_met / len(records),
-        1e3 * percentile(sorted(record.ttft_s for record in good), percent),
-        1e3 * percentile(sorted(record.tpot_s or 0.0 for record in good), percent),
-    )
-
-
-def _fastest(space: Space, evaluator: Evaluator) -> Iterable[Candidate]:
-    """Of each family that fits, the one with most encoders and GPUs: nothing serves a lone request sooner."""
-
-    def speed(candidate: Candidate) -> tuple[object, ...]:
-        return candidate.degrees, candidate.num_serving(Stage.ENCODE), candidate.num_gpus
-
-    best: dict[Family, Candidate] = {}
-    for candidate in sorted(space.bases(), key=speed, reverse=True):
-        if candidate.family not in best and evaluator.misfit(candidate) is None:
-            best[candidate.family] = candidate
-    return best.values()
-
-
-# ---- a file for `triptych serve --config`
-
-
-def serve_config(row: Row, question: Question, model: str) -> dict[str, Any]:
-    """The flags of `triptych serve` for a candidate, by their names with underscores."""
-    candidate, machines, objectives = row.candidate, question.machines, question.evaluator.objectives
-    profile = machines.profiles[1]
-    config: dict[str, Any] = {
-        "model": model,
-        "placement": str(candidate.placement),
-        "device": "cpu" if profile.made.device == "cpu" else "cuda",
-        "max_num_seqs": candidate.max_num_seqs,
-        "max_num_batched_tokens": candidate.max_num_batched_tokens,
-        "max_encode_tokens": candidate.max_encode_tokens,
-        "irp": candidate.parallel_encode,
-        "streamed_prefill": candidate.streamed_prefill,
-        "schedule": candidate.schedule,
-        "embedding_cache_gib": math.ceil(100 * machines.embedding_bytes() / GIB) / 100,
-    }
-    contexts = [machines.context_len(role, candidate) for role in candidate.family if role.has_language_model]
-    if min(contexts) < profile.memory.context_len:
-        config["max_model_len"] = min(contexts)
-    limits = {"slo_ttft_ms": objectives.ttft_ms, "slo_tpot_ms": objectives.tpot_ms}
-    return config | {name: limit for name, limit in limits.items() if limit is not None}
-
-
-def config_text(config: dict[str, Any], comments: Sequence[str]) -> str:
-    """YAML: JSON's scalars are YAML's."""
-    lines = [f"# {comment}" for comment in comments]
-    return "\n".join([*lines, *(f"{key}: {json.dumps(value)}" for key, value in config.items())]) + "\n"
-
-
-def as_json(outcome: Outcome, best: Sequence[Row], verdict: str, texts: dict[str, str]) -> str:
-    """For machines. Numbers that are not known are null."""
-    found = {
-        "verdict": verdict,
-        "best": [
-            {
-                "placement": str(row.candidate.placement),
-                "gpus": row.candidate.num_gpus,
-                "settings": msgspec.structs.asdict(row.candidate) | {"placement": str(row.candidate.placement)},
-                "goodput": row.goodput,
-                "figures": row.figures,
-            }
-            for row in best
-        ],
-        "files": texts,
-        "rejected": outcome.rejected,
-        "simulated": {"skipped": outcome.num_skipped, "short": outcome.num_short, "full": outcome.num_full},
-    }
-    return json.dumps(msgspec.to_builtins(found), indent=2)
+    return [rate * (LOWEST_RATE + step * number) for number in range(NUM_RATES)]

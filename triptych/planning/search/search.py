@@ -30,6 +30,8 @@ NEAR = 0.9  # of the best goodput: what is below is not known exactly
 BETTER = 1.005  # than the best, for another setting of a placement that is known
 WORTH_RANKING = 0.4  # of the best goodput with a short load: what is below is only known to be
 
+Held = TypeVar("Held")
+Held_co = TypeVar("Held_co", covariant=True)
 Answer = TypeVar("Answer")
 Question = TypeVar("Question")
 
@@ -53,6 +55,7 @@ class Outcome:
     num_skipped: int  # by their bound
     num_short: int  # with a short load
     num_full: int
+    num_placements: int = 0  # that were looked at, in one way or another, whatever their settings
 
     def aggregated(self) -> Found | None:
         """The best that does everything on every instance."""
@@ -63,34 +66,34 @@ class Outcome:
         return next((found for found in self.best if not found.candidate.is_aggregated), None)
 
 
-class Asking(Protocol):
-    """Asks the evaluator something about each of these, and gives the answers in their order."""
+class Asking(Protocol[Held_co]):
+    """Asks what is held, an evaluator for example, about each of these, and gives the answers in their order."""
 
-    def __call__(self, ask: Callable[[Evaluator, Question], Answer], about: Iterable[Question], /) -> list[Answer]: ...
+    def __call__(self, ask: Callable[[Held_co, Question], Answer], about: Iterable[Question], /) -> list[Answer]: ...
 
 
 @contextmanager
-def processes(evaluator: Evaluator, number: int) -> Iterator[Asking]:
-    """With one, it is this process."""
+def processes(held: Held, number: int) -> Iterator[Asking[Held]]:
+    """Each holds a copy. With one, it is this process."""
     if number == 1:
-        yield lambda ask, about: [ask(evaluator, one) for one in about]
+        yield lambda ask, about: [ask(held, one) for one in about]
         return
     # Not forked: this process may have threads, and draws a progress bar.
-    pool = ProcessPoolExecutor(number, get_context("spawn"), _hold, (evaluator,))
+    pool = ProcessPoolExecutor(number, get_context("spawn"), _hold, (held,))
     try:
         yield lambda ask, about: list(pool.map(partial(_answer, ask), about))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_held: list[Evaluator] = []  # of a process of the pool
+_held: list[Any] = []  # of a process of the pool
 
 
-def _hold(evaluator: Evaluator) -> None:
-    _held.append(evaluator)
+def _hold(held: object) -> None:
+    _held.append(held)
 
 
-def _answer(ask: Callable[[Evaluator, Question], Answer], about: Question) -> Answer:
+def _answer(ask: Callable[[Any, Question], Answer], about: Question) -> Answer:
     return ask(_held[0], about)
 
 
@@ -119,7 +122,7 @@ def enumerate_all(
     space: Space,
     evaluator: Evaluator,
     goal: Goal,
-    ask: Asking,
+    ask: Asking[Evaluator],
     *,
     advance: Callable[[], None] = lambda: None,
 ) -> Outcome:
@@ -133,7 +136,7 @@ def enumerate_all(
         found += [_found(evaluator, goal, *pair) for pair in zip(batch, goodputs, strict=True)]
         for _ in batch:
             advance()
-    return Outcome(_ranked(found), rejected, 0, 0, len(found))
+    return Outcome(_ranked(found), rejected, 0, 0, len(found), _num_placements(fitting))
 
 
 # ---- the better ones
@@ -143,7 +146,7 @@ def search(
     space: Space,
     evaluator: Evaluator,
     goal: Goal,
-    ask: Asking,
+    ask: Asking[Evaluator],
     *,
     trials: int,
     seed: int = 0,
@@ -158,7 +161,7 @@ class _Search:
     space: Space
     evaluator: Evaluator
     goal: Goal
-    ask: Asking
+    ask: Asking[Evaluator]
     num_trials: int
     seed: int
     advance: Callable[[], None]
@@ -183,7 +186,10 @@ class _Search:
                 self._suggest(study, islice(self._beside_the_best(), number // 2))
             self._batch(study, number)
             done += number
-        return Outcome(_ranked(self.full.values()), self.rejected, len(self.skipped), len(self.short), len(self.full))
+        numbers = len(self.skipped), len(self.short), len(self.full)
+        return Outcome(
+            _ranked(self.full.values()), self.rejected, *numbers, _num_placements([*self.skipped, *self.short])
+        )
 
     def _study(self) -> "optuna.Study":
         import optuna
@@ -351,7 +357,7 @@ def _fits(evaluator: Evaluator, candidate: Candidate, rejected: dict[str, int]) 
 def _require_some(fitting: Sequence[Candidate], rejected: dict[str, int]) -> None:
     if not fitting:
         reasons = sorted(rejected, key=lambda reason: -rejected[reason])
-        raise ConfigError("; ".join(reasons) or "--gpus: too few for any placement")
+        raise ConfigError("nothing fits: " + reasons[0] if reasons else "--gpus: too few for any placement")
 
 
 def _found(evaluator: Evaluator, goal: Goal, candidate: Candidate, goodput: float) -> Found:
@@ -362,6 +368,10 @@ def _found(evaluator: Evaluator, goal: Goal, candidate: Candidate, goodput: floa
 def _ranked(found: Iterable[Found]) -> list[Found]:
     """Best first; of equal ones the cheapest, then the one that was found first."""
     return sorted(found, key=lambda one: (-one.score, one.cost))
+
+
+def _num_placements(candidates: Iterable[Candidate]) -> int:
+    return len({(one.placement, one.degrees) for one in candidates})
 
 
 def _batches(items: Sequence[Candidate], size: int) -> Iterator[Sequence[Candidate]]:

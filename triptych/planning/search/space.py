@@ -92,6 +92,16 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
                 for counts in self._counts([degrees[_first(role)] for role in family], self.num_gpus):
                     yield Candidate(placement=_placement(family, counts), degrees=degrees, **usual)
 
+    def aggregated(self) -> list[Candidate]:
+        """As many instances as there may be that do everything, with every degree, all other options as usual."""
+        placements = ((degree, Placement((Role.EPD,) * (self.num_gpus // degree))) for degree in self.degrees)
+        usual = {name: values[0] for name, values in self.options.items()}
+        return [
+            Candidate(placement=placement, degrees=(degree,) * 3, **usual)
+            for degree, placement in placements
+            if placement.roles
+        ]
+
     def candidates(self) -> Iterator[Candidate]:
         """All of them, none twice."""
         names, values = list(self.options), list(self.options.values())

@@ -10,43 +10,49 @@ from triptych.planning.simulation.figures import Figures
 if TYPE_CHECKING:
     from rich.table import Table
 
-OPTIONS = {  # as the flags of `triptych serve`, where they differ from what is usual
-    "max_num_seqs": "max-num-seqs",
-    "max_num_batched_tokens": "max-num-batched-tokens",
-    "max_encode_tokens": "max-encode-tokens",
-    "parallel_encode": "irp",
-    "streamed_prefill": "streamed-prefill",
-    "schedule": "schedule",
-}
-
 CAPTION = (
-    "Each at its goodput, the most requests a second with which enough meet the SLO. TTFT and TPOT: p50/p90/p99. "
-    "USD/1,000: for a thousand requests that met it. Idle: of the time, by role in the order of the placement."
+    "req/s: the highest rate, to 2%, at which enough requests meet the SLO in every run; the other figures are of one "
+    "run at that rate. TTFT and TPOT: p50/p90/p99. USD/1,000: for a thousand requests that met it. Idle: of the time, "
+    "by role in the order of the placement."
 )
 
 
-def plan_table(rows: Iterable[Row]) -> "Table":
-    """The candidates of a plan, each at its goodput."""
+def plan_table(rows: Iterable[Row], unit: str) -> "Table":
+    """The candidates of a plan, each at the rate that it keeps. `unit` is what placements are made of."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, caption=CAPTION, caption_justify="left")
-    table.add_column("placement", no_wrap=True)
-    for title in ("GPUs", "USD/h", "req/s", "met", "TTFT s", "TPOT ms", "USD/1,000", "idle %"):
-        table.add_column(title, justify="right", no_wrap=True)
+    for title in _columns(unit):
+        table.add_column(title, justify="left" if title == "placement" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(
-            str(row.candidate),
-            str(row.candidate.num_gpus),
-            _money(row.figures.dollars_per_hour),
-            f"{row.goodput:.3g}",
-            _share(row.figures.slo_attainment),
-            _percentiles(row.figures.ttft_ms, 1e-3, 2),
-            _percentiles(row.figures.tpot_ms, 1.0, 0),
-            _money(row.figures.dollars_per_1000_met),
-            "/".join(f"{100 * row.figures.idle[role]:.0f}" for role in row.candidate.family),
-        )
+        table.add_row(*_cells(row))
     return table
+
+
+def plan_lines(rows: Iterable[Row], unit: str) -> list[str]:
+    """The same where the table is too wide."""
+    pairs = [zip(_columns(unit), _cells(row), strict=True) for row in rows]
+    return [*(", ".join(f"{title} {cell}" for title, cell in row) for row in pairs), CAPTION]
+
+
+def _columns(unit: str) -> list[str]:
+    number = {"GPU": "GPUs", "instance": "inst."}[unit]
+    return ["placement", number, "USD/h", "req/s", "met", "TTFT s", "TPOT ms", "USD/1,000", "idle %"]
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        str(row.candidate),
+        str(row.candidate.num_gpus),
+        _money(row.figures.dollars_per_hour),
+        f"{row.rate:.3g}",
+        _share(row.figures.slo_attainment),
+        _percentiles(row.figures.ttft_ms, 1e-3, 2),
+        _percentiles(row.figures.tpot_ms, 1.0, 0),
+        _money(row.figures.dollars_per_1000_met),
+        "/".join(f"{100 * row.figures.idle[role]:.0f}" for role in row.candidate.family),
+    ]
 
 
 def figures_table(figures: Figures) -> "Table":
@@ -82,15 +88,6 @@ def figures_lines(figures: Figures) -> list[str]:
             "requests that met the SLO"
         )
     return [*lines, f"Idle: {idle(figures)}"]
-
-
-def settings(row: Row) -> str:
-    """The flags of a candidate."""
-    flags = []
-    for name, flag in OPTIONS.items():
-        value = getattr(row.candidate, name)
-        flags.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
-    return f"--placement {row.candidate.placement} {' '.join(flags)}"
 
 
 def idle(figures: Figures) -> str:

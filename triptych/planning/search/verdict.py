@@ -1,65 +1,94 @@
-"""Whether splitting the stages pays, in a sentence."""
+"""Whether splitting the stages pays, in a sentence, and how sure the rates are."""
+
+from collections.abc import Sequence
 
 from triptych.planning.search.goals import Goal, LeastCost
-from triptych.planning.search.search import Found, Outcome
+from triptych.planning.search.plan import TIE, Question, Row, reaches
 
-TIE = 0.02  # two placements that differ by less are equally good: the search is no more exact than that
+NOT_NEEDED = "Disaggregation is not needed."
 
 
-def verdict(outcome: Outcome, goal: Goal) -> str:
-    """Of a search that found something."""
-    split, whole = outcome.split(), outcome.aggregated()
-    if not any(_serves(found, goal) for found in outcome.best):
-        wanted = f"{goal.most:g} req/s" if isinstance(goal, LeastCost) else "any rate"
-        return f"Nothing reaches {wanted} within the SLO: the most is {max(one.goodput for one in outcome.best):.3g}."
-    if whole is None or not _serves(whole, goal):
+def verdict(rows: Sequence[Row], goal: Goal, question: Question, num_placements: int, note: str | None = None) -> str:
+    """Of rows that are in order. `note`: what limits all of them, and is then all that matters."""
+    looked = f"of the {num_placements} placements looked at" if num_placements > 1 else "of the one placement looked at"
+    if not rows:
+        return f"{f'{note} ' if note else ''}No rate is kept, {looked}."
+    best = rows[0]
+    if note is not None:
+        return f"{note} {_told(best)}."
+    if not reaches(best, goal):
+        most = max(rows, key=lambda row: row.rate)
+        return (
+            f"Nothing keeps the SLO at {goal.most:g} req/s, {looked}: the most is {most.rate:.3g}, by {most.candidate}."
+        )
+    if question.space.num_gpus == 1:
+        return f"{_told(best)}. There is nothing to split on one {question.unit}."
+    head, sentence = _compared([row for row in rows if reaches(row, goal)], rows, goal, question)
+    return f"{head}, {looked}: {sentence}"
+
+
+def _compared(serving: Sequence[Row], rows: Sequence[Row], goal: Goal, question: Question) -> tuple[str, str]:
+    split = next((row for row in serving if not row.candidate.is_aggregated), None)
+    whole = next((row for row in serving if row.candidate.is_aggregated), None)
+    if whole is None:
         assert split is not None
-        best = f"{whole.goodput:.3g} req/s" if whole is not None else "nothing"
-        return f"Splitting is needed: aggregated instances reach {best}, {_told(split)}."
-    if split is None or not _serves(split, goal):
-        return f"Aggregated wins: only {_told(whole)}. Disaggregation is not needed."
-    if isinstance(goal, LeastCost):
-        return _by_cost(split, whole)
-    return _by_goodput(split, whole)
+        failing = next((row for row in rows if row.candidate.is_aggregated), None)
+        most = "no aggregated one does" if failing is None else f"{failing.candidate} only at {failing.rate:.3g}"
+        return "Splitting is needed", f"{_told(split)}, {most}."
+    if split is None:
+        return "Aggregated wins", f"{_told(whole)}, no split one does. {NOT_NEEDED}"
+    compare = _by_cost if isinstance(goal, LeastCost) else _by_rate
+    return compare(split, whole, split_is_first=serving[0] is split, question=question)
 
 
-def _serves(found: Found, goal: Goal) -> bool:
-    return found.goodput >= goal.most if isinstance(goal, LeastCost) else found.goodput > 0
-
-
-def _by_cost(split: Found, whole: Found) -> str:
-    if whole.cost <= split.cost:
-        more = f", {split.cost / whole.cost - 1:.0%} more" if split.cost > whole.cost else ""
+def _by_rate(split: Row, whole: Row, *, split_is_first: bool, question: Question) -> tuple[str, str]:
+    if split_is_first:
+        end = f"{split.rate / whole.rate:.2f} times as much{_instead(split, whole, question)}."
         return (
-            f"Aggregated wins: {whole.candidate} costs {_cost(whole)}, the best split placement, {split.candidate}, "
-            f"{_cost(split)}{more}. Disaggregation is not needed."
+            "Splitting pays",
+            f"{_told(split)}, the best aggregated one, {whole.candidate}, at {whole.rate:.3g}: {end}",
         )
+    told = f"{_told(whole)}, the best split one, {split.candidate}, at {split.rate:.3g}"
+    if abs(split.rate - whole.rate) <= TIE * max(split.rate, whole.rate):
+        return "No difference", f"{told}{_instead(split, whole, question)}. {NOT_NEEDED}"
+    less = f" ({1 - split.rate / whole.rate:.0%} less)" if split.rate < whole.rate else ""
+    return "Aggregated wins", f"{told}{less}{_instead(split, whole, question)}. {NOT_NEEDED}"
+
+
+def _by_cost(split: Row, whole: Row, *, split_is_first: bool, question: Question) -> tuple[str, str]:
+    first, other, name = (split, whole, "aggregated") if split_is_first else (whole, split, "split")
+    more = f", {other.cost / first.cost - 1:.0%} more" if other.cost > first.cost else ""
+    told = f"{_told(first)} with {_cost(first, question)}"
+    told += f", the best {name} one, {other.candidate}, with {_cost(other, question)}"
     return (
-        f"Splitting pays: {split.candidate} costs {_cost(split)}, the best aggregated placement, {whole.candidate}, "
-        f"{_cost(whole)}, {whole.cost / split.cost - 1:.0%} more."
+        ("Splitting pays", f"{told}{more}.") if split_is_first else ("Aggregated wins", f"{told}{more}. {NOT_NEEDED}")
     )
 
 
-def _by_goodput(split: Found, whole: Found) -> str:
-    same_cost = split.cost == whole.cost
-    if abs(split.goodput - whole.goodput) <= TIE * max(split.goodput, whole.goodput) and same_cost:
-        return f"No difference: {_told(split)}, and {_told(whole)}. Disaggregation is not needed."
-    if whole.score > split.score or (whole.score == split.score and whole.cost <= split.cost):
-        less = f"{1 - split.goodput / whole.goodput:.0%} less" if split.goodput < whole.goodput else "for more money"
-        return (
-            f"Aggregated wins: {_told(whole)}, the best split placement, {split.candidate}, {split.goodput:.3g} "
-            f"({less}). Disaggregation is not needed."
-        )
-    times = split.goodput / whole.goodput
-    return (
-        f"Splitting pays: {_told(split)}, the best aggregated placement, {whole.candidate}, {whole.goodput:.3g}: "
-        f"{times:.2f} times as much{'' if same_cost else f', at {split.cost / whole.cost:.2f} times the cost'}."
+def _told(row: Row) -> str:
+    return f"{row.candidate} keeps the SLO at {row.rate:.3g} req/s"
+
+
+def _instead(one: Row, other: Row, question: Question) -> str:
+    return "" if one.cost == other.cost else f", with {_cost(one, question)} instead of {_cost(other, question)}"
+
+
+def _cost(row: Row, question: Question) -> str:
+    """In money, or in what there is where that has no price."""
+    if row.figures.dollars_per_hour is not None:
+        return f"{row.cost:.4g} USD/h"
+    return f"{row.candidate.num_gpus} {question.unit}{'s' if row.candidate.num_gpus > 1 else ''}"
+
+
+def certainty(row: Row, question: Question) -> str:
+    """Of the first row."""
+    number, seeds = row.figures.num_requests, question.runs.seeds
+    if not question.is_confirmed:
+        return f"Not confirmed: rates are those that one run of {number:,} requests kept; longer ones may keep less."
+    shares = ", ".join(f"{share:.1%}" for share in row.attained)
+    runs = (
+        f"runs of {number:,} requests with the seeds {', '.join(map(str, seeds))}"
+        if len(seeds) > 1
+        else (f"a run of {number:,} requests")
     )
-
-
-def _told(found: Found) -> str:
-    return f"{found.candidate} serves {found.goodput:.3g} req/s within the SLO"
-
-
-def _cost(found: Found) -> str:
-    return f"{found.cost:.4g} per hour"
+    return f"How sure: at {row.rate:.3g} req/s {shares} of the requests met the SLO, in {runs}."

@@ -26,7 +26,7 @@ class Adaptation:
     def _look(self) -> None:
         simulation = self._simulation
         router = simulation.frontend.router
-        seen = Observation.of(simulation.clock.now, simulation.table, simulation.loads, router.demand())
+        seen = Observation.of(simulation.clock.now, simulation.table, simulation.loads, router.pressure())
         estimate = self._estimator.observe(seen)
         if self._is_switching or not seen.roles:
             return

@@ -1,7 +1,7 @@
 """The frontend on simulated time: the server's own router, with a record in place of a client."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from triptych.config import KV_BLOCK_TOKENS, AdmissionConfig
@@ -10,8 +10,6 @@ from triptych.core import (
     BlockHash,
     BlockHashes,
     EncodeUnit,
-    FinishReason,
-    InstanceId,
     Media,
     RequestId,
     SamplingParams,
@@ -20,13 +18,12 @@ from triptych.core import (
     UnitHash,
 )
 from triptych.errors import RequestError
-from triptych.messages import AnyMessage, Evicted, Load, Tokens, TokenUpdate
+from triptych.messages import AnyMessage, Tokens, TokenUpdate
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.simulation.clock import Clock
 from triptych.planning.simulation.process import Process
 from triptych.planning.workloads.demand import Demand, Item
-from triptych.router.admission import deadline_exceeded
-from triptych.router.attempts import Attempt, Task
+from triptych.router.attempts import Task
 from triptych.router.dispatch import Wire
 from triptych.router.generation import Generation, PreparedPrompt
 from triptych.router.ledger import Ledger, Reservation
@@ -78,6 +75,39 @@ class _NoText:
         return ""
 
 
+@dataclass(slots=True)
+class Heard:
+    """What the instances said until now."""
+
+    steps: int = 0  # messages with tokens
+    tokens: int = 0
+    reports: int = 0  # all other messages
+
+
+class _Count(Output):
+    """An answer of which only the number of tokens is known. An update stands for all that are missing before it:
+    instances make several steps at once."""
+
+    def __init__(self, request_id: RequestId, num_tokens: int) -> None:
+        sampling = SamplingParams(max_tokens=num_tokens, seed=0, ignore_eos=True)
+        super().__init__(0, request_id, sampling, (), _NO_TEXT)
+
+    def in_order(self, update: TokenUpdate) -> Sequence[TokenUpdate]:
+        return (update,) if update.index >= len(self.token_ids) else ()
+
+    def push(self, update: TokenUpdate) -> int:
+        num_tokens = update.index + 1 - len(self.token_ids)
+        if num_tokens == 1:
+            self.token_ids.append(PLACEHOLDER)
+        else:
+            self.token_ids += [PLACEHOLDER] * num_tokens
+        self.finish = update.finish
+        return num_tokens
+
+
+_NO_TEXT = _NoText()
+
+
 class SimulatedFrontend:
     """Requests in, tokens out. `num_open`: those that are neither answered nor refused."""
 
@@ -95,6 +125,7 @@ class SimulatedFrontend:
         max_num_seqs: int,
     ) -> None:
         self.num_open = 0
+        self.heard = Heard()
         self.items: dict[bytes, Item] = {}  # by the hash of their media, while anybody may encode them
         self._clock = clock
         self._costs = costs
@@ -110,15 +141,12 @@ class SimulatedFrontend:
             parallel_encode=parallel_encode,
             prefix_caching=prefix_caching,
             max_num_seqs=max_num_seqs,
-            retried=lambda reason: None,
-            fail=self._fail_all,
+            audience=self,
         )
         self._ledger = Ledger(admission.max_media_held_bytes, clock)
         self._held: dict[Record, Reservation] = {}  # of the media of those that are open
-        self._tasks: dict[Generation, Task] = {}
         self._records: dict[Generation, Record] = {}
         self._numbers = itertools.count(1)
-        self._text = _NoText()
 
     # ---- clients
 
@@ -140,8 +168,7 @@ class SimulatedFrontend:
         except RequestError as error:
             self._end(record, error)
             return
-        seconds = self._costs.server_request + nbytes * self._costs.server_media_byte
-        seconds += len(self.router.table.peers) * self._costs.server_peer
+        seconds = self._costs.server_request_s(record.demand, len(self.router.table.peers))
         self._server.run(seconds, self._take, record)
 
     def _take(self, record: Record) -> None:
@@ -155,14 +182,10 @@ class SimulatedFrontend:
             return
         prompt = self._prompt(demand)
         generation = Generation(self, [prompt], demand.at_s, deadline)
-        sampling = SamplingParams(max_tokens=demand.output_tokens, seed=0, ignore_eos=True)
-        output = Output(0, RequestId(f"r{next(self._numbers)}"), sampling, (), self._text)
+        output = _Count(RequestId(f"r{next(self._numbers)}"), demand.output_tokens)
         generation.outputs.append(output)
-        task = Task(output, generation, prompt, self._hashes(demand), kind)
-        self._tasks[generation], self._records[generation] = task, record
-        if deadline is not None:
-            generation.timer = self._clock.after(deadline - now, self._fail_all, [generation], deadline_exceeded())
-        self.router.backlog.queue([task])
+        self._records[generation] = record
+        self.router.requests.begin(generation, [[Task(output, generation, prompt, self._hashes(demand), kind)]])
 
     def abort(self, generation: Generation) -> None:
         """Simulated clients wait for their answers."""
@@ -199,67 +222,43 @@ class SimulatedFrontend:
 
     def handle(self, message: AnyMessage) -> None:
         """Takes it as soon as the server process has time."""
-        seconds = 0.0
         if isinstance(message, Tokens):
+            self.heard.steps += 1
+            self.heard.tokens += len(message.updates)
             seconds = self._costs.server_step + len(message.updates) * self._costs.server_token
-        elif isinstance(message, Load | Evicted):
+        else:
+            self.heard.reports += 1
             seconds = self._costs.server_report
         self._server.run(seconds, self._handle, message)
 
     def _handle(self, message: AnyMessage) -> None:
         if isinstance(message, Tokens):
             for update in message.updates:
-                self._update(update, message.instance)
+                self.router.requests.take(update, message.instance)
         else:
             taken = self.router.take(message)
             assert taken, f"the frontend cannot take a {type(message).__name__}"
 
-    def _update(self, update: TokenUpdate, instance: InstanceId) -> None:
-        attempt = self.router.attempts.get(update.request_id)
-        if attempt is None or attempt.decoder != instance or update.finish is not None:
-            self._update_news(update, instance)
-            return
-        missing = update.index + 1 - len(attempt.task.output.token_ids)
-        if missing > 0:  # as for most tokens: nothing else is new
-            self._tell(attempt, missing, is_last=False)
+    # ---- what becomes of requests
 
-    def _update_news(self, update: TokenUpdate, instance: InstanceId) -> None:
-        attempt = self.router.attempt_of(update, instance)
-        if attempt is None:
-            return
-        task, output = attempt.task, attempt.task.output
-        missing = update.index + 1 - len(output.token_ids)
-        if missing > 0:
-            self._tell(attempt, missing, is_last=update.finish is not None)
-        if update.finish is None:
-            self.router.told(attempt, update.index, instance)
-            return
-        assert update.finish is FinishReason.LENGTH, f"{update.request_id} ended with {update.finish}"
-        output.finish = update.finish
-        self._forget(task)
-        self.router.backlog.drop(task, tell=False)
-        self.router.backlog.settle()
-
-    # ---- answers
-
-    def _tell(self, attempt: Attempt, num_tokens: int, *, is_last: bool) -> None:
-        """More than one where an instance made several steps at once."""
-        task, output, now = attempt.task, attempt.task.output, self._clock.now
-        is_first = not output.token_ids
-        output.token_ids += [PLACEHOLDER] * num_tokens
-        if is_first:
-            self.router.times.first(now - task.generation.arrived_at)
-        else:
-            gap_s = (now - output.last_token_at) / num_tokens
-            self.router.times.next(gap_s, num_tokens)
-            self.router.observe_gap(attempt, gap_s, num_tokens)
-        output.last_token_at = now
+    def said(self, task: Task, num_tokens: int, after_s: float) -> None:
+        """More than one where an instance made several steps at once; see `Audience`."""
         record = self._records[task.generation]
         record.num_attempts = task.num_attempts
+        is_last = task.output.finish is not None
         if self._client.takes_time:
             self._client.run(num_tokens * self._costs.client_token, self._see, record, num_tokens, is_last)
         else:
             self._see(record, num_tokens, is_last)
+
+    def answered(self, task: Task) -> None:
+        """The client sees it in its own time; see `Audience`."""
+        self._forget(task)
+
+    def failed(self, generation: Generation, tasks: list[Task], error: RequestError) -> None:
+        """See `Audience`."""
+        self._end(self._records[generation], error)
+        self._forget(tasks[0])
 
     def _see(self, record: Record, num_tokens: int, is_last: bool) -> None:
         record.num_tokens += num_tokens
@@ -278,21 +277,8 @@ class SimulatedFrontend:
         else:
             record.error, record.failed_s = error.code or "error", self._clock.now
 
-    def _fail_all(self, generations: Iterable[Generation], error: RequestError) -> None:
-        for generation in list(dict.fromkeys(generations)):
-            task, record = self._tasks.get(generation), self._records.get(generation)
-            if task is not None and record is not None:
-                generation.fail(error)
-                self._forget(task)
-                self.router.backlog.drop(task)
-                self._end(record, error)
-        self.router.backlog.settle()
-
     def _forget(self, task: Task) -> None:
-        generation = task.generation
-        del self._tasks[generation], self._records[generation]
-        if generation.timer is not None:
-            generation.timer.cancel()
+        del self._records[task.generation]
         for item in {media.hash for media in task.prompt.media.values()}:
             if self.items[item].name is None:
                 del self.items[item]
@@ -301,4 +287,4 @@ class SimulatedFrontend:
 
     def queued_s(self) -> dict[Stage, float]:
         """Predicted seconds of one instance's work that wait here."""
-        return dict(self.router.demand().queued_s)
+        return dict(self.router.pressure().queued_s)

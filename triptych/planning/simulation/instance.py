@@ -18,7 +18,7 @@ from triptych.memory.embedding_cache import EmbeddingCache
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
 from triptych.memory.pools import Pools
-from triptych.messages import FRONTEND, AnyMessage, Evicted, Load, Peer, Tokens
+from triptych.messages import FRONTEND, AnyMessage, Evicted, Load, Peer, Release, Tokens
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.simulation.clock import Clock, Event
 from triptych.planning.simulation.host import Host, Job, weight_of
@@ -88,6 +88,17 @@ class Settled:
     error: InstanceError | None
 
 
+@dataclass(slots=True)
+class Work:
+    """What an instance has done: seconds that the steps of each stage should take, and how often it did the rest."""
+
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    turns: int = 0  # that computed nothing
+    handovers: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class DecodeRun:
     """Decode steps over the same sequences, the last of which ends with `end`."""
@@ -124,7 +135,8 @@ class SimulatedInstance:
         self._gone = False
         self._job: Job | None = None  # the last one on the host
         self._working_on: list[RequestId] = []  # in the step that is under way
-        self._moved_s = 0.0  # what KV that went to host memory and back takes of the next step
+        self._owed_s = 0.0  # what handovers, and KV that went to host memory and back, take of the next turn
+        self.work = Work()
         self._has_rested = True  # since its last language step
         self._leave: Leave | None = None
         self._run: DecodeRun | None = None
@@ -191,13 +203,20 @@ class SimulatedInstance:
 
     def deliver(self, message: AnyMessage) -> None:
         self._inbox.append(message)
+        if isinstance(message, Release):
+            self._handed_over()
         if self._run is None or not isinstance(message, Load):  # no decode step hangs on how busy others are
             self._news()
 
     def settled(self, pull: Pull, error: InstanceError | None = None) -> None:
         """A pull of this instance is over. Said twice, it was over before."""
         if self._pulls.pop(id(pull), None) is not None:
+            self._handed_over()
             self._hear(Settled(pull, error))
+
+    def _handed_over(self) -> None:
+        self.work.handovers += 1
+        self._owed_s += self._costs.handover
 
     def take_table(self, table: RoutingTable) -> None:
         self._hear(table)
@@ -274,7 +293,8 @@ class SimulatedInstance:
             assert self.stages.encode is not None
             self._working_on = list(self.stages.encode.running_requests)
             seconds = self._costs.encode_s(works, self._read(works))
-            self._compute(seconds, self._encoded, works, self._clock.now)
+            self.work.encode_s += seconds
+            self._compute(seconds + self._take_owed_s(), self._encoded, works, self._clock.now)
         else:
             self._speak(encoded=False)
 
@@ -308,8 +328,11 @@ class SimulatedInstance:
             self._flush()
             self._working_on = [chunk.sequence.request_id for chunk in [*decodes, *chunks]]
         if chunks:
-            seconds = self._costs.language_s(decodes, chunks) + self._wake_s() + self._take_moved_s()
-            self._compute(seconds, self._spoken, decodes, chunks, self._clock.now)
+            seconds = self._costs.language_s(decodes, chunks) + self._wake_s()
+            of_decodes_s = self._costs.sequences_s(decodes)
+            self.work.decode_s += of_decodes_s
+            self.work.prefill_s += seconds - of_decodes_s
+            self._compute(seconds + self._take_owed_s(), self._spoken, decodes, chunks, self._clock.now)
         elif decodes:
             self._begin_decodes(decodes)
         else:
@@ -320,13 +343,13 @@ class SimulatedInstance:
             return []
         plan = self.stages.decode.schedule()
         num_blocks = sum(len(blocks) for _, blocks in [*plan.offloads, *plan.restores])
-        self._moved_s += self._costs.offload_s(num_blocks * KV_BLOCK_TOKENS)
+        self._owed_s += self._costs.offload_s(num_blocks * KV_BLOCK_TOKENS)
         self._metronome.stepped((chunk.sequence.request_id for chunk in plan.chunks), self._clock.now)
         return plan.chunks
 
-    def _take_moved_s(self) -> float:
-        moved_s, self._moved_s = self._moved_s, 0.0
-        return moved_s
+    def _take_owed_s(self) -> float:
+        owed_s, self._owed_s = self._owed_s, 0.0
+        return owed_s
 
     def _decode_wait_s(self) -> float:
         """How long the next decode step is held back, as the engine does while a request waits for encoders."""
@@ -350,10 +373,15 @@ class SimulatedInstance:
 
     def _end_turn(self, *, busy: bool) -> None:
         """A turn that computed nothing took its time as well, before what comes of it goes out."""
-        if busy or not self._costs.turn:
+        if busy:
             self._rest(busy)
+            return
+        self.work.turns += 1
+        seconds = self._costs.turn + self._take_owed_s()
+        if seconds:
+            self._compute(seconds, self._rest, False)
         else:
-            self._compute(self._costs.turn, self._rest, False)
+            self._rest(busy)
 
     def _wake_s(self) -> float:
         has_rested, self._has_rested = self._has_rested, False
@@ -385,14 +413,15 @@ class SimulatedInstance:
 
     def _begin_decodes(self, chunks: list[Chunk]) -> None:
         context = sum(chunk.start for chunk in chunks)
-        moved_s = self._take_moved_s()
-        num_steps = 1 if moved_s else self._num_equal_steps(chunks, context)
-        seconds = moved_s + self._costs.decodes_s(len(chunks), context, num_steps)
+        owed_s = self._take_owed_s()
+        num_steps = 1 if owed_s else self._num_equal_steps(chunks, context)
+        seconds = self._costs.decodes_s(len(chunks), context, num_steps)
         if self._host is not None:
             seconds += self._wake_s()
-            self._compute(seconds, self._decoded_once, chunks, self._clock.now)
+            self.work.decode_s += seconds
+            self._compute(seconds + owed_s, self._decoded_once, chunks, self._clock.now)
             return
-        end = self._later(seconds, self._decoded)
+        end = self._later(seconds + owed_s, self._decoded)
         self._run = DecodeRun(self._clock.now, chunks, context, num_steps, end)
 
     def _decoded_once(self, chunks: list[Chunk], began_s: float) -> None:

@@ -107,6 +107,7 @@ class Simulation:
         self._lost: set[InstanceId] = set()
         self._epochs = itertools.count(1)
         self._link_free_at: dict[InstanceId, float] = {}
+        self._copiers: dict[InstanceId, Process] = {}
         self.frontend = SimulatedFrontend(
             self.clock,
             costs,
@@ -268,9 +269,13 @@ class Simulation:
         self.clock.after(self.costs.message, _deliver, arriving)
 
     def pull(self, reader: SimulatedInstance, pull: Pull) -> None:
-        """Bytes into one instance come one pull after the other."""
+        """Bytes into one instance come one pull after the other; where instances share cores, a thread copies them."""
+        seconds = self.costs.pull_s(pull.ticket.region, pull.ticket.num_tokens)
+        if self._host is not None:
+            self._copiers.setdefault(reader.id, Process(self._host)).run(seconds, reader.settled, pull)
+            return
         begins = max(self.clock.now, self._link_free_at.get(reader.id, 0.0))
-        ends = begins + self.costs.pull_s(pull.ticket.region, pull.ticket.num_tokens)
+        ends = begins + seconds
         self._link_free_at[reader.id] = ends
         self.clock.at(ends, reader.settled, pull)
 

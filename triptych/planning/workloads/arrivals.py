@@ -38,9 +38,6 @@ class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
 class Poisson(_Named, frozen=True, kw_only=True, tag="poisson"):
     rate: PerSecond
 
-    def __post_init__(self) -> None:
-        _check(self.rate)
-
     def intervals(self, rng: np.random.Generator, number: int) -> Floats:
         return rng.standard_exponential(number)
 
@@ -53,9 +50,6 @@ class Gamma(_Named, frozen=True, kw_only=True, tag="gamma"):
 
     rate: PerSecond
     cv: Annotated[float, Meta(gt=0, le=MOST_CV)]
-
-    def __post_init__(self) -> None:
-        _check(self.rate)
 
     @property
     def shape(self) -> float:
@@ -74,9 +68,6 @@ class Weibull(_Named, frozen=True, kw_only=True, tag="weibull"):
     rate: PerSecond
     shape: Annotated[float, Meta(ge=LEAST_SHAPE)]
 
-    def __post_init__(self) -> None:
-        _check(self.rate)
-
     @property
     def scale(self) -> float:
         return 1 / math.gamma(1 + 1 / self.shape)
@@ -93,9 +84,6 @@ class Uniform(_Named, frozen=True, kw_only=True, tag="uniform"):
     """One after the other, always as far apart."""
 
     rate: PerSecond
-
-    def __post_init__(self) -> None:
-        _check(self.rate)
 
     def intervals(self, rng: np.random.Generator, number: int) -> Floats:
         return np.ones(number)
@@ -136,8 +124,3 @@ def until(process: Intervals, rng: np.random.Generator, first: float, end: float
     times = np.concatenate(parts)
     number = int(np.searchsorted(times, end))
     return times[:number], float(times[number])
-
-
-def _check(rate: float) -> None:
-    if rate <= 0:
-        raise ValueError("rate: 0 req/s is no rate; above 0 req/s is needed")

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from triptych.config import KV_BLOCK_TOKENS
 from triptych.errors import ConfigError
-from triptych.planning.quantities import Seconds
+from triptych.planning.quantities import PositiveSeconds
 from triptych.planning.workloads.demand import Demand, Item, Rows, dealt
 from triptych.planning.workloads.distributions import (
     MOST,
@@ -83,11 +83,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     audio: Audio | None = None
     repeated: Repeated | None = None
     shared_prefix: SharedPrefix | None = None
-    timeout: Seconds | None = None
-
-    def __post_init__(self) -> None:
-        if self.timeout is not None and self.timeout <= 0:
-            raise ValueError("timeout: 0 s, in which nothing can be answered; above 0 s is needed")
+    timeout: PositiveSeconds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +110,23 @@ class _Stock:
         return items
 
 
-def requests(kind: Kind, number: int, rows_of: Rows, seed: int, kind_number: int) -> Iterator[Demand]:
-    """So many of this kind, all at 0 s. Names of media and of prefixes are those of this kind number only."""
+def requests(
+    kind: Kind, number: int, rows_of: Rows, seed: int, kind_number: int, where: str = "kind"
+) -> Iterator[Demand]:
+    """So many of this kind, all at 0 s. Names of media and of prefixes are those of this kind number only.
+
+    Raises ConfigError that begins with `where`, for what is too much or what the model cannot take.
+    """
     rng = np.random.default_rng([seed, 2, kind_number])
     text = counts(kind.text_tokens, rng, number, least=1)
     output = counts(kind.output_tokens, rng, number, least=1).tolist()
-    media = _media(kind, number, rows_of, rng, seed, kind_number)
     prefixes: list[tuple[int, ...]] = [()] * number
-    if kind.shared_prefix is not None:
-        text, prefixes = _begun(kind.shared_prefix, text, rng, kind_number)
+    try:
+        media = _media(kind, number, rows_of, rng, seed, kind_number)
+        if kind.shared_prefix is not None:
+            text, prefixes = _begun(kind.shared_prefix, text, rng, kind_number)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     timeout_s = None if kind.timeout is None else float(kind.timeout)
     for one in zip(media, text.tolist(), output, prefixes, strict=True):
         yield Demand(0.0, *one, timeout_s)

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from triptych.errors import ConfigError
 from triptych.planning import files
-from triptych.planning.quantities import PerSecond, Seconds
+from triptych.planning.quantities import PerSecond, PositiveSeconds
 from triptych.planning.workloads.arrivals import Poisson
 from triptych.planning.workloads.distributions import Lognormal, SizeValues, Values
 from triptych.planning.workloads.kinds import Images, Kind, Videos
@@ -26,7 +26,7 @@ def paper_synthetic(images_per_request: int = 4, rate: float = 0.25, num_request
         arrivals=Poisson(rate=PerSecond(rate)),
         kinds={"pictures": Kind(text_tokens=22, output_tokens=10, images=images)},
         num_requests=num_requests,
-        slo=Slo(ttft=Seconds.parse(ttft), tpot=Seconds.parse(tpot)) if ttft and tpot else None,
+        slo=Slo(ttft=PositiveSeconds.parse(ttft), tpot=PositiveSeconds.parse(tpot)) if ttft and tpot else None,
     )
 
 
@@ -48,7 +48,7 @@ CLIPS = Kind(
     output_tokens=Lognormal(mean=120, cv=1.0, least=1, most=1000),
     videos=Videos(size=["1280x720", "720x1280"], frames=[8, 16, 32]),
 )
-USUAL_SLO = Slo(ttft=Seconds(2), tpot=Seconds(0.05))
+USUAL_SLO = Slo(ttft=PositiveSeconds(2), tpot=PositiveSeconds(0.05))
 
 
 def _usual(name: str, **kinds: Kind) -> Workload:

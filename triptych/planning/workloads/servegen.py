@@ -225,10 +225,10 @@ def _windows(path: Path) -> list[Window]:
 def _row(line: list[str], place: str) -> tuple[float, float, Intervals]:
     try:
         start, rate, _, family, shape = line[:5]
-        start_s, per_second = Seconds(float(start)), PerSecond(float(rate))
-        if per_second <= 0 or not family:
-            return start_s, per_second, Poisson(rate=PerSecond(1))
-        return start_s, per_second, _process(family, per_second, float(shape))
+        start_s, is_still = Seconds(float(start)), float(rate) == 0
+        per_second = PerSecond(1 if is_still else float(rate))
+        process = Poisson(rate=per_second) if is_still or not family else _process(family, per_second, float(shape))
+        return start_s, 0.0 if is_still else per_second, process
     except (ValueError, OverflowError):
         needed = "start, rate, cv, Gamma or Weibull, shape and scale are needed, all of them numbers of at least 0"
         raise ConfigError(f"{place}: {','.join(line)!r} is no window; {needed}") from None

@@ -53,8 +53,6 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     image_size: PixelSize = USUAL_SIZE  # of all pictures of the Azure trace
 
     def __post_init__(self) -> None:
-        if self.rate is not None and self.rate <= 0:
-            raise ValueError("rate: 0 req/s is no rate; above 0 req/s is needed")
         check_sizes(self.image_size, "image_size")
 
     def demands(
@@ -81,9 +79,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def azure(path: str | Path, rows_of: Rows, image_size: str = USUAL_SIZE) -> Stream:
     """The Azure LMM inference trace (AzurePublicDataset); without the column NumImages that of text models."""
-    width, height = parse_pixels(image_size)
-    pixels = width * height
-    picture = Item(rows_of.image(width, height), pixels, int(pixels * JPEG_BYTES_PER_PIXEL))
+    picture = _picture(path, rows_of, *parse_pixels(image_size))
     rows = sum(picture.rows)
     since = _Since()
     columns = {"TIMESTAMP": "", "NumImages": "0", "ContextTokens": "", "GeneratedTokens": ""}
@@ -94,6 +90,13 @@ def azure(path: str | Path, rows_of: Rows, image_size: str = USUAL_SIZE) -> Stre
         return Demand(since.moment(stamp), (picture,) * number, text, max(1, _whole(generated, "GeneratedTokens")))
 
     return _table(Path(path), columns, demand)
+
+
+def _picture(path: str | Path, rows_of: Rows, width: int, height: int) -> Item:
+    try:
+        return Item(rows_of.image(width, height), width * height, int(width * height * JPEG_BYTES_PER_PIXEL))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def burstgpt(path: str | Path) -> Stream:

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Meta, structs
 
 from triptych.errors import ConfigError
-from triptych.planning.quantities import PerSecond, Seconds
+from triptych.planning.quantities import PerSecond, PositiveSeconds
 from triptych.planning.workloads.arrivals import AllAtOnce, Arrivals, Floats, first_times, times_within
 from triptych.planning.workloads.demand import Demand, Rows
 from triptych.planning.workloads.distributions import Integers, Number, Positive, pick
@@ -28,9 +28,9 @@ NumRequests = Annotated[int, Meta(ge=1, le=MOST_REQUESTS)]
 class Slo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a request must keep to count, and the share of all requests that must. None: no bound."""
 
-    ttft: Seconds | None = None
-    tpot: Seconds | None = None
-    e2e: Seconds | None = None
+    ttft: PositiveSeconds | None = None
+    tpot: PositiveSeconds | None = None
+    e2e: PositiveSeconds | None = None
     attainment: Annotated[float, Meta(gt=0, le=1)] = 0.9
 
     def __post_init__(self) -> None:
@@ -47,14 +47,13 @@ class Period(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A part of a workload that changes: one begins when the one before it ends."""
 
     num_requests: NumRequests | None = None
-    duration: Seconds | None = None
+    duration: PositiveSeconds | None = None
     rate_factor: Positive = 1.0  # so many times the rate of the workload
     mix: dict[str, Number] | None = None  # weights of kinds; None: their own
 
     def __post_init__(self) -> None:
         if (self.num_requests is None) == (self.duration is None):
             raise ValueError("a phase lasts either num_requests or duration; one of them is needed")
-        _check_duration(self.duration)
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,14 +63,13 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     arrivals: Arrivals | None = None
     kinds: dict[str, Kind] = {}
     num_requests: NumRequests | None = None
-    duration: Seconds | None = None
+    duration: PositiveSeconds | None = None
     phases: list[Period] = []
     trace: Trace | None = None
     seed: Annotated[int, Meta(ge=0)] = 0
     slo: Slo | None = None
 
     def __post_init__(self) -> None:
-        _check_duration(self.duration)
         if self.trace is None:
             _check_made(self)
         elif self.arrivals is not None or self.phases:
@@ -97,35 +95,40 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         except ValueError as error:
             raise ConfigError(f"{self.name}: at {rate:g} req/s: {error}") from None
 
-    def demands(self, rows_of: Rows) -> list[Demand]:
-        """In the order of their times, at least one. Raises ConfigError where none comes, or a trace cannot be read."""
+    def demands(self, rows_of: Rows, where: str | None = None) -> list[Demand]:
+        """In the order of their times, at least one. `where` it was read, for messages.
+
+        Raises ConfigError where none comes, where the model cannot take what a kind asks for, or where a trace cannot
+        be read.
+        """
+        where = where or self.name
         if self.trace is None:
-            return self._filled(*self._timed(), rows_of)
+            return self._filled(*self._timed(where), rows_of, where)
         duration_s = None if self.duration is None else float(self.duration)
         recorded = self.trace.demands(rows_of, duration_s=duration_s, max_requests=self.num_requests, seed=self.seed)
         if not self.kinds:
             return recorded
         times = np.array([demand.at_s for demand in recorded])
-        return self._filled(times, self._drawn(None, len(times), self._rng(1)), rows_of)
+        return self._filled(times, self._drawn(None, len(times), self._rng(1)), rows_of, where)
 
     def periods(self) -> list[Period]:
         return self.phases or [Period(num_requests=self.num_requests, duration=self.duration)]
 
-    def _timed(self) -> tuple[Floats, Integers]:
+    def _timed(self, where: str) -> tuple[Floats, Integers]:
         """When requests come, and the number of the kind of each."""
         when, which, begins_s = self._rng(0), self._rng(1), 0.0
         times: list[Floats] = []
         kinds: list[Integers] = []
         for period in self.periods():
-            found, lasts_s = self._within(period, when)
+            found, lasts_s = self._within(period, when, where)
             times.append(begins_s + found)
             kinds.append(self._drawn(period.mix, len(found), which))
             begins_s += lasts_s
         if not sum(map(len, times)):
-            raise ConfigError(f"{self.name}: no request comes within {begins_s:g} s; a longer duration is needed")
+            raise ConfigError(f"{where}: no request comes within {begins_s:g} s; a longer duration is needed")
         return np.concatenate(times), np.concatenate(kinds)
 
-    def _within(self, period: Period, rng: np.random.Generator) -> tuple[Floats, float]:
+    def _within(self, period: Period, rng: np.random.Generator, where: str) -> tuple[Floats, float]:
         """Times since the period began, and how long it lasts."""
         assert self.arrivals is not None
         if period.duration is not None:
@@ -133,17 +136,17 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         with np.errstate(all="ignore"):  # what overflows is refused
             found = first_times(self.arrivals, rng, period.num_requests or 0, period.rate_factor)
         if not np.isfinite(found).all():
-            raise ConfigError(f"{self.name}: the requests would never come; a higher rate is needed")
+            raise ConfigError(f"{where}: the requests would never come; a higher rate is needed")
         return found, float(found[-1])
 
     def _drawn(self, mix: dict[str, float] | None, number: int, rng: np.random.Generator) -> Integers:
         return pick(list(_weights(self.kinds, mix).values()), rng, number)
 
-    def _filled(self, times: Floats, kinds: Integers, rows_of: Rows) -> list[Demand]:
+    def _filled(self, times: Floats, kinds: Integers, rows_of: Rows, where: str) -> list[Demand]:
         numbers = np.bincount(kinds, minlength=len(self.kinds)).tolist()
         contents = [
-            requests(kind, number, rows_of, self.seed, index)
-            for index, (kind, number) in enumerate(zip(self.kinds.values(), numbers, strict=True))
+            requests(kind, number, rows_of, self.seed, index, f"{where}: kinds.{name}")
+            for index, ((name, kind), number) in enumerate(zip(self.kinds.items(), numbers, strict=True))
         ]
         return [
             replace(next(contents[kind]), at_s=at_s) for at_s, kind in zip(times.tolist(), kinds.tolist(), strict=True)
@@ -155,11 +158,6 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def _weights(kinds: Mapping[str, Kind], mix: dict[str, float] | None) -> dict[str, float]:
     return {name: kind.weight if mix is None else mix.get(name, 0.0) for name, kind in kinds.items()}
-
-
-def _check_duration(duration: Seconds | None) -> None:
-    if duration is not None and duration <= 0:
-        raise ValueError("duration: 0 s; above 0 s is needed")
 
 
 def _check_made(workload: Workload) -> None:

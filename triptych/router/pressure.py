@@ -12,7 +12,7 @@ _GAP_WEIGHT = 0.005  # about the last two hundred tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class Pressure:
     """A snapshot. What instances have been given already is in their `Load`s."""
 
     queued_s: Mapping[Stage, float]  # predicted seconds of one instance's work that wait at the frontend
