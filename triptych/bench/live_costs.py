@@ -43,10 +43,13 @@ FULL = Effort(
         Ask(32, 12, 0.4, images=6),
         Ask(32, 24, 0.5, images=3, side=448),
         Ask(32, 6, 0.4, images=1, side=1120),
+        Ask(24, 48, 3.0),  # more than it can do: large batches tell steps from tokens
     ),
     4.0,
 )
-QUICK = Effort((Ask(150, 32, 0.4), Ask(400, 8, 0.3), Ask(32, 16, 0.4, images=3, side=448)), 3.0)
+QUICK = Effort(
+    (Ask(150, 32, 0.4), Ask(400, 8, 0.3), Ask(32, 16, 0.4, images=3, side=448), Ask(24, 32, 3.0)), 3.0
+)
 SIDES = sorted({ask.side for effort in (FULL, QUICK) for ask in effort.asks if ask.images})
 
 
