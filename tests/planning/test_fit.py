@@ -63,3 +63,13 @@ def test_a_cost_that_nothing_pays_is_0_also_where_the_others_do_not_explain_ever
     rng = random.Random(3)
     samples = [Sample({"token": float(n)}, 0.01 * n * rng.uniform(0.9, 1.1)) for n in range(1, 40)]
     assert fit(samples, ("token", "picture")).costs["picture"] == 0.0
+
+
+def test_samples_that_were_disturbed_bend_the_costs_little() -> None:
+    costs, rng = {"step": 1e-3, "item": 1e-2, "row": 1e-5}, random.Random(5)
+    samples = [
+        Sample(amounts, sum(costs[name] * amount for name, amount in amounts.items()) * rng.uniform(0.97, 1.03))
+        for amounts in ({"step": 1.0, "item": float(n % 5), "row": float(n * 37 % 900)} for n in range(40))
+    ]
+    disturbed = [Sample(one.amounts, one.seconds * (2.0 if n % 10 == 0 else 1.0)) for n, one in enumerate(samples)]
+    assert fit(disturbed, NAMES).costs == pytest.approx(fit(samples, NAMES).costs, rel=0.1)
