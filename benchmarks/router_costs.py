@@ -233,7 +233,7 @@ def _dispatch_s(num_instances: int, num_rows: int) -> float:
     for number in range(200):
         task = _task(number, num_rows)
         began = time.process_time_ns()
-        dispatcher.send([task], dispatcher.plan(task))
+        dispatcher.send([task], dispatcher.route(task))
         times.append(time.process_time_ns() - began)
     return median(times) / 1e9
 

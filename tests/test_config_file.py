@@ -98,6 +98,15 @@ def test_a_file_may_name_the_model_and_one_name_is_a_list_of_one(
     assert options.server.served_model_names == ("demo",)
 
 
+def test_the_built_in_model_has_its_name_also_where_its_folder_is_given(served: list[ServeOptions], built_in: Path):
+    assert serve(built_in).exception is None
+    assert serve().exception is None
+    assert [options.server.served_model_names for options in served] == [
+        (str(built_in), "triptych-demo"),
+        ("triptych-demo",),
+    ]
+
+
 def test_an_empty_file_changes_nothing(served: list[ServeOptions], tmp_path: Path):
     assert serve("--config", written(tmp_path, "# nothing\n")).exception is None
     assert serve().exception is None
@@ -152,6 +161,28 @@ def test_a_bad_file_is_refused_with_its_name_and_key(served: list[ServeOptions],
 
 def test_an_error_of_the_command_line_is_not_blamed_on_the_file(served: list[ServeOptions], tmp_path: Path):
     assert refusal(tmp_path, "port: 1\nhost: h\n", "--port", "70000").startswith("--port: 70000 is not valid; ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--max-num-seqs", "-1", "--max-num-seqs: -1 is not valid; a whole number of at least 1 is needed"),
+        ("--max-body-mib", "0", "--max-body-mib: 0 is not a whole number above 0"),
+        ("--embedding-cache-gib", "-1", "--embedding-cache-gib: -1 is not a finite number above 0"),
+        ("--schedule", "lifo", "--schedule: 'lifo' is none of fcfs, sjf, slo"),
+        ("--media-io-kwargs", "{", "--media-io-kwargs: '{' is not JSON"),
+        ("--media-io-kwargs", '{"video": 3}', "--media-io-kwargs: expected keys and values, got {'video': 3}"),
+        (
+            "--max-num-seqs",
+            "4096",
+            "--max-num-batched-tokens: 2048 leaves no room for prefill beside --max-num-seqs=4096 decodes",
+        ),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_told_by_flags_and_once(
+    served: list[ServeOptions], flag: str, value: str, said: str
+):
+    assert str(serve(flag, value).exception) == said
 
 
 def test_a_file_that_cannot_be_read_is_told_with_its_flag(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -32,11 +33,12 @@ from triptych.config import (
     ServerConfig,
     TransferMode,
 )
+from triptych.control.changes import MAX_INSTANCES
 from triptych.control.controller import Controller
 from triptych.control.instances import Cluster
 from triptych.core import InstanceId, Placement, Role, Stage
 from triptych.engine.pools import fitting_model_len
-from triptych.engine.sockets import Inbox, Post, make_context
+from triptych.engine.sockets import Inbox, Post, make_context, room_for_clients
 from triptych.errors import ConfigError, InstanceError
 from triptych.messages import Alive, Ready, Switched, Unreachable
 from triptych.model.processor import Processor
@@ -178,7 +180,8 @@ class _Running:
         if not await _first(building, self._starting, stopping):
             return
         frontend, app = building.result()
-        http = make_http_server(app, shutdown_s=1)
+        num_instances = max(len(self._options.placement.roles), MAX_INSTANCES)
+        http = make_http_server(app, shutdown_s=1, max_connections=room_for_clients(num_instances))
         serving = self._task(http.serve([self._listener]))
         try:
             if await _first(self._starting, serving, stopping):
@@ -288,8 +291,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return bind(host, port)
     except OSError as error:
-        taken = f"cannot listen on {host}:{port}: {error.strerror}; is another port free?"
-        raise ConfigError(f"host, port: {taken}") from error
+        hint = "; take another port" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(f"host, port: cannot listen on {host}:{port}: {error.strerror}{hint}") from error
 
 
 def _timeline(path: str | None) -> contextlib.AbstractContextManager[Timeline | None]:

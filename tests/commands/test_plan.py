@@ -1,22 +1,31 @@
-"""`triptych plan`: what it prints and writes, that `triptych serve` takes the file, and what it refuses."""
+"""`triptych plan`: what it prints and writes, that `triptych serve` takes the file and `triptych simulate` repeats the
+figures, and what it refuses."""
 
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 from triptych import cli
 from triptych.commands.plan import plan
+from triptych.commands.simulate import simulate
 from triptych.config_file import read
-from triptych.core import Placement
+from triptych.core import Placement, Role
+from triptych.demo import checkpoint_path
 from triptych.errors import ConfigError
+from triptych.planning.search import charts, export
+from triptych.planning.search.plan import Curve
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app, simulator = typer.Typer(pretty_exceptions_enable=False), typer.Typer(pretty_exceptions_enable=False)
 app.command()(plan)
+simulator.command()(simulate)
 
-SMALL = ("--requests", "15", "--trials", "4", "--processes", "1")
+SMALL = ("--requests", "10", "--confirm", "12", "--trials", "3", "--processes", "1")
 
 
 def run(*arguments: str | Path, model: str = "qwen2.5-vl-7b") -> Result:
@@ -44,9 +53,12 @@ def test_a_plan_is_told_written_and_drawn(workload: Path, tmp_path: Path):
     output, png = tmp_path / "plan.yaml", tmp_path / "plan.png"
     result = run("--gpus", 2, "--workload", workload, *SMALL, "-o", output, "--png", png, "--export", "vllm")
     assert result.exit_code == 0, result.output
-    for word in ("req/s", "met", "TTFT s", "USD/1,000", "idle %", "triptych serve --placement"):
+    for word in ("req/s", "met", "TTFT s", "USD/1,000", "idle %", "triptych serve --placement", "How sure: at"):
         assert word in result.output
     assert "Disaggregation is not needed." in result.output or "Splitting" in result.output
+    assert "placements looked at" in result.output
+    for path in (output, png, tmp_path / "plan.vllm.sh"):
+        assert f"{path} is written" in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.png", "plan.vllm.sh", "plan.yaml"]
     assert "vllm serve" in (tmp_path / "plan.vllm.sh").read_text()
 
@@ -61,6 +73,13 @@ def test_serve_takes_the_file_as_it_is(workload: Path, tmp_path: Path):
     assert values["max_num_seqs"] in (16, 64, 256)
 
 
+@pytest.fixture(scope="module")
+def answer(workload: Path) -> dict[str, Any]:
+    """Of the plan that several tests ask for."""
+    found: dict[str, Any] = json.loads(run("--gpus", 2, "--workload", workload, *SMALL, "--json").stdout)
+    return found
+
+
 def _serve_flags() -> dict[str, object]:
     """What the config of `triptych serve` may say."""
     from typing import get_type_hints
@@ -73,8 +92,9 @@ def test_machines_read_the_same(workload: Path):
     first, second = run(*arguments), run(*arguments)
     found = json.loads(first.stdout)
     assert first.stdout == second.stdout
-    assert found["best"][0]["goodput"] > 0
-    assert found["best"][0]["figures"]["slo_attainment"] >= 0.9
+    assert found["best"][0]["kept_rate"] > 0
+    assert all(share >= 0.9 for row in found["best"] for share in row["attained"].values())
+    assert found["verdict"]
     assert set(found["files"]) == {"serve", "export"}
     assert any(row["placement"].endswith("epd") for row in found["best"])
 
@@ -84,12 +104,12 @@ def test_a_budget_is_as_many_gpus_as_it_buys(workload: Path):
     assert "on at most 2 x A100-80G" in result.output
 
 
-def test_the_least_cost_is_told_for_a_goodput(workload: Path):
-    result = run("--gpus", 2, "--workload", workload, "--objective", "cost", "--goodput", 0.2, *SMALL)
+def test_the_least_cost_is_told_for_a_rate(workload: Path):
+    result = run("--gpus", 2, "--workload", workload, "--objective", "cost", "--rate", 0.2, *SMALL)
     assert result.exit_code == 0, result.output
-    unreachable = run("--gpus", 2, "--workload", workload, "--objective", "cost", "--goodput", 1000, *SMALL)
+    unreachable = run("--gpus", 2, "--workload", workload, "--objective", "cost", "--rate", 1000, *SMALL)
     assert unreachable.exit_code == 1
-    assert "Nothing reaches 1000 req/s within the SLO" in unreachable.output
+    assert "Nothing keeps the SLO at 1000 req/s, of the " in unreachable.output
 
 
 @pytest.mark.parametrize(
@@ -100,15 +120,20 @@ def test_the_least_cost_is_told_for_a_goodput(workload: Path):
         (("--gpus", "0"), "--gpus: 0 is not between 1 and 64"),
         (("--budget", "4"), "--budget: '4' has no unit; use USD/h"),
         (("--budget", "1 USD/h"), "--budget: 1 USD/h buys nothing: one A100-80G costs"),
-        (("--gpus", "2", "--objective", "speed"), "--objective: 'speed' is none of goodput, cost"),
+        (("--gpus", "2", "--objective", "speed"), "--objective: 'speed' is none of rate, goodput, cost"),
         (("--gpus", "2", "--beta", "-1"), "--beta: -1.0 is not a finite number of at least 0"),
         (("--gpus", "2", "--beta", "nan"), "--beta: nan is not a finite number"),
-        (("--gpus", "2", "--goodput", "0"), "--goodput: 0.0 is not a finite number above 0"),
+        (("--gpus", "2", "--rate", "0"), "--rate: 0.0 is not a finite number above 0"),
+        (("--gpus", "2", "--rate", "5"), "--rate, --objective: the highest rate is looked for"),
+        (("--gpus", "2", "--objective", "cost", "--beta", "3"), "--beta, --objective: the least cost is not weighed"),
+        (("--gpus", "2", "--confirm", "-1"), "--confirm: -1 is not between 0 and"),
+        (("--gpus", "2", "-o", "plan.json"), "--output: plan.json does not end in .yaml or .yml"),
+        (("--gpus", "2", "--png", "plan.gif"), "--png: plan.gif does not end in .png"),
         (("--gpus", "2", "--attainment", "1.5"), "--attainment: 1.5 is not above 0 and at most 1"),
         (("--gpus", "2", "--trials", "0"), "--trials: 0 is not between 1 and"),
         (("--gpus", "2", "--slo-ttft", "2"), "--slo-ttft: '2' has no unit; use h, min, s, ms"),
         (("--gpus", "2", "--slo-tpot", "-5 ms"), "--slo-tpot: '-5 ms' is out of range"),
-        (("--gpus", "2", "--slo-ttft", "0 s"), "--slo-ttft, --slo-tpot: ttft: 0 s, which nothing can keep"),
+        (("--gpus", "2", "--slo-ttft", "0 s"), "--slo-ttft: '0 s' is out of range"),
         (("--gpus", "2", "--tensor-parallel", "1,x"), "--tensor-parallel: '1,x' is not a list of different numbers"),
         (("--gpus", "2", "--tensor-parallel", "3"), "tensor-parallel: 3 does not divide"),
         (("--gpus", "2", "--export", "tgi"), "--export: 'tgi' is none of vllm, sglang"),
@@ -144,3 +169,126 @@ def test_a_workload_without_a_rate_is_refused(tmp_path: Path, workload: Path):
     path.write_text(json.dumps(found))
     said = refusal("--gpus", 2, "--workload", path, *SMALL)
     assert "burst.json" in said and "arrivals" in said
+
+
+# ---- figures that can be had again
+
+
+def test_every_row_is_repeated_by_the_command_that_is_told_for_it(workload: Path):
+    arguments = ("--gpus", 2, "--workload", workload, *SMALL, "--slo-ttft", "900 ms", "--attainment", 0.8)
+    rows = json.loads(run(*arguments, "--json").stdout)["best"]
+    assert len(rows) > 1
+    for row in rows:
+        words = shlex.split(row["simulate"])
+        assert words[:2] == ["triptych", "simulate"]
+        again = json.loads(CliRunner().invoke(simulator, [*words[2:], "--json"]).stdout)
+        assert again["runs"][0]["figures"] == row["figures"]
+        assert again["placement"] == row["placement"]
+    assert rows[0]["simulate"] in run(*arguments).stdout
+
+
+def test_the_picture_has_the_rows_of_the_table(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[Curve] = []
+    monkeypatch.setattr(charts, "plan_chart", lambda path, curves, title: drawn.extend(curves))
+    arguments = ("--gpus", 2, "--workload", workload, *SMALL, "--json", "--png", tmp_path / "plan.png")
+    rows = {row["placement"]: row for row in json.loads(run(*arguments).stdout)["best"]}
+    assert drawn
+    for curve in drawn:
+        row = rows[str(curve.candidate)]
+        figures = curve.figures[curve.rates.index(row["kept_rate"])]
+        assert msgspec.to_builtins(figures) == row["figures"]
+        assert {one.num_requests for one in curve.figures} == {row["figures"]["num_requests"]}
+
+
+def test_rates_that_were_not_confirmed_are_told_as_such(workload: Path):
+    result = run("--gpus", 2, "--workload", workload, *SMALL, "--confirm", 0)
+    assert "Not confirmed: rates are those that one run of 10 requests kept" in result.output
+
+
+def test_an_slo_that_hardly_enough_requests_keep_alone_is_told(workload: Path, tmp_path: Path):
+    found = json.loads(workload.read_text())
+    sizes = {"distribution": "values", "values": ["1024x768", "4032x3024"], "weights": [7, 3]}
+    found["kinds"]["photos"]["images"] = {"size": sizes, "count": 1}
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps(found))
+    result = run("--gpus", 1, "--workload", path, *SMALL, "--attainment", 0.7)
+    assert "Even alone on an idle 1epd only" in result.output, result.output
+    assert "Disaggregation" not in result.output
+
+
+def test_phases_say_how_many_requests_come(workload: Path, tmp_path: Path):
+    found = json.loads(workload.read_text())
+    del found["num_requests"]
+    found["phases"] = [{"num_requests": 10}, {"num_requests": 10, "rate_factor": 2}]
+    path = tmp_path / "phases.json"
+    path.write_text(json.dumps(found))
+    assert "--requests: photos has phases" in refusal("--gpus", 2, "--workload", path, "--requests", 5)
+    result = run("--gpus", 2, "--workload", path, "--trials", 3, "--processes", 1, "--json")
+    words = shlex.split(json.loads(result.stdout)["best"][0]["simulate"])
+    assert "--requests" not in words
+    again = json.loads(CliRunner().invoke(simulator, [*words[2:], "--json"]).stdout)
+    assert again["runs"][0]["figures"] == json.loads(result.stdout)["best"][0]["figures"]
+
+
+# ---- files for others
+
+
+def test_without_an_output_file_the_script_is_all_that_stdout_gets(workload: Path):
+    result = run("--gpus", 2, "--workload", workload, *SMALL, "--export", "vllm")
+    assert result.stdout.startswith("#!/usr/bin/env bash") and result.stdout.endswith("wait\n")
+    assert "req/s" in result.stderr
+
+
+def test_where_the_best_has_no_equivalent_the_exported_one_is_named(workload: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(export, "SHAPES", ({Role.EPD},))
+    arguments = ("--gpus", 2, "--workload", workload, *SMALL, "--trials", 4, "--objective", "goodput")
+    best = json.loads(run(*arguments, "--json").stdout)["best"][0]["placement"]
+    assert best != "2epd"
+    result = run(*arguments, "--export", "vllm")
+    assert f"vllm has no equivalent of {best}: written is 2epd, which keeps the SLO at" in result.stderr
+    assert "less than" in result.stderr
+    assert f"# vllm has no equivalent of {best}" in result.stdout
+
+
+def test_a_local_model_is_served_from_anywhere_under_its_name(
+    workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "mine").mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / "mine" / name).write_bytes((checkpoint_path() / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert run("--gpus", 2, "--workload", workload, *SMALL, "-o", "plan.yaml", model="mine").exit_code == 0
+    values = read(tmp_path / "plan.yaml", _serve_flags())
+    assert values["model"] == str(tmp_path / "mine")
+    assert values["served_model_name"] == ["mine"]
+
+
+def test_the_built_in_model_is_the_one_that_serve_takes_by_itself(workload: Path, tmp_path: Path):
+    output = tmp_path / "plan.yaml"
+    arguments = ("--gpus", 2, "--workload", workload, *SMALL, "-o", output)
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("triptych-demo on at most 2 x")
+    assert "model" not in read(output, _serve_flags())
+
+
+# ---- how it is told
+
+
+def test_a_narrow_terminal_shows_every_figure(workload: Path, answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    arguments = ("--gpus", 2, "--workload", workload, *SMALL)
+    rows = answer["best"]
+    monkeypatch.setenv("COLUMNS", "50")
+    told = " ".join(run(*arguments).stdout.split())
+    assert "\N{HORIZONTAL ELLIPSIS}" not in told
+    for row in rows:
+        assert f"placement {row['placement']}, GPUs {row['gpus']}," in told
+        assert f"met {row['figures']['slo_attainment']:.1%}" in told
+
+
+def test_in_a_pipe_progress_is_a_few_lines_on_stderr(workload: Path):
+    result = run("--gpus", 2, "--workload", workload, *SMALL, "--json")
+    lines = result.stderr.splitlines()
+    assert lines[0] == "plan: looking for the fastest"
+    assert "plan: candidates, 3" in lines and any(line.startswith("plan: longer runs of the best") for line in lines)
+    assert len(lines) < 10

@@ -136,21 +136,21 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
 # ---- several rates
 
 
-def test_several_rates_are_columns_and_the_highest_that_keeps_the_slo_is_the_goodput() -> None:
+def test_several_rates_are_columns_and_the_highest_that_keeps_the_slo_is_told() -> None:
     load = ("--placement", "5e2p1d", *PAPER, "--slo-ttft", "2 s", "--requests", "40")
     found = answer(*load, "--rates", "2,0.05,0.1,40,1,20")
     assert [run["rate"] for run in found["runs"]] == [0.05, 0.1, 1.0, 2.0, 20.0, 40.0]
     kept = [run["rate"] for run in found["runs"] if run["figures"]["slo_attainment"] >= 0.9]
     assert 0 < len(kept) < 5
-    assert found["goodput"] == kept[-1]
+    assert found["kept_rate"] == kept[-1]
     output = call(*load, "--rates", "0.05,0.1,1,2,20,40")
     assert output.count("requests sent per second") == 2
     assert "Sent: " not in output and "SLO: TTFT at most 2 s, TPOT at most 40 ms, for 90%" in output
-    assert f"Goodput: {kept[-1]:g} req/s, the highest of these rates at which 90% of the requests meet" in output
+    assert f"Kept rate: {kept[-1]:g} req/s, the highest of these at which 90% of the requests meet" in output
 
 
-def test_a_goodput_that_is_missed_everywhere_is_said() -> None:
-    assert "Goodput: at none of these rates" in call(*PAPER, "--rates", "2,4", "--requests", "40")
+def test_an_slo_that_is_missed_at_every_rate_is_said() -> None:
+    assert "Kept rate: none; at none of these rates" in call(*PAPER, "--rates", "2,4", "--requests", "40")
 
 
 # ---- files

@@ -352,8 +352,8 @@ class Instance:
             assert stage.is_empty, f"{self.id}: {stage.queues}"
             assert not any(stage.queues.values()), f"{self.id}: {stage.queues}"
         if self.prefill is not None:
-            assert not self.prefill._early, f"{self.id}: early {self.prefill._early}"
-            assert not self.prefill._pulling
+            assert not self.prefill._intake.early, f"{self.id}: early {self.prefill._intake.early}"
+            assert not self.prefill._intake.pulling
 
 
 class Chain:

@@ -361,7 +361,7 @@ def test_a_port_in_use_is_refused(folder: Path) -> None:
         taken.listen()
         code, said = refused(folder, "--port", taken.getsockname()[1])
     assert code == 2
-    assert "cannot listen" in said
+    assert "--host, --port: cannot listen" in said and "take another port" in said
 
 
 def test_pools_that_cannot_hold_one_request_are_refused_with_both_numbers(folder: Path) -> None:

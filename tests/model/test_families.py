@@ -21,6 +21,7 @@ from tests.reference import reference_processor
 from triptych.core import Span
 from triptych.errors import ConfigError, RequestError
 from triptych.model.families import ItemLayout, Modality, Parts, Rows, Run, family_for
+from triptych.model.families.base import ImageModality
 from triptych.model.headers import ImageHeader
 from triptych.model.processor import Processor
 
@@ -127,6 +128,7 @@ def test_picture_is_refused_exactly_where_the_familys_own_processor_refuses_it(
     family: str, size: tuple[int, int]
 ) -> None:
     modality, refused = modality_of(family), max(size) > 200 * min(size)
+    assert isinstance(modality, ImageModality)
     with pytest.raises(RequestError, match="200 times") if refused else nullcontext():
         modality.lay_out(ImageHeader(*size), 1)
     with pytest.raises(ValueError, match="aspect ratio") if refused else nullcontext():

@@ -40,7 +40,7 @@ def test_encoders_that_are_the_bottleneck_are_used_as_far_as_the_bound_says():
     candidate = make_candidate("2e2p1d")
     busy_s = 0.9 * 150 * 0.6 / 2 - 6.0
     assert evaluator.bound(candidate) == pytest.approx(evaluator.load.span_s / busy_s)
-    assert evaluator.goodput(candidate) > 0.85 * evaluator.bound(candidate)
+    assert evaluator.kept_rate(candidate) > 0.85 * evaluator.bound(candidate)
 
 
 def test_the_bound_grows_with_what_serves_the_bottleneck_and_with_nothing_else():

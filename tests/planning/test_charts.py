@@ -40,7 +40,7 @@ def test_a_picture_that_cannot_be_written_is_told_with_its_path(tmp_path: Path):
         plan_chart(tmp_path / "none" / "plan.png", [curve("1epd")], "a plan")
 
 
-def test_curves_begin_below_a_goodput_and_end_above_it():
+def test_curves_begin_below_a_rate_and_end_above_it():
     rates = spread(10.0)
     assert rates == sorted(rates)
-    assert rates[0] == pytest.approx(2.0) and rates[-1] == pytest.approx(16.0)
+    assert rates[0] == pytest.approx(4.0) and rates[-1] == pytest.approx(14.0)

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from tests.planning.places import COSTS, make_candidate, make_evaluator, make_load
-from triptych.planning.search.goals import LeastCost, MostGoodput
+from triptych.planning.search.goals import HighestRate, LeastCost
 from triptych.planning.search.machines import FixedMachines
 from triptych.planning.simulation.figures import meets
 from triptych.planning.simulation.instance import Sizes
@@ -26,29 +26,29 @@ def test_a_load_at_another_rate_has_the_same_requests_closer_together():
 
 def test_the_goodput_attains_and_what_is_above_it_does_not():
     evaluator = make_evaluator(QUICK)
-    goodput = evaluator.goodput(SPLIT)
-    assert evaluator.attains(SPLIT, goodput)
-    assert not evaluator.attains(SPLIT, goodput * 1.01)
-    assert goodput < evaluator.bound(SPLIT)
+    rate = evaluator.kept_rate(SPLIT)
+    assert evaluator.attains(SPLIT, rate)
+    assert not evaluator.attains(SPLIT, rate * 1.01)
+    assert rate < evaluator.bound(SPLIT)
 
 
 def test_a_rate_at_which_queues_grow_is_not_kept_because_the_first_half_was_served_in_time():
     """The later half of 400 requests misses an objective that all together just meet."""
     load = make_load(400, answer=3)
     evaluator = make_evaluator(load, ttft_ms=60_000.0, tpot_ms=None)
-    goodput = evaluator.goodput(SPLIT)
-    rates = [goodput * times for times in (1.02, 1.05, 1.1, 1.2, 1.4)]
+    rate = evaluator.kept_rate(SPLIT)
+    rates = [rate * times for times in (1.02, 1.05, 1.1, 1.2, 1.4)]
     hidden = [rate for rate in rates if evaluator.figures(SPLIT, rate).slo_attainment >= 0.9]
     assert hidden and not any(evaluator.attains(SPLIT, rate) for rate in hidden)
 
 
 def test_where_the_search_begins_changes_little():
     evaluator = make_evaluator(QUICK)
-    goodput = evaluator.goodput(SPLIT)
-    assert evaluator.goodput(SPLIT, guess=0.3 * goodput) == pytest.approx(goodput, rel=0.02)
-    assert evaluator.goodput(SPLIT, least=0.5 * goodput) == pytest.approx(goodput, rel=0.02)
-    assert evaluator.goodput(SPLIT, most=0.5 * goodput) == 0.5 * goodput
-    assert evaluator.goodput(SPLIT, least=1.1 * goodput) == 0.0
+    rate = evaluator.kept_rate(SPLIT)
+    assert evaluator.kept_rate(SPLIT, guess=0.3 * rate) == pytest.approx(rate, rel=0.02)
+    assert evaluator.kept_rate(SPLIT, least=0.5 * rate) == pytest.approx(rate, rel=0.02)
+    assert evaluator.kept_rate(SPLIT, most=0.5 * rate) == 0.5 * rate
+    assert evaluator.kept_rate(SPLIT, least=1.1 * rate) == 0.0
 
 
 @pytest.mark.parametrize("rate", [0.1, 1.0, 1.5, 2.0, 3.0, 20.0])
@@ -61,15 +61,15 @@ def test_a_run_that_ends_early_decides_as_the_whole_run_does(placement: str, rat
 
 
 def test_what_cannot_be_kept_on_an_idle_server_is_worth_nothing():
-    assert make_evaluator(QUICK, ttft_ms=100.0).goodput(SPLIT) == 0.0
-    assert make_evaluator(QUICK, tpot_ms=5.0).goodput(SPLIT) == 0.0
+    assert make_evaluator(QUICK, ttft_ms=100.0).kept_rate(SPLIT) == 0.0
+    assert make_evaluator(QUICK, tpot_ms=5.0).kept_rate(SPLIT) == 0.0
 
 
 def test_options_reach_the_simulation():
     evaluator = make_evaluator(QUICK)
-    assert evaluator.goodput(make_candidate("2e1p1d", parallel_encode=False)) < evaluator.goodput(SPLIT)
+    assert evaluator.kept_rate(make_candidate("2e1p1d", parallel_encode=False)) < evaluator.kept_rate(SPLIT)
     tight = make_evaluator(make_load(30, media=(), answer=100), ttft_ms=500.0)
-    assert tight.goodput(make_candidate("1e1p1d", max_num_seqs=1)) < tight.goodput(make_candidate("1e1p1d"))
+    assert tight.kept_rate(make_candidate("1e1p1d", max_num_seqs=1)) < tight.kept_rate(make_candidate("1e1p1d"))
 
 
 def test_costs_are_dollars_or_gpus():
@@ -81,11 +81,11 @@ def test_an_evaluator_can_be_sent_to_another_process():
     evaluator = make_evaluator(QUICK)
     copy = pickle.loads(pickle.dumps(evaluator))
     assert copy == evaluator
-    assert copy.goodput(SPLIT, short=True) == evaluator.goodput(SPLIT, short=True)
+    assert copy.kept_rate(SPLIT, short=True) == evaluator.kept_rate(SPLIT, short=True)
 
 
 def test_goals_turn_goodput_and_cost_into_one_number():
-    paper, least = MostGoodput(beta=0.1), LeastCost(3.0)
+    paper, least = HighestRate(beta=0.1), LeastCost(3.0)
     assert paper.score(5.0, 10.0) == 4.0
     assert paper.needed(4.0, 20.0) == 6.0
     assert paper.score(0.0, 1.0) < paper.score(0.1, 1000.0)

@@ -1,9 +1,11 @@
 """Launch scripts for vLLM and SGLang: every instance on GPUs of its own, with the flags of its role, and a proxy."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +104,28 @@ def test_a_shape_that_no_proxy_routes_is_refused(placement: str):
     assert not can_export(make(placement))
     with pytest.raises(ConfigError, match=f"--export: vllm has no equivalent of {placement}"):
         export("vllm", make(placement), MODEL)
+
+
+@pytest.mark.parametrize(("curl", "starts"), [("exit 0", True), ("exit 1", False)])
+def test_the_proxy_starts_when_all_instances_are_up_and_never_if_one_ends(tmp_path: Path, curl: str, starts: bool):
+    serves = "sleep 3" if starts else "exit 1"
+    for name, does in {
+        "vllm": serves,
+        "curl": curl,
+        "python": f"touch {tmp_path}/proxy",
+        "sleep": "/bin/sleep 0.1",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = export("vllm", make("1e1pd"), MODEL)
+    subprocess.run(["bash", "-c", script], env=environment, start_new_session=True, timeout=20, check=False)
+    assert (tmp_path / "proxy").exists() == starts
+
+
+def test_why_it_is_another_placement_stands_at_the_top():
+    head = export("vllm", make("2epd"), MODEL, "vllm has no equivalent of 1ed1p: written is 2epd.").splitlines()[:3]
+    assert head[2] == "# vllm has no equivalent of 1ed1p: written is 2epd."
 
 
 ENGINES = ("vllm", "sglang")

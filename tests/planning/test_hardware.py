@@ -58,7 +58,7 @@ def test_a_users_file_of_one_device_or_of_several(tmp_path: Path) -> None:
         ({"flops": 100}, "devices.mine.flops: 100 has no unit; use PFLOP/s"),
         ({"flops": "100 GB/s"}, "devices.mine.flops: '100 GB/s' has the unit 'GB/s'"),
         ({"memory": "-1 GB"}, "devices.mine.memory: '-1 GB' is out of range"),
-        ({"memory": "0 GB"}, "memory: 0 is not valid; above 0 is needed"),
+        ({"memory": "0 GB"}, "memory: 0 B is not valid; above 0 B is needed"),
         ({"memroy": "1 GB"}, "devices.mine.memroy: unknown key; did you mean 'memory'?"),
         ({"price": "nan USD/h"}, "devices.mine.price"),
     ],

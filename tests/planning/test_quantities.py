@@ -91,7 +91,7 @@ def test_negative_and_infinite_numbers_are_refused(text: str) -> None:
         Seconds.parse(text)
 
 
-@pytest.mark.parametrize("kind", [PositiveSeconds, PerSecond])
+@pytest.mark.parametrize("kind", [PositiveSeconds, PerSecond, BytesPerSecond, FlopPerSecond])
 def test_a_time_in_which_nothing_can_happen_and_a_rate_at_which_nothing_comes_are_refused(kind: type[Quantity]) -> None:
     unit = kind.base_unit()
     for text in (f"0 {unit}", f"-2 {unit}", f"nan {unit}", f"1e-999 {unit}"):

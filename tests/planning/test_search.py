@@ -8,7 +8,7 @@ from triptych.core import Role
 from triptych.errors import ConfigError
 from triptych.latency import Objectives
 from triptych.planning.search.evaluation import Evaluator
-from triptych.planning.search.goals import Goal, LeastCost, MostGoodput
+from triptych.planning.search.goals import Goal, HighestRate, LeastCost
 from triptych.planning.search.machines import FixedMachines
 from triptych.planning.search.search import Found, Outcome, enumerate_all, processes, search
 from triptych.planning.search.space import Candidate, Space
@@ -37,11 +37,11 @@ def evaluator() -> Evaluator:
 
 @pytest.fixture(scope="module")
 def everything(evaluator: Evaluator) -> Outcome:
-    return enumerated(evaluator, MostGoodput())
+    return enumerated(evaluator, HighestRate())
 
 
 def told(outcome: Outcome) -> list[tuple[str, float]]:
-    return [(str(found.candidate), found.goodput) for found in outcome.best]
+    return [(str(found.candidate), found.rate) for found in outcome.best]
 
 
 def test_enumeration_knows_every_candidate(everything: Outcome):
@@ -51,46 +51,46 @@ def test_enumeration_knows_every_candidate(everything: Outcome):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_search_comes_within_three_percent_of_the_best(evaluator: Evaluator, everything: Outcome, seed: int):
-    found = searched(evaluator, MostGoodput(), seed=seed)
-    assert found.best[0].goodput >= 0.97 * everything.best[0].goodput
+    found = searched(evaluator, HighestRate(), seed=seed)
+    assert found.best[0].rate >= 0.97 * everything.best[0].rate
     assert found.num_full < len(everything.best)
     whole, best_whole = found.aggregated(), everything.aggregated()
     assert whole is not None and best_whole is not None
-    assert whole.goodput >= 0.97 * best_whole.goodput
+    assert whole.rate >= 0.97 * best_whole.rate
 
 
 def test_what_a_dollar_must_bring_leaves_gpus_unbought(evaluator: Evaluator, everything: Outcome):
-    dear = MostGoodput(beta=0.7)
+    dear = HighestRate(beta=0.7)
     found = searched(evaluator, dear)
     assert found.best[0].candidate.num_gpus < everything.best[0].candidate.num_gpus
-    best = max(dear.score(one.goodput, one.cost) for one in everything.best)
-    assert found.best[0].score >= best - 0.03 * everything.best[0].goodput
+    best = max(dear.score(one.rate, one.cost) for one in everything.best)
+    assert found.best[0].score >= best - 0.03 * everything.best[0].rate
 
 
 def test_a_wanted_goodput_is_bought_for_the_least(evaluator: Evaluator, everything: Outcome):
-    wanted = LeastCost(0.6 * everything.best[0].goodput)
+    wanted = LeastCost(0.6 * everything.best[0].rate)
     found = searched(evaluator, wanted)
-    cheapest = min(one.cost for one in everything.best if one.goodput >= wanted.most)
+    cheapest = min(one.cost for one in everything.best if one.rate >= wanted.most)
     assert found.best[0].cost == cheapest
-    assert found.best[0].goodput >= wanted.most
+    assert found.best[0].rate >= wanted.most
 
 
 def test_where_nothing_reaches_the_wanted_goodput_the_most_comes_first(evaluator: Evaluator, everything: Outcome):
-    found = searched(evaluator, LeastCost(3 * everything.best[0].goodput))
-    assert found.best[0].goodput == pytest.approx(everything.best[0].goodput, rel=0.03)
+    found = searched(evaluator, LeastCost(3 * everything.best[0].rate))
+    assert found.best[0].rate == pytest.approx(everything.best[0].rate, rel=0.03)
 
 
 def test_equal_searches_have_equal_outcomes_with_any_number_of_processes(evaluator: Evaluator):
-    alone = searched(evaluator, MostGoodput(), trials=8)
-    assert searched(evaluator, MostGoodput(), trials=8) == alone
-    assert searched(evaluator, MostGoodput(), trials=8, number=2) == alone
+    alone = searched(evaluator, HighestRate(), trials=8)
+    assert searched(evaluator, HighestRate(), trials=8) == alone
+    assert searched(evaluator, HighestRate(), trials=8, number=2) == alone
 
 
 def test_trials_are_counted():
     done: list[int] = []
     evaluator = make_evaluator(make_load(10))
     with processes(evaluator, 1) as ask:
-        search(STAGES, evaluator, MostGoodput(), ask, trials=11, advance=lambda: done.append(1))
+        search(STAGES, evaluator, HighestRate(), ask, trials=11, advance=lambda: done.append(1))
     assert len(done) == 11
 
 
@@ -105,7 +105,7 @@ class Narrow(FixedMachines):
 
 def test_what_does_not_fit_is_counted_with_its_reason():
     evaluator = Evaluator(QUICK, Narrow(COSTS, Sizes()), Objectives(2000.0, 40.0), 0.9)
-    found = searched(evaluator, MostGoodput(), trials=8)
+    found = searched(evaluator, HighestRate(), trials=8)
     assert set(found.rejected) == {"p: too small"}
     assert all(Role.EPD in one.candidate.family for one in found.best)
 
@@ -114,9 +114,9 @@ def test_where_nothing_fits_the_reason_is_told():
     evaluator = Evaluator(QUICK, Narrow(COSTS, Sizes()), Objectives(2000.0, 40.0), 0.9)
     space = msgspec.structs.replace(STAGES, roles=(Role.E, Role.PD))
     with pytest.raises(ConfigError, match="p: too small"):
-        searched(evaluator, MostGoodput(), space=space)
+        searched(evaluator, HighestRate(), space=space)
     with pytest.raises(ConfigError, match="--gpus: too few"):
-        searched(evaluator, MostGoodput(), space=msgspec.structs.replace(space, num_gpus=1))
+        searched(evaluator, HighestRate(), space=msgspec.structs.replace(space, num_gpus=1))
 
 
 def test_the_best_of_both_kinds_are_known():

@@ -3,11 +3,13 @@
 import pytest
 
 from tests.server.fakes import D, E, P, num_live, processor
-from tests.server.scripted import Wire, attempt_of, lose, num_attempts, on_loop, publish, start
+from tests.server.scripted import Wire, answer, attempt_of, lose, num_attempts, on_loop, publish, start
 from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, Role
 from triptych.errors import RequestError
 from triptych.messages import AnyMessage, Load, Submit
+from triptych.router.attempts import Task
+from triptych.router.dispatch import Route
 from triptych.router.generation import Generation
 from triptych.server.frontend import Frontend
 from triptych.telemetry import Telemetry
@@ -64,6 +66,33 @@ def test_where_nothing_can_be_sent_each_of_many_is_told_so(how: str) -> None:
         assert not num_live(frontend)
 
     on_loop(scenario)
+
+
+def test_what_cannot_be_queued_is_told_so_also_when_it_is_taken_up_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        frontend, wire = make_frontend()
+        sound, lost = start(frontend, num_tokens=10), start(frontend, num_tokens=11)
+        find_route = frontend._router.dispatcher.route
+
+        def route(task: Task, num_sequences: int = 1) -> Route:
+            if task.num_tokens == 11:
+                raise RuntimeError("no route")
+            return find_route(task, num_sequences)
+
+        frontend._router.dispatcher.route = route  # type: ignore[method-assign]
+        asked = start(frontend, num_tokens=11)
+        lose(frontend, P)
+        lose(frontend, OTHER)
+        publish(frontend, (E, Role.E), (P, Role.P), (D, Role.D), epoch="next")
+        for generation in (asked, lost):
+            with pytest.raises(RequestError, match="internal server error"):
+                await generation.wait()
+        answer(frontend, wire, sound.outputs[0])
+        await sound.wait()
+        assert not num_live(frontend)
+
+    on_loop(scenario)
+    assert "no route" in caplog.text
 
 
 def test_what_is_asked_after_that_is_answered_as_ever() -> None:

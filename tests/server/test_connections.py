@@ -1,16 +1,20 @@
 """Connections of clients that send slowly or without end are told so, and end; others are not touched."""
 
+import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from tests.server.fakes import Stack, ids
 from tests.server.test_leaving import wait_until
 from triptych.server import connections, http
+from triptych.server.running import bind, make_http_server
 
 PATIENCE_S = 0.3
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
@@ -132,3 +136,55 @@ def test_one_that_reads_slowly_is_not(talker: Stack, stream: bool) -> None:
             time.sleep(PATIENCE_S / 10)
         assert end.endswith(b"0\r\n\r\n" if stream else b"}"), "it was cut off"
         assert time.monotonic() - began > 2 * PATIENCE_S
+
+
+# ---- as many as there is room for
+
+
+async def hello(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "lifespan":
+        while True:
+            await send({"type": (await receive())["type"] + ".complete"})
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"hi"})
+
+
+@contextmanager
+def small_server(max_connections: int) -> Iterator[tuple[str, int]]:
+    bound, server = bind("127.0.0.1", 0), make_http_server(hello, max_connections=max_connections)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield bound.getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def ask(line: socket.socket) -> bytes:
+    """The whole answer, or what comes of one until the server hangs up."""
+    answer = b""
+    with suppress(ConnectionError):
+        line.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        while not answer.endswith(b"hi") and (piece := line.recv(1 << 16)):
+            answer += piece
+    return answer
+
+
+def test_whoever_comes_when_there_are_too_many_is_told_to_come_again() -> None:
+    with small_server(max_connections=8) as address, ExitStack() as stack:
+        lines = [stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(4)]
+        assert all(ask(line).startswith(b"HTTP/1.1 200 ") for line in lines)
+        for _ in range(20):
+            with socket.create_connection(address, timeout=5) as line:
+                answer = line.recv(1 << 16)
+                assert answer.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1\r\n" in answer
+        assert all(ask(line).startswith(b"HTTP/1.1 200 ") for line in lines), "the others go on"
+        lines[0].close()
+        wait_until(lambda: _is_answered(address))
+
+
+def _is_answered(address: tuple[str, int]) -> bool:
+    with socket.create_connection(address, timeout=5) as line:
+        return ask(line).startswith(b"HTTP/1.1 200 ")

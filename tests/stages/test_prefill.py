@@ -77,7 +77,7 @@ def bring(stage: PrefillStage, request: Submit, lease: int = 1) -> None:
     """Everything that a started request needs is announced and pulled."""
     for unit in request.units:
         stage.embedded(make_embedded(request.request_id, unit, lease))
-        if unit.hash in stage._pulling:
+        if unit.hash in stage._intake.pulling:
             stage.pulled(unit.hash, None)
 
 
@@ -617,7 +617,7 @@ def test_a_request_that_gives_its_prefix_up_while_the_next_one_starts_is_the_nex
     names = [name for name, *_ in lengths(run(stage))]
     for unit in (cat, dog):
         stage.embedded(make_embedded("young", unit, 2))
-    if dog.hash in stage._pulling:
+    if dog.hash in stage._intake.pulling:
         stage.pulled(dog.hash, None)
     names += [name for _ in range(3) for name, *_ in lengths(run(stage))]
     assert sorted(names) == ["next", "young"]

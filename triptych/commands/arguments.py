@@ -23,7 +23,7 @@ BUILT_IN = "triptych-demo"  # what the built-in model is called
 DescribedModel = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="Checkpoint folder, config.json, or one of minicpm-v-2.6, internvl2-8b, internvl2-26b, qwen2.5-vl-7b, "
         "qwen3-vl-8b; the built-in model if left out.",
     ),

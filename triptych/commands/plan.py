@@ -118,7 +118,7 @@ def plan(
     _check_suffix("--output", output, ".yaml", ".yml")
     _check_suffix("--png", png, ".png")
 
-    from triptych.planning.search.goals import LeastCost, MostGoodput
+    from triptych.planning.search.goals import HighestRate, LeastCost
     from triptych.planning.search.plan import Question
     from triptych.planning.workloads import presets
 
@@ -139,7 +139,7 @@ def plan(
         num_requests=requests or USUAL_REQUESTS,
         num_confirming=confirm,
     )
-    goal = LeastCost(rate or asked.rate or question.load.rate) if objective == "cost" else MostGoodput(beta or 0.0)
+    goal = LeastCost(rate or asked.rate or question.load.rate) if objective == "cost" else HighestRate(beta or 0.0)
     engine = cast("Engine | None", export)
     answer = _answer(question, goal, trials, seed, processes, engine, draws=png is not None)
     title = _title(shape, question, profiles, asked)
@@ -154,14 +154,15 @@ def plan(
     texts = answer.texts(_served(model), engine, _exported(model), title)
     told = _written(answer, texts, {"serve": output, "export": _script(output, engine), "png": png}, title)
     if json:
-        typer.echo(answer.as_json(lines, texts))
-    script = texts["export"].content if export and output is None and not json and "export" in texts else None
-    console = _console(to_stderr=json or script is not None)
+        stdout: str | None = answer.as_json(lines, texts)
+    else:
+        stdout = texts["export"].content if output is None and "export" in texts else None
+    console = _console(to_stderr=stdout is not None)
     if not json:
         _tell(answer, title, lines, console)
     _say(console, [*_notes(texts, output, engine), *told])
-    if script is not None:
-        typer.echo(script, nl=False)
+    if stdout is not None:
+        typer.echo(stdout.rstrip("\n"))
     raise typer.Exit(0 if answer.suffices else EXIT_FAILED)
 
 
@@ -299,8 +300,10 @@ def _answer(
             with bar(f"longer runs of the best {len(found)}", 1):
                 best = rows(found, goal, ask_runs)
                 note = limit_note(question, found, best, ask_runs)
-            with bar("picture", 1):
-                drawn = curves(best, ask_runs) if draws and best else []
+            drawn = []
+            if draws and best:
+                with bar("picture", 1):
+                    drawn = curves(best, ask_runs)
     return Answer(question, goal, outcome, best, drawn, note)
 
 

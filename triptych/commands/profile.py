@@ -76,7 +76,7 @@ def profile(
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File for the profile (JSON).")] = Path("profile.json"),
     threads: Annotated[int, typer.Option(help="CPU threads of an instance.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="Measure less, in about half a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure less, in a minute or two.")] = False,
     revision: Annotated[str, typer.Option(help="Revision of the checkpoint on the hub.")] = "",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -284,7 +284,8 @@ def _show(console: "Console", profile: "Profile") -> None:
     from msgspec.structs import asdict
     from rich.table import Table
 
-    table = Table("cost", "measured", title=f"{profile.model} on {profile.hardware}", title_justify="left")
+    console.print(f"{profile.model} on {profile.hardware}", markup=False, highlight=False, soft_wrap=True)
+    table = Table("cost", "measured")
     for name, value in (asdict(profile.costs_of_steps) | asdict(profile.memory)).items():
         table.add_row(WORDS.get(name, name.replace("_", " ")), _short(value))
     console.print(table)

@@ -260,10 +260,14 @@ def _tell(head: Sequence[str], tables: "Sequence[Table]", lines: Sequence[str]) 
     from rich.console import Console
 
     console = Console()
-    for line in head:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def say(texts: Sequence[str]) -> None:
+        for text in texts:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(head)
     for table in tables:
-        table.title_justify = "left"
+        say([str(table.title)] if table.title else [])
+        table.title = None  # it would be cut to the width of the table
         console.print(table)
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(lines)

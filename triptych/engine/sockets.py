@@ -21,7 +21,8 @@ _VERSION = struct.Struct("<Q")
 
 _MOST_FILES = 65_536  # more than that nobody needs, and some hosts allow a thousand million
 _FILES_PER_PEER = 10  # a mailbox and its connection, what comes from there, and the pipes to a process
-_OTHER_FILES = 256  # of a server: libraries, the listener, the first clients
+_OTHER_FILES = 256  # of a server: libraries, the listener, media that are fetched
+_FEWEST_CLIENTS = 64
 
 
 def make_context(num_peers: int = 0) -> zmq.Context[zmq.Socket[bytes]]:
@@ -30,7 +31,7 @@ def make_context(num_peers: int = 0) -> zmq.Context[zmq.Socket[bytes]]:
     that `num_peers` of them will not do: in the middle of it all libzmq would end the process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    needed = num_peers * _FILES_PER_PEER + _OTHER_FILES
+    needed = _files_for(num_peers) + _FEWEST_CLIENTS
     if num_peers and needed > allowed:
         text = f"{num_peers} instances need about {needed} open files, and this process may have {allowed} (ulimit -Hn)"
         raise ConfigError(f"--placement: {text}")
@@ -41,6 +42,18 @@ def make_context(num_peers: int = 0) -> zmq.Context[zmq.Socket[bytes]]:
     assert isinstance(limit, int), f"libzmq's bound of sockets is {limit}"
     context.set(zmq.MAX_SOCKETS, min(allowed, limit))
     return context
+
+
+def room_for_clients(num_peers: int) -> int:
+    """How many connections of clients a server may hold beside so many instances. Without a file left for an instance
+    that connects, libzmq ends the process."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = _MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, _MOST_FILES)
+    return max(allowed - _files_for(num_peers), _FEWEST_CLIENTS)
+
+
+def _files_for(num_peers: int) -> int:
+    return num_peers * _FILES_PER_PEER + _OTHER_FILES
 
 
 class Inbox:

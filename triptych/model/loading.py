@@ -57,7 +57,8 @@ def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision or None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"model {model!r}: neither a local folder nor a checkpoint on the hub ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model {model!r}: neither a local folder nor a checkpoint on the hub ({reason})") from error
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:

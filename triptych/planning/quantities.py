@@ -134,12 +134,14 @@ class PerSecond(Quantity):
 
 
 class BytesPerSecond(Quantity):
+    has_zero = False
     units: ClassVar = {f"{unit}/s": factor for unit, factor in (BYTES | BINARY).items()}
     written = tuple(f"{unit}/s" for unit in BYTES)
     __slots__ = ()
 
 
 class FlopPerSecond(Quantity):
+    has_zero = False
     units: ClassVar = {
         "PFLOP/s": ONE.scaleb(15),
         "TFLOP/s": ONE.scaleb(12),

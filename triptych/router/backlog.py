@@ -49,6 +49,13 @@ class Backlog:
 
     def queue(self, tasks: list[Task]) -> None:
         """They go to the instances together as soon as it is their turn: at once, if nothing is before them."""
+        try:
+            self._queue(tasks)
+        except Exception:  # the boundary of a request: nobody else would ever hear of it again
+            logger.exception("%s: cannot be queued", tasks[0].output.request_id)
+            self._fail(tasks[0].generation, broken())
+
+    def _queue(self, tasks: list[Task]) -> None:
         now, first = self._clock.now, tasks[0]
         route = self._dispatcher.route(first, len(tasks))
         arrived_at, deadline = first.generation.arrived_at, first.generation.deadline

@@ -1,6 +1,6 @@
 """One client connection: what uvicorn makes of its bytes, with bounds on how long and how large the head of a request
-may be, and on how long an answer may lie unread, so that a client that sends slowly or without end, or does not read,
-holds neither a socket nor memory for ever."""
+may be, on how long an answer may lie unread, and on how many there are, so that a client that sends slowly or without
+end, or does not read, holds neither a socket nor memory for ever."""
 
 import asyncio
 from typing import Any
@@ -16,8 +16,10 @@ LINGER_S = 60.0  # after an answer to a body that was not read: many clients sen
 class Connection(HttpToolsProtocol):
     """Bodies are bounded where they are read (`Exchange.body`), idle connections between requests by uvicorn."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, max_open: int, **kwargs: Any) -> None:
+        """`max_open`: connections of the server; whoever comes then is told to come again."""
         super().__init__(*args, **kwargs)
+        self._max_open = max_open
         self._in_head = True
         self._num_head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -26,7 +28,10 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse, b"408 Request Timeout")
+        if len(self.connections) > self._max_open:
+            self._refuse(b"503 Service Unavailable\r\nretry-after: 1")
+        else:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse, b"408 Request Timeout")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()

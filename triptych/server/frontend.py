@@ -57,7 +57,6 @@ class Frontend:
         `timeline`: where everything is written that happens to requests and instances."""
         self._config = admission or AdmissionConfig()
         self._processor = processor
-        self._wire = wire
         self._telemetry = telemetry
         self._timeline = timeline
         self._clock = LoopClock()

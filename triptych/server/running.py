@@ -3,11 +3,14 @@
 import contextlib
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from triptych.server.connections import Connection
+
+MAX_BACKLOG = 2048  # clients that wait to be accepted
 
 
 class HttpServer(uvicorn.Server):
@@ -18,18 +21,23 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def make_http_server(app: ASGIApp, *, shutdown_s: int = 2) -> HttpServer:
-    """Requests that are still running `shutdown_s` after the server was told to exit are cancelled."""
+def make_http_server(app: ASGIApp, *, shutdown_s: int = 2, max_connections: int = 32_768) -> HttpServer:
+    """Requests that are still running `shutdown_s` after the server was told to exit are cancelled.
+
+    There are never more than `max_connections`, those included that were accepted only to be told that there are too
+    many: as many of these as the backlog lets come at once.
+    """
+    backlog = min(MAX_BACKLOG, max_connections // 2)
     config = uvicorn.Config(
         app,
-        http=Connection,
+        http=partial(Connection, max_open=max_connections - backlog),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         date_header=False,
-        backlog=2048,
+        backlog=backlog,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=shutdown_s,
     )

@@ -26,9 +26,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     name: str = ""  # as it is listed
 
     def __post_init__(self) -> None:
-        for key in ("flops", "memory_bandwidth", "memory", "link", "host_link"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: 0 is not valid; above 0 is needed")
+        if not self.memory:
+            raise ValueError("memory: 0 B is not valid; above 0 B is needed")
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -58,10 +58,6 @@ class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     client_request: Seconds = Seconds(0)
     client_token: Seconds = Seconds(0)
 
-    def __post_init__(self) -> None:
-        if not self.bytes_per_second:
-            raise ValueError("bytes_per_second: 0 is not valid; above 0 is needed")
-
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What fills the memory of one instance."""

@@ -23,8 +23,8 @@ from triptych.planning.workloads.workload import Workload
 
 NUM_SEEDS = 3
 LEAST_REQUESTS, MOST_REQUESTS = 2000, 5000  # of a run that is long enough
-LEAST_TIMES = 50  # as long as the first token may take: what queues hide at the end of a run is then little of it
-FIRST_STEP, STEP_GROWTH, MOST_STEP = 0.06, 1.6, 0.5  # between rates that are tried; the first below what was found
+LEAST_TIMES = 30  # as long as the first token may take: what queues hide at the end of a run is then little of it
+FIRST_STEP, STEP_GROWTH, MOST_STEP = 0.04, 1.6, 0.5  # between rates that are tried
 TOLERANCE = 0.02  # of a kept rate
 LEAST_IS_REACHED = 1.01  # rates have three digits
 
@@ -41,8 +41,8 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """What a search says of a candidate."""
+class At:
+    """A candidate at a rate."""
 
     candidate: Candidate
     rate: float
@@ -80,14 +80,15 @@ class Runs:
         return self.evaluator(rate, self.seeds[0]).figures(candidate, rate)
 
 
-def kept(runs: Runs, claim: Claim) -> Kept:
-    """The seed that missed the SLO last is tried first: where it is missed again the others need not run."""
+def kept(runs: Runs, about: At) -> Kept:
+    """Of a candidate, looked for from a rate that may be about right. The seed that missed the SLO last is tried first:
+    where it is missed again the others need not run."""
     order, found = list(runs.seeds), {}
 
     def attains(rate: float) -> bool:
         figures: dict[int, Figures] = {}
         for seed in list(order):
-            one = runs.attained(claim.candidate, rate, seed)
+            one = runs.attained(about.candidate, rate, seed)
             if one is None:
                 order.remove(seed)
                 order.insert(0, seed)
@@ -96,17 +97,16 @@ def kept(runs: Runs, claim: Claim) -> Kept:
         found[rate] = [figures[seed] for seed in runs.seeds]
         return True
 
-    evaluator = runs.evaluator(claim.rate, runs.seeds[0])
-    if evaluator.misfit(claim.candidate):
+    evaluator = runs.evaluator(about.rate, runs.seeds[0])
+    if evaluator.misfit(about.candidate):
         return Kept(0.0, [])
-    guess = claim.rate * (1 - FIRST_STEP)
-    rate = kept_rate(attains, guess, least=evaluator.idle_rate, most=evaluator.bound(claim.candidate))
+    rate = kept_rate(attains, about.rate, least=evaluator.idle_rate, most=evaluator.bound(about.candidate))
     return Kept(rate, found.get(rate, []))
 
 
 def kept_rate(attains: Callable[[float], bool], guess: float, *, least: float, most: float) -> float:
     """About the highest rate at which `attains` is true, in three digits. Tried in small steps from the guess, which is
-    near; 0.0 if it is false at `least` already."""
+    near, and then halfway; 0.0 if it is false at `least` already."""
     low, high, step = 0.0, math.inf, FIRST_STEP
     rate = _rounded(min(max(guess, least), most))
     while True:

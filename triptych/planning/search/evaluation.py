@@ -17,7 +17,7 @@ from triptych.planning.simulation.frontend import Record
 from triptych.planning.simulation.simulator import Options, Simulation
 
 SHORT_TOLERANCE = 0.05  # of rates found with short loads
-GOOD_SHARE = 0.8  # of its bound: where the search for a goodput begins
+GOOD_SHARE = 0.8  # of its bound: where the search for a rate begins
 IDLE_SHARE = 0.05  # of the time in which a request may be served, one comes: whoever cannot do that never can
 APART = 2.0  # so many times the time in which a request may be served, between two that never meet
 AT_ONCE = 20.0  # so many times a load within that time, it comes all at once
@@ -60,13 +60,13 @@ class Evaluator:
         return float(candidate.num_gpus) if dollars is None else dollars
 
     def bound(self, candidate: Candidate, *, short: bool = False) -> float:
-        """A rate that its goodput cannot exceed, or at which all requests come at once."""
+        """A rate that the kept one cannot exceed, or at which all requests come at once."""
         load = self._load(short)
         most = AT_ONCE * len(load.demands) / self._slack_s
         return min(most, bounds.highest_rate(candidate, self._least_work(candidate, short), load, self.objectives))
 
     def guess(self, candidate: Candidate) -> float:
-        """About what its goodput may be."""
+        """About which rate it may keep."""
         guess = bounds.balanced_rate(candidate, self._least_work(candidate, short=False), self.load)
         return min(self.bound(candidate), guess)
 
@@ -96,7 +96,7 @@ class Evaluator:
             limits.append(objectives.tpot_ms * self.load.longest)
         return sum(limit for limit in limits if limit is not None) / 1e3
 
-    def goodput(
+    def kept_rate(
         self,
         candidate: Candidate,
         *,

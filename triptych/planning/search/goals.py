@@ -1,10 +1,11 @@
-"""What is wanted: as much goodput as money is worth, or a goodput for as little money as possible."""
+"""What is wanted: as high a rate as money is worth, or a rate for as little money as possible. Rates are those that are
+kept: requests a second of which enough meet their objectives."""
 
 import math
 from dataclasses import dataclass
 from typing import Protocol
 
-SHORTFALL = 1e9  # below every score of what serves at all, or reaches the wanted goodput
+SHORTFALL = 1e9  # below every score of what serves at all, or reaches the wanted rate
 
 
 class Goal(Protocol):
@@ -12,24 +13,24 @@ class Goal(Protocol):
 
     @property
     def most(self) -> float:
-        """A goodput beyond which nothing is gained."""
+        """A rate beyond which nothing is gained."""
 
-    def score(self, goodput: float, cost: float) -> float:
+    def score(self, rate: float, cost: float) -> float:
         """The higher the better."""
 
     def needed(self, score: float, cost: float) -> float:
-        """The goodput with which something of that cost has that score; infinite if none is enough."""
+        """The rate with which something of that cost has that score; infinite if none is enough."""
 
 
 @dataclass(frozen=True, slots=True)
-class MostGoodput:
-    """The paper's objective (section 3.2.3): goodput - beta x cost."""
+class HighestRate:
+    """The paper's objective (section 3.2.3), which calls such a rate goodput: rate - beta x cost."""
 
     beta: float = 0.0
     most: float = math.inf
 
-    def score(self, goodput: float, cost: float) -> float:
-        return goodput - self.beta * cost - (0.0 if goodput > 0 else SHORTFALL)
+    def score(self, rate: float, cost: float) -> float:
+        return rate - self.beta * cost - (0.0 if rate > 0 else SHORTFALL)
 
     def needed(self, score: float, cost: float) -> float:
         return max(0.0, score + self.beta * cost)
@@ -41,8 +42,8 @@ class LeastCost:
 
     most: float
 
-    def score(self, goodput: float, cost: float) -> float:
-        return -cost if goodput >= self.most else goodput - SHORTFALL
+    def score(self, rate: float, cost: float) -> float:
+        return -cost if rate >= self.most else rate - SHORTFALL
 
     def needed(self, score: float, cost: float) -> float:
         if score < SHORTFALL * -0.5:

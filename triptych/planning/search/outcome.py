@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RATES_OF_A_TABLE = 5  # fit into 80 columns
 
 
-def goodput(runs: Sequence[Run], target: float) -> float | None:
+def kept_rate(runs: Sequence[Run], target: float) -> float | None:
     """The highest of the rates at which enough requests met the SLO, counted from the lowest without a gap. None
     without an SLO, or where it is missed already at the lowest."""
     met = None
@@ -96,14 +96,14 @@ def _idle(role: str, figures: Figures) -> str:
     return f"{figures.idle[role]:.0%}" if role in figures.idle else "-"
 
 
-def goodput_line(runs: Sequence[Run], target: float) -> str | None:
+def kept_rate_line(runs: Sequence[Run], target: float) -> str | None:
     """None without an SLO."""
     if runs[0].figures.slo_attainment is None:
         return None
-    met = goodput(runs, target)
+    met = kept_rate(runs, target)
     if met is None:
-        return f"Goodput: at none of these rates do {target:.0%} of the requests meet the SLO"
-    return f"Goodput: {met:.3g} req/s, the highest of these rates at which {target:.0%} of the requests meet the SLO"
+        return f"Kept rate: none; at none of these rates do {target:.0%} of the requests meet the SLO"
+    return f"Kept rate: {met:.3g} req/s, the highest of these at which {target:.0%} of the requests meet the SLO"
 
 
 def tables(runs: Sequence[Run], target: float) -> "tuple[list[Table], list[str]]":
@@ -111,7 +111,7 @@ def tables(runs: Sequence[Run], target: float) -> "tuple[list[Table], list[str]]
     if len(runs) == 1:
         return [figures_table(runs[0].figures)], run_lines(runs[0])
     parts = [runs[i : i + RATES_OF_A_TABLE] for i in range(0, len(runs), RATES_OF_A_TABLE)]
-    line = goodput_line(runs, target)
+    line = kept_rate_line(runs, target)
     return [rates_table(part) for part in parts], [] if line is None else [line]
 
 
@@ -127,7 +127,7 @@ def as_json(scenario: Scenario, runs: Sequence[Run], target: float) -> str:
         "placement": str(scenario.candidate.placement),
         "workload": scenario.workload.name,
         "slo": slo if scenario.objectives else None,
-        "goodput": goodput(runs, target),
+        "kept_rate": kept_rate(runs, target),
         "runs": [_as_builtins(run) for run in runs],
     }
     return msgspec.json.format(msgspec.json.encode(answer)).decode()

@@ -12,7 +12,7 @@ from triptych.latency import Objectives
 from triptych.planning.costs.profile import Profile
 from triptych.planning.search.confirmation import (
     NUM_SEEDS,
-    Claim,
+    At,
     Runs,
     different_seeds,
     enough_requests,
@@ -31,9 +31,11 @@ from triptych.planning.workloads.workload import Slo, Workload
 
 MOST_ROWS = 6
 MOST_OF_A_COST = 3  # rows, where what counts is the cost
+NUM_FIRST = 2  # of those that are confirmed: where the others begin is known then
+USUAL_SHARE = 0.9  # of the rate that a search found
 MOST_CURVES = 4
-NUM_RATES = 8
-LOWEST_RATE, HIGHEST_RATE = 0.2, 1.6  # of the best rate: where curves begin and end
+NUM_RATES = 6
+LOWEST_RATE, HIGHEST_RATE = 0.4, 1.4  # of the best rate: where curves begin and end
 HEADROOM = 1.2  # of a wanted rate: a search looks for so much more, as longer runs keep less
 TIE = 0.03  # two placements that differ by less are equally good: no figure is more exact than that
 
@@ -142,11 +144,9 @@ def searched(goal: Goal) -> Goal:
 
 def chosen(outcome: Outcome, goal: Goal, *also: Callable[[Candidate], bool]) -> list[Found]:
     """One for each placement, best first; the best aggregated one, and the best of each of `also`, in any case."""
-    serving = [found for found in outcome.best if found.goodput > 0]
-    if isinstance(goal, LeastCost) and any(found.goodput >= goal.most for found in serving):
-        serving = sorted(
-            (found for found in serving if found.goodput >= goal.most), key=lambda one: (one.cost, -one.goodput)
-        )
+    serving = [found for found in outcome.best if found.rate > 0]
+    if isinstance(goal, LeastCost) and any(found.rate >= goal.most for found in serving):
+        serving = sorted((found for found in serving if found.rate >= goal.most), key=lambda one: (one.cost, -one.rate))
         best = _few_of_each_cost(_distinct(serving))[:MOST_ROWS]
     else:
         best = _distinct(serving)[:MOST_ROWS]
@@ -171,7 +171,10 @@ def _few_of_each_cost(found: Sequence[Found]) -> list[Found]:
 
 def rows(found: Sequence[Found], goal: Goal, ask: Asking[Runs]) -> list[Row]:
     """Those that longer runs confirm at some rate, best first."""
-    confirmed = ask(kept, [Claim(one.candidate, one.goodput) for one in found])
+    confirmed = ask(kept, [At(one.candidate, USUAL_SHARE * one.rate) for one in found[:NUM_FIRST]])
+    shares = [its.rate / one.rate for its, one in zip(confirmed, found, strict=False)]
+    share = max(shares, default=0.0) or USUAL_SHARE  # their luck was much the same: requests were
+    confirmed += ask(kept, [At(one.candidate, share * one.rate) for one in found[NUM_FIRST:]])
     return ordered(
         [
             Row(
@@ -216,7 +219,7 @@ def curves(of: Sequence[Row], ask: Asking[Runs], advance: Callable[[], None] = l
     rates = spread(max(row.rate for row in of))
     found = []
     for row in shown:
-        figures = dict(zip(rates, ask(_figures, [Claim(row.candidate, rate) for rate in rates]), strict=True))
+        figures = dict(zip(rates, ask(_figures, [At(row.candidate, rate) for rate in rates]), strict=True))
         figures[row.rate] = row.figures
         found.append(
             Curve(candidate=row.candidate, rates=sorted(figures), figures=[figures[at] for at in sorted(figures)])
@@ -225,7 +228,7 @@ def curves(of: Sequence[Row], ask: Asking[Runs], advance: Callable[[], None] = l
     return found
 
 
-def _figures(runs: Runs, at: Claim) -> Figures:
+def _figures(runs: Runs, at: At) -> Figures:
     return runs.figures(at.candidate, at.rate)
 
 

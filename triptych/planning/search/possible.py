@@ -8,9 +8,10 @@ import msgspec
 from triptych.core import Stage
 from triptych.errors import ConfigError
 from triptych.latency import percentile
-from triptych.planning.search.confirmation import Claim, Runs
+from triptych.planning.search.confirmation import At, Runs
 from triptych.planning.search.evaluation import Evaluator
 from triptych.planning.search.load import Load
+from triptych.planning.search.machines import ProfiledMachines, Reach
 from triptych.planning.search.plan import Question, Row
 from triptych.planning.search.search import Asking, Found
 from triptych.planning.search.space import Candidate, Family, Space
@@ -19,7 +20,7 @@ from triptych.planning.simulation.figures import meets
 MOST_ALONE = 3  # candidates that are tried with the whole load on an idle server
 MOST_REQUESTS_ALONE = 500
 LOW = 0.2  # of what work alone would allow: rates below it are told with what limits them
-MARGIN = 0.03  # of requests that keep the SLO alone above those that must
+MARGIN = 0.5  # of the requests that may miss the SLO: where so many miss it alone, there is little room for load
 
 
 class Alone(msgspec.Struct, frozen=True):
@@ -62,19 +63,20 @@ def require_possible(question: Question, ask: Asking[Evaluator]) -> None:
 def limit_note(question: Question, found: Sequence[Found], best: Sequence[Row], ask: Asking[Runs]) -> str | None:
     """What is said where the best rate is so low because hardly enough requests keep the SLO even alone. `found` is
     what `best` was confirmed of."""
-    if not found:
-        return None
     evaluator = question.evaluator
-    claim = Claim(best[0].candidate, best[0].rate) if best else Claim(found[0].candidate, 0.0)
-    if claim.rate > LOW * evaluator.guess(claim.candidate):
+    if best:
+        top = At(best[0].candidate, best[0].rate)
+    else:
+        top = At(found[0].candidate if found else next(iter(_fastest(question.space, evaluator))), 0.0)
+    if top.rate > LOW * evaluator.guess(top.candidate):
         return None
     more = (1 + evaluator.target) / 2
-    (alone,) = ask(_alone_in_runs, [_Lone(claim.candidate, more)])
-    if alone.attainment >= evaluator.target + MARGIN:
+    (alone,) = ask(_alone_in_runs, [_Lone(top.candidate, more)])
+    if alone.attainment >= 1 - MARGIN * (1 - evaluator.target):
         return None
     return (
-        f"Even alone on an idle {claim.candidate} only {alone.attainment:.1%} of these requests keep the SLO, and "
-        f"{evaluator.target:.0%} must: there is no room for load. {more:.0%} of them would keep a TTFT of "
+        f"Even alone on an idle {top.candidate} only {alone.attainment:.1%} of these requests keep the SLO, and "
+        f"{evaluator.target:.0%} must: there is little room for load. {more:.0%} of them would keep a TTFT of "
         f"{alone.ttft_ms:.0f} ms and a TPOT of {alone.tpot_ms:.3g} ms."
     )
 
@@ -91,12 +93,11 @@ def _alone(evaluator: Evaluator, one: _Lone) -> Alone:
 
 
 def _alone_in_runs(runs: Runs, one: _Lone) -> Alone:
-    """Of the first requests of the first run; the rate does not matter."""
-    whole = runs.evaluator(1.0, runs.seeds[0])
-    evaluator = Evaluator(
-        Load(whole.load.demands[:MOST_REQUESTS_ALONE], 1.0), whole.machines, whole.objectives, whole.target
-    )
-    return _alone(evaluator, one)
+    """Of the first requests of each run; the rate does not matter."""
+    number = MOST_REQUESTS_ALONE // len(runs.seeds)
+    demands = [demand for seed in runs.seeds for demand in runs.demands(1.0, seed)[:number]]
+    machines = ProfiledMachines(runs.profiles, Reach.of(demands))
+    return _alone(Evaluator(Load(demands, 1.0), machines, runs.objectives, runs.target), one)
 
 
 def _fastest(space: Space, evaluator: Evaluator) -> Iterable[Candidate]:

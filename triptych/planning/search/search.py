@@ -26,9 +26,9 @@ BATCH = 8  # trials that are decided on together
 FIRST = 64  # trials that begin the search, at most: what work by stages lets expect to be good
 FULL_BATCH = 4  # of them are simulated with the whole load before what they reached is the measure for others
 PROMISING = 0.9  # of the best, as a short load lets expect, from which on the whole load is worth it
-NEAR = 0.9  # of the best goodput: what is below is not known exactly
+NEAR = 0.9  # of the best rate: what is below is not known exactly
 BETTER = 1.005  # than the best, for another setting of a placement that is known
-WORTH_RANKING = 0.4  # of the best goodput with a short load: what is below is only known to be
+WORTH_RANKING = 0.4  # of the best rate with a short load: what is below is only known to be
 
 Held = TypeVar("Held")
 Held_co = TypeVar("Held_co", covariant=True)
@@ -41,7 +41,7 @@ class Found:
     """A candidate that was simulated with the whole load."""
 
     candidate: Candidate
-    goodput: float  # requests a second; 0.0 if it is none, or far from the best
+    rate: float  # requests a second; 0.0 if it is none, or far from the best
     cost: float  # per hour, in USD or GPUs
     score: float
 
@@ -102,7 +102,7 @@ def _answer(ask: Callable[[Any, Question], Answer], about: Question) -> Answer:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The goodput of a candidate is asked for, as exactly as it matters."""
+    """The rate of a candidate is asked for, as exactly as it matters."""
 
     candidate: Candidate
     most: float
@@ -111,8 +111,10 @@ class Trial:
     short: bool = False
 
 
-def _goodput(evaluator: Evaluator, trial: Trial) -> float:
-    return evaluator.goodput(trial.candidate, short=trial.short, guess=trial.guess, least=trial.least, most=trial.most)
+def _kept_rate(evaluator: Evaluator, trial: Trial) -> float:
+    return evaluator.kept_rate(
+        trial.candidate, short=trial.short, guess=trial.guess, least=trial.least, most=trial.most
+    )
 
 
 # ---- all of them
@@ -132,8 +134,8 @@ def enumerate_all(
     _require_some(fitting, rejected)
     found: list[Found] = []
     for batch in _batches(fitting, BATCH):
-        goodputs = ask(_goodput, [Trial(one, goal.most) for one in batch])
-        found += [_found(evaluator, goal, *pair) for pair in zip(batch, goodputs, strict=True)]
+        rates = ask(_kept_rate, [Trial(one, goal.most) for one in batch])
+        found += [_found(evaluator, goal, *pair) for pair in zip(batch, rates, strict=True)]
         for _ in batch:
             advance()
     return Outcome(_ranked(found), rejected, 0, 0, len(found), _num_placements(fitting))
@@ -165,7 +167,7 @@ class _Search:
     num_trials: int
     seed: int
     advance: Callable[[], None]
-    short: dict[Candidate, float] = field(default_factory=dict)  # goodputs with a short load
+    short: dict[Candidate, float] = field(default_factory=dict)  # rates with a short load
     full: dict[Candidate, Found] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
     skipped: set[Candidate] = field(default_factory=set)
@@ -254,7 +256,7 @@ class _Search:
 
     def _run_short(self, candidates: Sequence[Candidate]) -> None:
         trials = [self._short_trial(one) for one in candidates]
-        self.short |= dict(zip(candidates, self.ask(_goodput, trials), strict=True))
+        self.short |= dict(zip(candidates, self.ask(_kept_rate, trials), strict=True))
 
     def _short_trial(self, candidate: Candidate) -> Trial:
         rivals = [rate for one, rate in self.short.items() if one.is_aggregated or not candidate.is_aggregated]
@@ -267,8 +269,8 @@ class _Search:
         for some in _batches(in_order, FULL_BATCH):
             promising = [one for one in some if self._is_promising(one)]
             trials = [self._full_trial(one) for one in promising]
-            for candidate, goodput in zip(promising, self.ask(_goodput, trials), strict=True):
-                self.full[candidate] = _found(self.evaluator, self.goal, candidate, goodput)
+            for candidate, rate in zip(promising, self.ask(_kept_rate, trials), strict=True):
+                self.full[candidate] = _found(self.evaluator, self.goal, candidate, rate)
 
     def _full_trial(self, candidate: Candidate) -> Trial:
         """Of another setting of a known placement only what is better matters."""
@@ -280,7 +282,7 @@ class _Search:
         return Trial(candidate, self.goal.most, least, needed)
 
     def _needed(self, candidate: Candidate) -> float:
-        """The goodput with which it is as good as the best; infinite if none is enough."""
+        """The rate with which it is as good as the best; infinite if none is enough."""
         rivals = self._rivals(candidate)
         if not rivals:
             return 0.0
@@ -291,8 +293,8 @@ class _Search:
         return 0 < expected >= PROMISING * self._needed(candidate) and not self._makes_no_difference(candidate)
 
     def _usual_ratio(self) -> float:
-        """Of goodputs with the whole load to those with a short one, where both are known."""
-        ratios = [one.goodput / self.short[one.candidate] for one in self.full.values() if one.goodput > 0]
+        """Of rates with the whole load to those with a short one, where both are known."""
+        ratios = [one.rate / self.short[one.candidate] for one in self.full.values() if one.rate > 0]
         return max(ratios, default=1.0)
 
     def _makes_no_difference(self, candidate: Candidate) -> bool:
@@ -319,7 +321,7 @@ class _Search:
     def _usual_share(self) -> float:
         """Of their bounds that the best reach."""
         best = _ranked(self.full.values())[:3]
-        shares = [one.goodput / self.evaluator.bound(one.candidate) for one in best]
+        shares = [one.rate / self.evaluator.bound(one.candidate) for one in best]
         return sum(shares) / len(shares) if shares else 1.0
 
     def _short_score(self, candidate: Candidate) -> float:
@@ -331,8 +333,8 @@ class _Search:
     def _guessed_score(self, candidate: Candidate) -> float:
         return self._score(candidate, self.evaluator.guess(candidate))
 
-    def _score(self, candidate: Candidate, goodput: float) -> float:
-        return self.goal.score(min(goodput, self.goal.most), self.evaluator.cost(candidate))
+    def _score(self, candidate: Candidate, rate: float) -> float:
+        return self.goal.score(min(rate, self.goal.most), self.evaluator.cost(candidate))
 
     def _distributions(self) -> dict[str, Any]:
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -360,9 +362,9 @@ def _require_some(fitting: Sequence[Candidate], rejected: dict[str, int]) -> Non
         raise ConfigError("nothing fits: " + reasons[0] if reasons else "--gpus: too few for any placement")
 
 
-def _found(evaluator: Evaluator, goal: Goal, candidate: Candidate, goodput: float) -> Found:
+def _found(evaluator: Evaluator, goal: Goal, candidate: Candidate, rate: float) -> Found:
     cost = evaluator.cost(candidate)
-    return Found(candidate, goodput, cost, goal.score(goodput, cost))
+    return Found(candidate, rate, cost, goal.score(rate, cost))
 
 
 def _ranked(found: Iterable[Found]) -> list[Found]:

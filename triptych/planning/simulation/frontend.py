@@ -75,6 +75,9 @@ class _NoText:
         return ""
 
 
+_NO_TEXT = _NoText()
+
+
 @dataclass(slots=True)
 class Heard:
     """What the instances said until now."""
@@ -105,9 +108,6 @@ class _Count(Output):
         return num_tokens
 
 
-_NO_TEXT = _NoText()
-
-
 class SimulatedFrontend:
     """Requests in, tokens out. `num_open`: those that are neither answered nor refused."""
 
@@ -129,7 +129,6 @@ class SimulatedFrontend:
         self.items: dict[bytes, Item] = {}  # by the hash of their media, while anybody may encode them
         self._clock = clock
         self._costs = costs
-        self._wire = wire
         self._server = server
         self._client = client
         self._prefix_caching = prefix_caching
