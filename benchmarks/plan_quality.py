@@ -4,7 +4,9 @@
 
 A model that is quick to simulate (the paper's costs, `planning/costs/reference.py`), requests with one to four
 pictures, up to six instances. Told is, for each seed, how far the best that the search found stays behind the best that
-there is, and the same of the aggregated one, with the CPU time; all rates are those of the enumeration.
+there is, and the same of the aggregated one, with the CPU time; all rates are those of the enumeration. With few
+requests the best of all is the luckiest: a rate may be missed and a higher one kept, so that it depends on where it was
+looked for. 300 leave little of that.
 """
 
 import argparse
@@ -18,29 +20,28 @@ from measuring import add_result_options, verdict, write_result
 from triptych.core import Role
 from triptych.latency import Objectives
 from triptych.planning.costs.reference import PAPER_COSTS, PICTURE_4K
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.search.evaluation import Evaluator
 from triptych.planning.search.goals import Goal, HighestRate, LeastCost
 from triptych.planning.search.load import Load
 from triptych.planning.search.machines import FixedMachines
 from triptych.planning.search.search import Outcome, enumerate_all, processes, search
 from triptych.planning.search.space import Space
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.workloads.demand import Demand
 
-SPACE = Space(num_gpus=6, roles=(Role.E, Role.EPD, Role.P, Role.PD, Role.D), schedule=("fcfs", "sjf"))
-QUICK = Space(num_gpus=3, roles=(Role.E, Role.EPD, Role.P, Role.PD, Role.D), most_roles=2)
+ROLES = (Role.E, Role.EPD, Role.P, Role.PD, Role.D)
 OBJECTIVES = Objectives(3900.0, 60.0)
 TARGET = 0.9
 PRICE = 2.0  # USD per hour of an instance
 BETA = 0.02  # requests a second that a USD per hour must bring
 WANTED = 0.5  # of the best rate: what is to be had for the least
-REQUESTS, TRIALS, SEEDS = 200, 100, 5
+INSTANCES, REQUESTS, TRIALS, SEEDS = 6, 300, 60, 5
 MOST_GAP = 0.03
 
 
 def main() -> None:
     options = _options()
-    space = QUICK if options.quick else SPACE
+    space = Space(num_gpus=options.instances, roles=ROLES)
     evaluator = make_evaluator(options.requests)
     everything, enumeration_s = timed(evaluator, lambda ask: enumerate_all(space, evaluator, HighestRate(), ask))
     best = everything.best[0]
@@ -65,6 +66,7 @@ def main() -> None:
     write_result(
         "plan-quality",
         options,
+        instances=options.instances,
         requests=options.requests,
         trials=options.trials,
         candidates=len(everything.best),
@@ -141,13 +143,14 @@ def near(everything: Outcome) -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--instances", type=int, default=INSTANCES, help="at most; of 6 there are 261 candidates")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    add_result_options(parser, quick="three instances, 40 requests, 30 trials, two seeds")
+    add_result_options(parser, quick="three instances, 60 requests, 15 trials, two seeds")
     options = parser.parse_args()
     if options.quick:
-        options.requests, options.trials, options.seeds = 40, 30, 2
+        options.instances, options.requests, options.trials, options.seeds = 3, 60, 15, 2
     return options
 
 

@@ -30,13 +30,13 @@ from triptych.planning.costs.hardware import find_device
 from triptych.planning.costs.profile import Profile
 from triptych.planning.costs.reference import PAPER_COSTS
 from triptych.planning.costs.shapes import find_shape
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.model.shape import ModelShape
 from triptych.planning.search.evaluation import MAX_QUEUE_S, Evaluator
 from triptych.planning.search.load import Load
 from triptych.planning.search.machines import FixedMachines, Machines, ProfiledMachines, Reach
 from triptych.planning.search.space import Candidate
 from triptych.planning.simulation.figures import meets
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Options, Simulation
 from triptych.planning.workloads.demand import Demand, Rows
 from triptych.planning.workloads.kinds import Repeated

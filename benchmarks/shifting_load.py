@@ -31,9 +31,9 @@ from triptych.planning.costs.reference import (
     built_in_shifting_load,
     paper_shifting_load,
 )
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.adaptation import Adaptation
 from triptych.planning.simulation.frontend import Record
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand, Phase, poisson
 

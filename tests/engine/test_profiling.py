@@ -28,7 +28,13 @@ def steps() -> list[str]:
 def measured(tmp_path_factory: pytest.TempPathFactory, steps: list[str]) -> Measured:
     folder = make_checkpoint("qwen2_vl", tmp_path_factory.mktemp("checkpoint"))
     model = ModelConfig(path=str(folder), name="tiny", max_model_len=256)
-    return Profiler(model, threads=1, transfer="shm", effort=LEAST, done=steps.append).run()
+    return Profiler(model, threads=1, transfer="shm", effort=LEAST, sides=(224, 448), done=steps.append).run()
+
+
+def test_pictures_are_told_by_their_rows(measured: Measured) -> None:
+    assert set(measured.rows) == {224, 448}
+    assert all(rows and min(rows) > 0 for rows in measured.rows.values())
+    assert measured.lead_tokens > 0
 
 
 def test_every_stage_has_samples_that_took_time(measured: Measured) -> None:

@@ -3,11 +3,11 @@
 from triptych.core import Placement
 from triptych.latency import Objectives
 from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.search.evaluation import Evaluator
 from triptych.planning.search.load import Load
 from triptych.planning.search.machines import FixedMachines
 from triptych.planning.search.space import Candidate
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.workloads.demand import Item, Phase, poisson
 
 COSTS = Costs(

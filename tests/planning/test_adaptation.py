@@ -4,9 +4,9 @@ import pytest
 
 from triptych.core import Placement, Role
 from triptych.planning.costs.reference import PAPER_COSTS, PICTURE_4K, paper_shifting_load
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.adaptation import Adaptation
 from triptych.planning.simulation.frontend import Record
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Phase, poisson
 

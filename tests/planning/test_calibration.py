@@ -8,8 +8,8 @@ import pytest
 
 from triptych.core import Placement, Role
 from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.calibration import SERVER, STAGES, LiveRun, calibrate, capacity
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand, Item, Phase, poisson
 

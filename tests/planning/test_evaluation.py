@@ -5,10 +5,10 @@ import pickle
 import pytest
 
 from tests.planning.places import COSTS, make_candidate, make_evaluator, make_load
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.search.goals import HighestRate, LeastCost
 from triptych.planning.search.machines import FixedMachines
 from triptych.planning.simulation.figures import meets
-from triptych.planning.simulation.instance import Sizes
 
 SPLIT = make_candidate("2e1p1d")
 QUICK = make_load(30, answer=3)

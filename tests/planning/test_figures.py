@@ -9,8 +9,8 @@ from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, Placement, Role
 from triptych.latency import Objectives, Percentiles
 from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.figures import Figures, highest_rate, idle_shares
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.metrics import tell
 from triptych.planning.simulation.simulator import Options, Simulation
 from triptych.planning.workloads.demand import Demand

@@ -10,9 +10,9 @@ from triptych.errors import ConfigError
 from triptych.planning.costs.analytic import analytic_profile
 from triptych.planning.costs.hardware import find_device
 from triptych.planning.costs.shapes import find_shape
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.quantities import Bytes
 from triptych.planning.search.machines import ProfiledMachines, Reach, require_room
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.workloads.demand import Demand, Item
 
 SHAPE, DEVICE = find_shape("qwen2.5-vl-7b"), find_device("A100-80G")

@@ -8,8 +8,8 @@ import pytest
 from triptych.config import AdmissionConfig
 from triptych.core import Placement
 from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.frontend import Record
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Options, Simulation
 from triptych.planning.workloads.demand import Demand, Item
 

@@ -7,12 +7,12 @@ from tests.planning.places import COSTS, make_candidate, make_evaluator, make_lo
 from triptych.core import Role
 from triptych.errors import ConfigError
 from triptych.latency import Objectives
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.search.evaluation import Evaluator
 from triptych.planning.search.goals import Goal, HighestRate, LeastCost
 from triptych.planning.search.machines import FixedMachines
 from triptych.planning.search.search import Found, Outcome, enumerate_all, processes, search
 from triptych.planning.search.space import Candidate, Space
-from triptych.planning.simulation.instance import Sizes
 
 STAGES = Space(num_gpus=4, roles=(Role.E, Role.P, Role.PD, Role.D, Role.EPD), most_roles=2)
 QUICK = make_load(25, answer=3)

@@ -8,9 +8,9 @@ import pytest
 
 from triptych.core import InstanceId, Placement, Role
 from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation import history
 from triptych.planning.simulation.failures import Failure
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Options, Simulation
 from triptych.planning.workloads.demand import Demand, Item
 from triptych.timeline import Timeline
@@ -20,7 +20,7 @@ PICTURE = Demand(0.0, media=(Item((8,)),), text_tokens=4, output_tokens=3)
 
 
 def played(simulation: Simulation, *demands: Demand) -> list[dict[str, Any]]:
-    simulation.spans = []
+    simulation.stints = []
     simulation.run(demands)
     stream = io.BytesIO()
     timeline = Timeline(stream)

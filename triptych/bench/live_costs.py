@@ -47,9 +47,7 @@ FULL = Effort(
     ),
     4.0,
 )
-QUICK = Effort(
-    (Ask(150, 32, 0.4), Ask(400, 8, 0.3), Ask(32, 16, 0.4, images=3, side=448), Ask(24, 32, 3.0)), 3.0
-)
+QUICK = Effort((Ask(150, 32, 0.4), Ask(400, 8, 0.3), Ask(32, 16, 0.4, images=3, side=448), Ask(24, 32, 3.0)), 3.0)
 SIDES = sorted({ask.side for effort in (FULL, QUICK) for ask in effort.asks if ask.images})
 
 

@@ -131,7 +131,7 @@ def simulate(
         prefix_caching=enable_prefix_caching,
         decode_interval_ms=decode_interval_ms,
     )
-    runs = [scenario.run(one, keeps_spans=timeline is not None) for one in asked_rates]
+    runs = [scenario.run(one, keeps_stints=timeline is not None) for one in asked_rates]
     title = f"{placed} of {shape.name} on {scenario.profile.hardware}, {asked.name}"
     if timeline is not None:
         outcome.write_timeline(timeline, runs[0].simulation)

@@ -1,12 +1,19 @@
 """How fast this instance is, learned while it works, and how fast its answers are to be beside encoders."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from triptych.core import RequestId, Stage
 
 WEIGHT = 0.1  # of the newest step in the moving average
 MAX_PAUSE_S = 0.5
-_COUNTERS = {stage: tuple(f"{stage.name.lower()}_{what}" for what in ("steps", "tokens", "busy_s")) for stage in Stage}
+
+
+@dataclass(slots=True)
+class _Totals:
+    steps: float = 0.0
+    tokens: float = 0.0
+    busy_s: float = 0.0
 
 
 class Pace:
@@ -14,14 +21,31 @@ class Pace:
 
     def __init__(self) -> None:
         self._seconds: dict[Stage, float] = {}
-        self.counters: dict[str, float] = {}  # totals since the start: encode_steps, encode_tokens, encode_busy_s, ...
+        self._totals: dict[Stage, _Totals] = {}
 
     def observe(self, stage: Stage, num_tokens: int, seconds: float) -> None:
-        new = seconds / num_tokens
-        old = self._seconds.get(stage, new)
-        self._seconds[stage] = old + WEIGHT * (new - old)
-        for name, amount in zip(_COUNTERS[stage], (1.0, float(num_tokens), seconds), strict=True):
-            self.counters[name] = self.counters.get(name, 0.0) + amount
+        self.observe_each(stage, num_tokens, (seconds,))
+
+    def observe_each(self, stage: Stage, num_tokens: int, steps_s: Iterable[float]) -> None:
+        """Steps of so many tokens each, one after the other."""
+        pace, totals = self._seconds.get(stage), self._totals.setdefault(stage, _Totals())
+        for seconds in steps_s:
+            new = seconds / num_tokens
+            pace = new if pace is None else pace + WEIGHT * (new - pace)
+            totals.steps += 1
+            totals.tokens += num_tokens
+            totals.busy_s += seconds
+        if pace is not None:
+            self._seconds[stage] = pace
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Totals since the start: encode_steps, encode_tokens, encode_busy_s, ..."""
+        return {
+            f"{stage.name.lower()}_{what}": amount
+            for stage, totals in self._totals.items()
+            for what, amount in (("steps", totals.steps), ("tokens", totals.tokens), ("busy_s", totals.busy_s))
+        }
 
     def of(self, stage: Stage) -> float:
         return self._seconds.get(stage, 0.0)

@@ -13,8 +13,8 @@ from triptych.core import Placement, Role, Stage
 from triptych.errors import ConfigError
 from triptych.planning import files
 from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.quantities import Bytes, BytesPerSecond, DollarsPerHour, Quantity, Seconds
-from triptych.planning.simulation.instance import Sizes
 
 Count = Annotated[int, Meta(ge=1)]
 Number = Annotated[int, Meta(ge=0)]

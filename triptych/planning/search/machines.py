@@ -13,8 +13,8 @@ from triptych.errors import ConfigError
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.embedding_room import blocks_of, least_blocks
 from triptych.planning.costs.profile import Profile
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.search.space import Candidate
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.workloads.demand import Demand
 
 

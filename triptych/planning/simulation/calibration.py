@@ -12,7 +12,8 @@ from triptych.core import Placement, Role
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.fit import Fit, Sample, fit
 from triptych.planning.costs.profile import Residual
-from triptych.planning.simulation.instance import Sizes, Work
+from triptych.planning.costs.sizes import Sizes
+from triptych.planning.simulation.instance import Work
 from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand
 

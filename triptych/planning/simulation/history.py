@@ -7,10 +7,10 @@ from triptych.timeline import Timeline
 
 
 def tell(timeline: Timeline, simulation: Simulation) -> None:
-    """Of a simulation that has run and kept its spans."""
+    """Of a simulation that has run and kept its stints."""
     _tell_roles(timeline, simulation)
-    for span in simulation.spans or ():
-        timeline.step(span.instance, span.what, span.began_s, span.ended_s, span.size)
+    for stint in simulation.stints or ():
+        timeline.step(stint.instance, stint.what, stint.began_s, stint.ended_s, stint.size)
     for number, record in enumerate(simulation.records):
         _tell_request(timeline, f"r{number}", record)
 

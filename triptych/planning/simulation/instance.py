@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS, ENCODE_NICENESS, KV_BLOCK_TOKENS, SchedulingConfig
-from triptych.core import Chunk, EncodeWork, InstanceId, RequestId, Role, SampledToken, Stage
+from triptych.config import EMBEDDING_BLOCK_TOKENS, ENCODE_NICENESS, KV_BLOCK_TOKENS
+from triptych.core import Chunk, EncodeWork, InstanceId, RequestId, Role, Stage
 from triptych.engine.pace import Metronome, Pace
 from triptych.engine.reports import load_of
 from triptych.errors import InstanceError
@@ -20,42 +20,16 @@ from triptych.memory.leases import Leases
 from triptych.memory.pools import Pools
 from triptych.messages import FRONTEND, AnyMessage, Evicted, Load, Peer, Release, Tokens
 from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.clock import Clock, Event
 from triptych.planning.simulation.host import Host, Job, weight_of
+from triptych.planning.simulation.rows import TOKEN, DecodeRow, first_step_after
 from triptych.planning.workloads.demand import Item
 from triptych.routing import RoutingTable
 from triptych.stages.base import Pull, Surroundings
 from triptych.stages.group import StageGroup
 
-TOKEN = SampledToken(1)
 ITEMS_AT_HAND = 4  # that an encoder has read and keeps, as `model.encoder` does
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Pools and bounds of an instance. The names are those of the configuration."""
-
-    num_kv_blocks: int = 20_000
-    num_embedding_blocks: int = 4_000
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 2048
-    max_encode_tokens: int = 1024
-    streamed_prefill: bool = True
-    chunked_kv_transfer: bool = True
-    prefix_caching: bool = False
-    decode_interval_ms: float = 0.0  # time per token to which answers slow down while a request waits for encoders
-    heartbeat_s: float = 0.25
-
-    @property
-    def scheduling(self) -> SchedulingConfig:
-        return SchedulingConfig(
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_encode_tokens=self.max_encode_tokens,
-            streamed_prefill=self.streamed_prefill,
-            chunked_kv_transfer=self.chunked_kv_transfer,
-            decode_interval_ms=self.decode_interval_ms,
-        )
 
 
 Mail = list[tuple[InstanceId, AnyMessage]]  # sent together, so it arrives together, in this order
@@ -99,17 +73,6 @@ class Work:
     handovers: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class DecodeRun:
-    """Decode steps over the same sequences, the last of which ends with `end`."""
-
-    began_s: float
-    chunks: list[Chunk]
-    context: int
-    num_steps: int
-    end: Event
-
-
 class SimulatedInstance:
     """Stages, pools and the loop of one instance. `become` changes its role."""
 
@@ -139,7 +102,7 @@ class SimulatedInstance:
         self.work = Work()
         self._has_rested = True  # since its last language step
         self._leave: Leave | None = None
-        self._run: DecodeRun | None = None
+        self._row: DecodeRow | None = None
         self._wake: Event | None = None
         self._pulls: dict[int, Pull] = {}  # under way, by identity
         self._num_roles = 0
@@ -167,8 +130,8 @@ class SimulatedInstance:
         was working on, as its black box would have them."""
         if self._job is not None and self._host is not None:
             self._host.cancel(self._job)
-        if self._run is not None:
-            self._say_what_is_done(self._run)
+        if self._row is not None:
+            self._say_what_is_done(self._row)
         self._gone = True
         return self._working_on if self._busy else []
 
@@ -205,7 +168,7 @@ class SimulatedInstance:
         self._inbox.append(message)
         if isinstance(message, Release):
             self._handed_over()
-        if self._run is None or not isinstance(message, Load):  # no decode step hangs on how busy others are
+        if self._row is None or not isinstance(message, Load):  # no decode step hangs on how busy others are
             self._news()
 
     def settled(self, pull: Pull, error: InstanceError | None = None) -> None:
@@ -227,8 +190,8 @@ class SimulatedInstance:
 
     def _news(self) -> None:
         """Taken at the end of the step that runs now; at once if there is none."""
-        if self._run is not None:
-            self._cut(self._run)
+        if self._row is not None:
+            self._cut(self._row)
         elif not self._busy:
             self._busy = True
             self._later(0.0, self._turn)
@@ -422,7 +385,7 @@ class SimulatedInstance:
             self._compute(seconds + owed_s, self._decoded_once, chunks, self._clock.now)
             return
         end = self._later(seconds + owed_s, self._decoded)
-        self._run = DecodeRun(self._clock.now, chunks, context, num_steps, end)
+        self._row = DecodeRow(self._costs, self._clock.now, chunks, context, num_steps, end)
 
     def _decoded_once(self, chunks: list[Chunk], began_s: float) -> None:
         assert self.stages.decode is not None
@@ -446,67 +409,39 @@ class SimulatedInstance:
         num_steps = min([s.num_prompt_tokens + s.sampling.max_tokens - len(s.token_ids) for s in sequences])
         usage = self.pools.kv.usage()
         num_steps = min(num_steps, max(1, (usage.free + usage.cached) // len(chunks) * KV_BLOCK_TOKENS))
-        return self._first_step_after(until_report, len(chunks), context, num_steps)
+        return first_step_after(self._costs, until_report, len(chunks), context, num_steps)
 
-    def _first_step_after(self, seconds: float, num_sequences: int, context: int, num_steps: int) -> int:
-        """The least number of steps that take so long, of at most `num_steps`."""
-        low, high = 1, num_steps
-        while low < high:
-            middle = (low + high) // 2
-            if self._costs.decodes_s(num_sequences, context, middle) >= seconds:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
-    def _cut(self, run: DecodeRun) -> None:
-        """Something arrived: the step that runs now is the last one of the run."""
-        if run.num_steps == 1:
+    def _cut(self, row: DecodeRow) -> None:
+        """Something arrived: the step that runs now is the last one of the row."""
+        if row.num_steps == 1:
             return
-        elapsed = self._clock.now - run.began_s
-        num_steps = self._first_step_after(elapsed, len(run.chunks), run.context, run.num_steps)
-        if num_steps < run.num_steps:
-            run.end.cancel()
-            run.num_steps = num_steps
-            ends_at = run.began_s + self._costs.decodes_s(len(run.chunks), run.context, num_steps)
-            run.end = self._later(max(ends_at - self._clock.now, 0.0), self._decoded)
+        num_steps = row.num_begun(self._clock.now - row.began_s)
+        if num_steps < row.num_steps:
+            row.end.cancel()
+            row.num_steps = num_steps
+            ends_at = row.began_s + row.seconds(num_steps)
+            row.end = self._later(max(ends_at - self._clock.now, 0.0), self._decoded)
 
     def _decoded(self) -> None:
-        run, self._run = self._run, None
-        assert run is not None and self.stages.decode is not None
-        self._network.computed(self, "decode", run.began_s, len(run.chunks))
-        for done in range(run.num_steps):
-            num_sequences = len(run.chunks)
-            seconds = self._costs.decodes_s(num_sequences, run.context + done * num_sequences, 1)
-            self.pace.observe(Stage.DECODE, num_sequences, seconds)
-        if run.num_steps > 1:
-            self._catch_up(run.chunks, run.num_steps - 1)
-        self.stages.decode.commit(run.chunks, [TOKEN] * len(run.chunks))
-        self._flush()
+        row, self._row = self._row, None
+        assert row is not None
+        self._network.computed(self, "decode", row.began_s, len(row.chunks))
+        self.pace.observe_each(Stage.DECODE, len(row.chunks), row.steps_s())
+        self._make(row, row.num_steps)
         self._end_turn(busy=True)
 
-    def _say_what_is_done(self, run: DecodeRun) -> None:
+    def _say_what_is_done(self, row: DecodeRow) -> None:
         """Of a row that breaks off. The engine would have said each token as it came."""
-        elapsed = self._clock.now - run.began_s
-        num_steps = self._first_step_after(elapsed, len(run.chunks), run.context, run.num_steps)
-        if self._costs.decodes_s(len(run.chunks), run.context, num_steps) > elapsed:
-            num_steps -= 1
+        num_steps = row.num_done(self._clock.now - row.began_s)
         if num_steps:
-            assert self.stages.decode is not None
-            self._catch_up(run.chunks, num_steps - 1)
-            self.stages.decode.commit(run.chunks, [TOKEN] * len(run.chunks))
-            self._flush()
+            self._make(row, num_steps)
 
-    def _catch_up(self, chunks: list[Chunk], num_steps: int) -> None:
-        """All steps of a run but the last, of which the stage is not told: only these books change in them."""
-        kv = self.pools.kv
-        assert kv is not None
-        for chunk in chunks:
-            sequence = chunk.sequence
-            sequence.token_ids += [TOKEN.token_id] * num_steps
-            sequence.num_computed += num_steps
-            kv.hold(sequence, len(sequence.token_ids))
-            kv.seal(sequence)
+    def _make(self, row: DecodeRow, num_steps: int) -> None:
+        assert self.stages.decode is not None and self.pools.kv is not None
+        self.work.decode_s += row.seconds(num_steps)
+        row.catch_up(self.pools.kv, num_steps - 1)
+        self.stages.decode.commit(row.chunks, [TOKEN] * len(row.chunks))
+        self._flush()
 
     # ---- what leaves
 

@@ -9,12 +9,12 @@ from triptych.config import SHARED_DECODE_INTERVAL_MS, AdmissionConfig
 from triptych.core import Placement, Role
 from triptych.latency import Objectives
 from triptych.planning.costs.profile import Profile
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.search.machines import ProfiledMachines, Reach
 from triptych.planning.search.space import Candidate
 from triptych.planning.simulation.adaptation import Adaptation
 from triptych.planning.simulation.failures import Failure
 from triptych.planning.simulation.figures import Figures
-from triptych.planning.simulation.instance import Sizes
 from triptych.planning.simulation.simulator import Options, Simulation
 from triptych.planning.workloads.demand import Demand, Rows
 from triptych.planning.workloads.workload import Workload
@@ -47,7 +47,7 @@ class Scenario:
     prefix_caching: bool = True
     decode_interval_ms: float | None = None  # None: as a server sets it
 
-    def run(self, rate: float | None, *, keeps_spans: bool = False) -> Run:
+    def run(self, rate: float | None, *, keeps_stints: bool = False) -> Run:
         """Raises ConfigError for a request that the model cannot take, and for a role that does not fit."""
         workload = self.workload if rate is None else self.workload.at_rate(rate)
         demands = workload.demands(self.rows_of, self.where)
@@ -55,8 +55,8 @@ class Scenario:
         machines.require_context(self.where)
         costs, sizes = machines.costs(self.candidate), self._sizes(machines, demands)
         simulation = Simulation(self.candidate.placement, costs, sizes, self._options())
-        if keeps_spans:
-            simulation.spans = []
+        if keeps_stints:
+            simulation.stints = []
         if self.adaptive:
             Adaptation(simulation)
         simulation.run(demands)

@@ -15,11 +15,12 @@ from triptych.config import AdmissionConfig
 from triptych.core import InstanceId, Placement, RequestId, Role, Stage
 from triptych.messages import FRONTEND, AnyMessage, Load, Peer, SlabDescription, Table
 from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.clock import Clock
 from triptych.planning.simulation.failures import Failure
 from triptych.planning.simulation.frontend import Record, SimulatedFrontend
 from triptych.planning.simulation.host import Host
-from triptych.planning.simulation.instance import Leave, Mail, SimulatedInstance, Sizes
+from triptych.planning.simulation.instance import Leave, Mail, SimulatedInstance
 from triptych.planning.simulation.process import Process
 from triptych.planning.workloads.demand import Demand, Item
 from triptych.routing import RoutingTable
@@ -59,7 +60,7 @@ class Switch:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class Stint:
     """An instance computed: `what` is encode, prefill, decode (steps in a row are one), or mixed for the last two."""
 
     instance: InstanceId
@@ -95,7 +96,7 @@ class Simulation:
         self.records: list[Record] = []
         self.switches: list[Switch] = []
         self.losses: list[Loss] = []
-        self.spans: list[Span] | None = None  # a list, and every step is written there
+        self.stints: list[Stint] | None = None  # a list, and every step is written there
         self.busy_s: dict[Role, float] = dict.fromkeys(Role, 0.0)  # computed, by all instances while they had the role
         self.table = RoutingTable()
         self._sizes = sizes or Sizes()
@@ -282,8 +283,8 @@ class Simulation:
     def computed(self, instance: SimulatedInstance, what: str, began_s: float, size: int) -> None:
         now = self.clock.now
         self.busy_s[instance.role] += now - began_s
-        if self.spans is not None:
-            self.spans.append(Span(instance.id, instance.role, what, began_s, now, size))
+        if self.stints is not None:
+            self.stints.append(Stint(instance.id, instance.role, what, began_s, now, size))
 
     def _settle(self) -> None:
         """Lets what is on its way arrive, then checks the books."""
