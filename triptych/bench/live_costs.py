@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from triptych.bench.report import Record
-from triptych.bench.serving import LiveServer, Load, Served, server
+from triptych.bench.serving import LiveServer, Load, server
 from triptych.bench.workload import picture
 from triptych.core import Placement
 from triptych.planning.costs.profile import Profile
@@ -76,23 +76,25 @@ def live_runs(
             arrival_s = arrival_s or live.waiting_s()
             for ask in effort.asks:
                 if not ask.images or pictures is not None:
-                    runs += _run(live, Placement.parse(name), profile, pictures, ask, effort.seconds)
+                    run = asked(live, Placement.parse(name), profile, pictures, ask, effort.seconds)
+                    runs += [] if run is None else [run]
                 done("requests")
     return runs, arrival_s
 
 
-def _run(
+def asked(
     live: LiveServer, placement: Placement, profile: Profile, pictures: Pictures | None, ask: Ask, seconds: float
-) -> list[LiveRun]:
+) -> LiveRun | None:
     """None where it would take too long."""
     probe = live.serve(_load(ask, 1e3, PROBES))
     sizes, costs = profile.as_served(placement), profile.costs()
     rate = ask.share * capacity(costs, sizes, placement, _demands(probe.requests, ask, pictures)[0])
     num_requests = round(min(MOST, max(FEWEST, rate * seconds)))
     if num_requests / rate > LONGEST_S:
-        return []
+        return None
     found = live.serve(_load(ask, rate, num_requests))
-    return [_live_run(placement, profile, found, _demands(found.requests, ask, pictures))]
+    demands = _demands(found.requests, ask, pictures)
+    return LiveRun(placement, sizes, demands, found.instances_s, found.server_s, found.client_s)
 
 
 def _load(ask: Ask, rate: float, requests: int) -> Load:
@@ -117,8 +119,3 @@ def _demands(records: Sequence[Record], ask: Ask, pictures: Pictures | None) -> 
         )
         for record in records
     ]
-
-
-def _live_run(placement: Placement, profile: Profile, served: Served, demands: Sequence[Demand]) -> LiveRun:
-    sizes = profile.as_served(placement)
-    return LiveRun(placement, sizes, demands, served.instances_s, served.server_s, served.client_s)

@@ -1,0 +1,59 @@
+"""Loads on a real server: what its processes took stands by the right instance, and the requests are those it got."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.planning.test_profile import make_profile
+from triptych.bench.live_costs import Ask, Pictures, asked
+from triptych.bench.serving import LiveServer, server
+from triptych.core import Placement
+from triptych.errors import InstanceError
+from triptych.planning.costs.profile import Profile
+from triptych.planning.quantities import Seconds
+
+PLACEMENT = Placement.parse("1e1p1d")
+PICTURES = Pictures({448: (16,)}, lead_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[LiveServer]:
+    with server(["--placement", str(PLACEMENT), "--threads", "1"]) as (url, pid):
+        yield LiveServer(url, pid)
+
+
+@pytest.fixture
+def profile() -> Profile:
+    return make_profile(cores=2, decode_step=Seconds(0.002), prefill_step=Seconds(0.01), encode_step=Seconds(0.02))
+
+
+def test_the_work_of_each_stage_stands_by_its_instance(live: LiveServer, profile: Profile) -> None:
+    text = asked(live, PLACEMENT, profile, PICTURES, Ask(40, 24, 0.3), seconds=0.5)
+    pictures = asked(live, PLACEMENT, profile, PICTURES, Ask(40, 2, 0.3, images=2, side=448), seconds=0.5)
+    assert text is not None and pictures is not None
+    encode_s, prefill_s, decode_s = text.instances_s
+    assert decode_s > prefill_s > encode_s
+    encode_s, prefill_s, decode_s = pictures.instances_s
+    assert encode_s > decode_s < prefill_s
+    assert min(text.server_s, text.client_s) > 0
+
+
+def test_the_demands_are_the_requests_that_the_server_got(live: LiveServer, profile: Profile) -> None:
+    found = asked(live, PLACEMENT, profile, PICTURES, Ask(40, 3, 0.3, images=2, side=448), seconds=0.5)
+    assert found is not None
+    assert len(found.demands) >= 12
+    assert {len(demand.media) for demand in found.demands} == {2}
+    assert {demand.output_tokens for demand in found.demands} == {3}
+    assert all(demand.media_rows == 32 and demand.text_tokens > 40 for demand in found.demands)
+    times = [demand.at_s for demand in found.demands]
+    assert times == sorted(times)
+
+
+def test_what_would_take_too_long_is_left_out(live: LiveServer) -> None:
+    slow = make_profile(cores=2, prefill_step=Seconds(30.0))
+    assert asked(live, PLACEMENT, slow, None, Ask(40, 4, 0.3), seconds=0.5) is None
+
+
+def test_a_server_that_does_not_start_is_told() -> None:
+    with pytest.raises(InstanceError, match="did not start"), server(["--placement", "nonsense"]):
+        pass
