@@ -123,12 +123,13 @@ def compare(
 
 
 def gap(goal: Goal, found: Outcome, everything: Outcome) -> float:
-    """Of the best score, as a share of the best rate; of the least cost, where that is what counts."""
+    """Of the best score, as a share of the best rate; of the least cost, where that is what counts, and all of it where
+    what was chosen stays behind what was wanted."""
     known = {one.candidate: one for one in everything.best}
     chosen = known[found.best[0].candidate]
     if isinstance(goal, LeastCost):
         least = min(one.cost for one in everything.best if one.rate >= goal.most)
-        return _behind(least, chosen.cost) if chosen.rate >= goal.most else 1.0
+        return _behind(least, chosen.cost) if chosen.rate >= (1 - MOST_GAP) * goal.most else 1.0
     best = max(goal.score(one.rate, one.cost) for one in everything.best)
     return (best - goal.score(chosen.rate, chosen.cost)) / everything.best[0].rate
 

@@ -30,11 +30,11 @@ def below(limit: float, asked: list[float]) -> Callable[[float], bool]:
 
 
 @pytest.mark.parametrize("limit", [0.00123, 0.8, 3.33, 7.5, 9.2, 77.0])
-def test_a_kept_rate_is_found_to_two_percent_from_any_guess_in_three_digits(limit: float):
+def test_a_kept_rate_is_found_to_four_percent_from_any_guess_in_three_digits(limit: float):
     for guess in (0.5 * limit, 0.97 * limit, 1.1 * limit, 3 * limit):
         asked: list[float] = []
         rate = kept_rate(below(limit, asked), guess, least=limit / 100, most=limit * 100)
-        assert limit / 1.03 <= rate <= limit
+        assert limit / 1.05 <= rate <= limit
         assert rate == float(f"{rate:.3g}")
         assert len(asked) <= 14
 
@@ -52,7 +52,7 @@ def test_a_rate_of_few_requests_is_lowered_until_every_longer_run_keeps_it():
     found = kept(question.runs, At(SPLIT, short))
     assert 0 < found.rate < 0.8 * short
     assert len(found.attained) == 3 and min(found.attained) >= 0.9
-    assert any(question.runs.attained(SPLIT, 1.04 * found.rate, seed) is None for seed in (0, 1, 2))
+    assert any(question.runs.attained(SPLIT, 1.1 * found.rate, seed) is None for seed in (0, 1, 2))
 
 
 def test_a_run_that_confirms_is_the_one_that_simulate_plays():

@@ -34,6 +34,8 @@ def test_the_best_aggregated_one_and_the_best_that_can_be_exported_are_chosen_ho
     outcome = make_outcome(HighestRate(), **others, _3epd=(1.0, 6.0), _2ep1d=(0.5, 6.0))
     assert placements(chosen(outcome, HighestRate()))[-1] == "3epd"
     assert placements(chosen(outcome, HighestRate(), can_export))[-1] == "3epd"
+    better = make_outcome(HighestRate(), **others, _3epd=(1.0, 6.0), _2ep1d=(4.0, 6.0))
+    assert placements(chosen(better, HighestRate(), can_export))[-2:] == ["3epd", "2ep1d"]
     without = make_outcome(HighestRate(), **others, _2ep1d=(0.5, 6.0))
     assert placements(chosen(without, HighestRate(), can_export))[-1] == "2ep1d"
 

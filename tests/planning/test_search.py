@@ -67,7 +67,7 @@ def test_what_a_dollar_must_bring_leaves_gpus_unbought(evaluator: Evaluator, eve
     assert found.best[0].score >= best - 0.03 * everything.best[0].rate
 
 
-def test_a_wanted_goodput_is_bought_for_the_least(evaluator: Evaluator, everything: Outcome):
+def test_a_wanted_rate_is_bought_for_the_least(evaluator: Evaluator, everything: Outcome):
     wanted = LeastCost(0.6 * everything.best[0].rate)
     found = searched(evaluator, wanted)
     cheapest = min(one.cost for one in everything.best if one.rate >= wanted.most)
@@ -75,7 +75,7 @@ def test_a_wanted_goodput_is_bought_for_the_least(evaluator: Evaluator, everythi
     assert found.best[0].rate >= wanted.most
 
 
-def test_where_nothing_reaches_the_wanted_goodput_the_most_comes_first(evaluator: Evaluator, everything: Outcome):
+def test_where_nothing_reaches_the_wanted_rate_the_most_comes_first(evaluator: Evaluator, everything: Outcome):
     found = searched(evaluator, LeastCost(3 * everything.best[0].rate))
     assert found.best[0].rate == pytest.approx(everything.best[0].rate, rel=0.03)
 

@@ -40,13 +40,13 @@ def said(
         ((4.02, 6.0), (4.0, 6.0), "No difference, of the 12 placements looked at: 3epd keeps the SLO at 4 req/s, the "
          "best split one, 2e1pd, at 4.02. Disaggregation is not needed."),
         ((4.02, 6.0), (4.0, 4.0), "No difference, of the 12 placements looked at: 3epd keeps the SLO at 4 req/s, the "
-         "best split one, 2e1pd, at 4.02, with 6 USD/h instead of 4 USD/h. Disaggregation is not needed."),
+         "best split one, 2e1pd, at 4.02, for 6 instead of 4 USD/h. Disaggregation is not needed."),
         ((4.0, 6.0), (0.0, 6.0), "Splitting is needed, of the 12 placements looked at: 2e1pd keeps the SLO at 4 req/s, "
          "no aggregated one does."),
         ((0.0, 6.0), (4.0, 6.0), "Aggregated wins, of the 12 placements looked at: 3epd keeps the SLO at 4 req/s, no "
          "split one does. Disaggregation is not needed."),
         ((4.0, 9.0), (2.0, 6.0), "Splitting pays, of the 12 placements looked at: 2e1pd keeps the SLO at 4 req/s, the "
-         "best aggregated one, 3epd, at 2: 2.00 times as much, with 9 USD/h instead of 6 USD/h."),
+         "best aggregated one, 3epd, at 2: 2.00 times as much, for 9 instead of 6 USD/h."),
     ],
 )  # fmt: skip
 def test_rates_are_compared(question: Question, split: tuple[float, float], whole: tuple[float, float], words: str):
@@ -56,12 +56,12 @@ def test_rates_are_compared(question: Question, split: tuple[float, float], whol
 @pytest.mark.parametrize(
     ("split", "whole", "words"),
     [
-        ((2.0, 4.0), (2.0, 6.0), "Splitting pays, of the 12 placements looked at: 2e1pd keeps the SLO at 2 req/s with "
-         "4 USD/h, the best aggregated one, 3epd, with 6 USD/h, 50% more."),
-        ((2.0, 9.0), (2.0, 6.0), "Aggregated wins, of the 12 placements looked at: 3epd keeps the SLO at 2 req/s with "
-         "6 USD/h, the best split one, 2e1pd, with 9 USD/h, 50% more. Disaggregation is not needed."),
-        ((2.5, 6.0), (2.0, 6.0), "Aggregated wins, of the 12 placements looked at: 3epd keeps the SLO at 2 req/s with "
-         "6 USD/h, the best split one, 2e1pd, with 6 USD/h. Disaggregation is not needed."),
+        ((2.0, 4.0), (2.0, 6.0), "Splitting pays, of the 12 placements looked at: 2e1pd keeps the SLO at 2 req/s for "
+         "4 USD/h, the best aggregated one, 3epd, for 6 USD/h, 50% more."),
+        ((2.0, 9.0), (2.0, 6.0), "Aggregated wins, of the 12 placements looked at: 3epd keeps the SLO at 2 req/s for "
+         "6 USD/h, the best split one, 2e1pd, for 9 USD/h, 50% more. Disaggregation is not needed."),
+        ((2.5, 6.0), (2.0, 6.0), "Aggregated wins, of the 12 placements looked at: 3epd keeps the SLO at 2 req/s for "
+         "6 USD/h, the best split one, 2e1pd, for 6 USD/h. Disaggregation is not needed."),
         ((2.0, 6.0), (1.0, 6.0), "Splitting is needed, of the 12 placements looked at: 2e1pd keeps the SLO at 2 req/s, "
          "3epd only at 1."),
         ((1.0, 6.0), (0.5, 6.0), "Nothing keeps the SLO at 2 req/s, of the 12 placements looked at: the most is 1, by "
@@ -76,7 +76,7 @@ def test_costs_are_compared_where_both_reach_what_is_wanted(
 
 def test_where_nothing_has_a_price_nothing_costs(question: Question):
     words = said(question, HighestRate(), (4.0, 3.0), (2.0, 2.0), price=None)
-    assert "with 3 GPUs instead of 3 GPUs" in words and "cost" not in words and "USD" not in words
+    assert "with 3 instead of 3 GPUs" in words and "cost" not in words and "USD" not in words
 
 
 def test_on_one_gpu_there_is_nothing_to_split():

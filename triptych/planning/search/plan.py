@@ -151,8 +151,9 @@ def chosen(outcome: Outcome, goal: Goal, *also: Callable[[Candidate], bool]) -> 
     else:
         best = _distinct(serving)[:MOST_ROWS]
     for is_wanted in (lambda one: one.is_aggregated, *also):
-        if not any(is_wanted(found.candidate) for found in best):
-            best += [found for found in _distinct(serving) if is_wanted(found.candidate)][:1]
+        first = next((found for found in _distinct(serving) if is_wanted(found.candidate)), None)
+        if first is not None and first not in best:
+            best.append(first)
     return best
 
 

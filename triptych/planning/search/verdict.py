@@ -58,8 +58,8 @@ def _by_rate(split: Row, whole: Row, *, split_is_first: bool, question: Question
 def _by_cost(split: Row, whole: Row, *, split_is_first: bool, question: Question) -> tuple[str, str]:
     first, other, name = (split, whole, "aggregated") if split_is_first else (whole, split, "split")
     more = f", {other.cost / first.cost - 1:.0%} more" if other.cost > first.cost else ""
-    told = f"{_told(first)} with {_cost(first, question)}"
-    told += f", the best {name} one, {other.candidate}, with {_cost(other, question)}"
+    told = f"{_told(first)} {_cost(first, question)}"
+    told += f", the best {name} one, {other.candidate}, {_cost(other, question)}"
     return (
         ("Splitting pays", f"{told}{more}.") if split_is_first else ("Aggregated wins", f"{told}{more}. {NOT_NEEDED}")
     )
@@ -70,14 +70,19 @@ def _told(row: Row) -> str:
 
 
 def _instead(one: Row, other: Row, question: Question) -> str:
-    return "" if one.cost == other.cost else f", with {_cost(one, question)} instead of {_cost(other, question)}"
+    """In money, or in what there is where that has no price."""
+    if one.cost == other.cost:
+        return ""
+    if one.figures.dollars_per_hour is not None:
+        return f", for {one.cost:.4g} instead of {other.cost:.4g} USD/h"
+    numbers = f"{one.candidate.num_gpus} instead of {other.candidate.num_gpus}"
+    return f", with {numbers} {question.unit}s"
 
 
 def _cost(row: Row, question: Question) -> str:
-    """In money, or in what there is where that has no price."""
     if row.figures.dollars_per_hour is not None:
-        return f"{row.cost:.4g} USD/h"
-    return f"{row.candidate.num_gpus} {question.unit}{'s' if row.candidate.num_gpus > 1 else ''}"
+        return f"for {row.cost:.4g} USD/h"
+    return f"with {row.candidate.num_gpus} {question.unit}{'s' if row.candidate.num_gpus > 1 else ''}"
 
 
 def certainty(row: Row, question: Question) -> str:
