@@ -20,6 +20,7 @@ from triptych.messages import (
     Abort,
     Embedded,
     Failed,
+    Load,
     Located,
     Prefilled,
     Prefilling,
@@ -479,6 +480,17 @@ def test_sequences_are_spread_over_decode_instances_by_what_they_will_cost():
         stage.admit(make_request(f"short{i}", max_tokens=10))
     run(stage)
     assert [to for to, _ in sent(pools, Prefilled)] == ["d0", "d1", "d1", "d1"]
+
+
+def test_sequences_are_spread_before_anybody_has_decoded_a_token():
+    stage, pools = make_prefill()
+    pools.near.table = make_near("here", here="p", d0="d", d1="d").table
+    for instance in ("d0", "d1"):
+        pools.near.take_load(Load(InstanceId(instance), {}, {}, {"decode": 0.0}, {}, {"decode": 0.0}))
+    for i in range(4):
+        stage.admit(make_request(f"r{i}"))
+    run(stage)
+    assert sorted(to for to, _ in sent(pools, Prefilled)) == ["d0", "d0", "d1", "d1"]
 
 
 def test_a_resubmitted_request_goes_on_behind_its_output():

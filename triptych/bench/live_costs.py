@@ -43,7 +43,7 @@ FULL = Effort(
         Ask(32, 12, 0.4, images=6),
         Ask(32, 24, 0.5, images=3, side=448),
         Ask(32, 6, 0.4, images=1, side=1120),
-        Ask(24, 48, 3.0),  # more than it can do: large batches tell steps from tokens
+        Ask(24, 48, 3.0),  # more than it can do: large batches tell steps from tokens at the server
     ),
     4.0,
 )
@@ -94,7 +94,8 @@ def asked(
         return None
     found = live.serve(_load(ask, rate, num_requests))
     demands = _demands(found.requests, ask, pictures)
-    return LiveRun(placement, sizes, demands, found.instances_s, found.server_s, found.client_s)
+    instances_s = found.instances_s if ask.share < 1 else ()  # what waits everywhere is no usual load of theirs
+    return LiveRun(placement, sizes, demands, instances_s, found.server_s, found.client_s)
 
 
 def _load(ask: Ask, rate: float, requests: int) -> Load:

@@ -90,6 +90,9 @@ class Gone:
         return request_id in self._ids
 
 
+GUESSED_PACE_S = 1e-3  # of a decoded token, until an instance has said: what counts is that work is shared out at once
+
+
 @dataclass(slots=True)
 class Surroundings:
     """What the stages of one instance share: its name, its incarnation, the newest routing table, the outbox."""
@@ -100,7 +103,7 @@ class Surroundings:
     max_model_len: int = 1 << 30
     table: RoutingTable = field(default_factory=RoutingTable)
     decode_loads: dict[InstanceId, float] = field(default_factory=dict)  # seconds of work; last report + sent since
-    decode_pace_s: float = 0.0  # predicted seconds per decoded token, as the decode instances report it
+    decode_pace_s: float = GUESSED_PACE_S  # predicted seconds per decoded token, as the decode instances report it
     out: Outbox = field(default_factory=Outbox)
     gone_from_prefill: Gone = field(default_factory=Gone)  # also while it has another role: much comes late
     gone_from_decode: Gone = field(default_factory=Gone)
@@ -109,7 +112,7 @@ class Surroundings:
         """What an instance that decodes says of itself, this one among them."""
         if Stage.DECODE in load.work_s:
             self.decode_loads[load.instance] = load.work_s[Stage.DECODE]
-            self.decode_pace_s = load.pace_s[Stage.DECODE]
+            self.decode_pace_s = load.pace_s[Stage.DECODE] or self.decode_pace_s  # 0: it has not decoded yet
 
     def serves_here(self, stage: Stage) -> bool:
         """Whether this instance itself does, also while it leaves that role."""

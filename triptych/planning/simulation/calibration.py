@@ -35,7 +35,7 @@ class LiveRun:
     placement: Placement
     sizes: Mapping[Role, Sizes]
     demands: Sequence[Demand]
-    instances_s: Sequence[float]  # in the order of the placement
+    instances_s: Sequence[float]  # in the order of the placement; empty: the run tells of the server only
     server_s: float
     client_s: float
 
@@ -84,7 +84,8 @@ def _of_instances(simulations: Iterable[Simulation], runs: Iterable[LiveRun]) ->
     """Those that had anything to do."""
     samples = []
     for simulation, run in zip(simulations, runs, strict=True):
-        for instance, seconds in zip(simulation.instances.values(), run.instances_s, strict=True):
+        told = zip(simulation.instances.values(), run.instances_s, strict=True) if run.instances_s else ()
+        for instance, seconds in told:
             amounts = _amounts(instance.work)
             if any(amounts[stage] for stage in STAGES) and seconds > 0:
                 samples.append(Sample(amounts, seconds))
