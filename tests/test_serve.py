@@ -39,12 +39,18 @@ def test_only_instances_that_do_nothing_but_encode_yield_and_only_on_cpu(monkeyp
     assert [c.niceness for c in configs(monkeypatch, "1e1pd", cores=4, device="cuda:0")] == [0, 0]
 
 
-@pytest.mark.parametrize(("cores", "interval_ms"), [(2, SHARED_DECODE_INTERVAL_MS), (3, None), (8, None)])
+@pytest.mark.parametrize(("cores", "interval_ms"), [(2, SHARED_DECODE_INTERVAL_MS), (3, 0.0), (8, 0.0)])
 def test_answers_keep_a_pace_only_where_there_are_more_threads_than_cores(
-    monkeypatch: pytest.MonkeyPatch, cores: int, interval_ms: float | None
+    monkeypatch: pytest.MonkeyPatch, cores: int, interval_ms: float
 ):
     for config in configs(monkeypatch, "2e1pd", cores=cores):
         assert config.scheduling.decode_interval_ms == interval_ms
+
+
+def test_threads_that_were_asked_for_count_where_answers_keep_a_pace(monkeypatch: pytest.MonkeyPatch):
+    for threads, interval_ms in ((2, 0.0), (3, SHARED_DECODE_INTERVAL_MS)):
+        for config in configs(monkeypatch, "2e1pd", cores=8, threads=threads):
+            assert config.scheduling.decode_interval_ms == interval_ms
 
 
 def test_an_interval_that_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch):

@@ -22,6 +22,13 @@ GIB = 1 << 30
 ENCODE_NICENESS = 5
 SHARED_DECODE_INTERVAL_MS = 30.0
 
+
+def decode_interval_ms(num_instances: int, threads: int, cores: float) -> float:
+    """Time per token to which answers slow down where nobody says: 0.0, not at all, unless instances with so many
+    threads each have more of them than there are cores. Infinite `cores`: every instance has a device of its own."""
+    return SHARED_DECODE_INTERVAL_MS if num_instances * threads > cores else 0.0
+
+
 Count = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Seconds = Annotated[float, Meta(gt=0)]

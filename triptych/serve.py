@@ -22,7 +22,6 @@ from starlette.applications import Starlette
 from triptych.cluster.local import LocalCluster
 from triptych.config import (
     ENCODE_NICENESS,
-    SHARED_DECODE_INTERVAL_MS,
     AdmissionConfig,
     ControlConfig,
     Count,
@@ -32,6 +31,7 @@ from triptych.config import (
     SchedulingConfig,
     ServerConfig,
     TransferMode,
+    decode_interval_ms,
 )
 from triptych.control.changes import MAX_INSTANCES
 from triptych.control.controller import Controller
@@ -81,8 +81,9 @@ def instance_config(
     # Who prefills knows when encoders work for it: at other times it may use the cores that they leave idle.
     alone = options.threads or max(fair, cores // max(1, sum(other is not Role.E for other in roles)))
     scheduling = options.scheduling
-    if scheduling.decode_interval_ms is None and on_cpu and fair * len(roles) > cores:
-        scheduling = msgspec.structs.replace(scheduling, decode_interval_ms=SHARED_DECODE_INTERVAL_MS)
+    if scheduling.decode_interval_ms is None and on_cpu:
+        interval_ms = decode_interval_ms(len(roles), fair, cores)
+        scheduling = msgspec.structs.replace(scheduling, decode_interval_ms=interval_ms)
     epoch = secrets.token_hex(6)
     return InstanceConfig(
         id=id,

@@ -1,6 +1,7 @@
 """MODEL and --profile, as several commands take them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,22 @@ def test_a_profile_of_several_gpus_is_of_the_same_model(tmp_path: Path) -> None:
         profile = structs.replace(analytic_profile(shape, H200, tensor_parallel=degree), model="other")
         profile.save(tmp_path / "profile.json")
         assert load_profile(tmp_path / "profile.json", shape).tensor_parallel == degree
+
+
+def test_a_name_alone_makes_no_profile_that_of_another_model(tmp_path: Path) -> None:
+    """Folders are often called the same."""
+    path, large = saved(tmp_path, None, model="/runs/a/checkpoint"), replace(preset("internvl2-26b"), name="checkpoint")
+    with pytest.raises(ConfigError, match=r"is of the model /runs/a/checkpoint, and not of checkpoint"):
+        load_profile(path, large)
+    assert load_profile(path, replace(find_model(None), name="checkpoint"))
+
+
+def test_a_profile_of_the_same_name_may_have_a_copy_of_every_matrix_of_one_half_only(tmp_path: Path) -> None:
+    shape, memory = replace(find_model(None), name="mine"), analytic_profile(find_model(None), H200).memory
+    copied = structs.replace(memory, encoder_weights=Bytes(2 * memory.encoder_weights))
+    assert load_profile(saved(tmp_path, None, model="./mine", memory=copied), shape)
+    with pytest.raises(ConfigError, match="is of the model ./other, and not of mine"):
+        load_profile(saved(tmp_path, None, model="./other", memory=copied), shape)
+    larger = structs.replace(memory, encoder_weights=Bytes(3 * memory.encoder_weights))
+    with pytest.raises(ConfigError, match="is of the model ./mine, and not of mine"):
+        load_profile(saved(tmp_path, None, model="./mine", memory=larger), shape)

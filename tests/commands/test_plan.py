@@ -282,6 +282,22 @@ def test_the_built_in_model_is_the_one_that_serve_takes_by_itself(workload: Path
     assert "model" not in read(output, _serve_flags())
 
 
+def test_a_plan_for_a_cpu_is_served_with_the_threads_that_were_measured(workload: Path, tmp_path: Path):
+    profile, output = tmp_path / "profile.json", tmp_path / "plan.yaml"
+    computed = analytic_profile(find_model(None), find_device("A100-80G"))
+    costs = structs.replace(computed.costs_of_steps, cores=2)
+    made = structs.replace(computed.made, device="cpu", threads=2)
+    structs.replace(computed, costs_of_steps=costs, made=made).save(profile)
+    arguments = ("--gpus", 3, "--profile", profile, "--workload", workload, *SMALL)
+    result = CliRunner().invoke(app, [*map(str, arguments), "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    assert "\ntriptych serve --threads 2 --placement " in result.stdout
+    assert read(output, _serve_flags())["threads"] == 2
+    for row in json.loads(CliRunner().invoke(app, [*map(str, arguments), "--json"]).stdout)["best"]:
+        again = CliRunner().invoke(simulator, [*shlex.split(row["simulate"])[2:], "--json"]).stdout
+        assert json.loads(again)["runs"][0]["figures"] == row["figures"]
+
+
 # ---- how it is told
 
 

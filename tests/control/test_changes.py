@@ -515,3 +515,18 @@ def test_an_absurd_placement_is_refused(tmp_path: Path) -> None:
         assert refused.value.status == 400
 
     run(tmp_path, scenario)
+
+
+def test_a_placement_that_needs_more_open_files_than_there_may_be_is_refused_with_the_number_that_would_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes, "most_peers", lambda: 19)
+
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1epd")
+        with pytest.raises(RequestError, match=r"20 instances, at most 19, by the files that the server may") as refused:
+            await scene.controller.place(Placement((Role.EPD,) * 20))
+        assert refused.value.status == 400
+        assert len(scene.cluster.started) == 1
+
+    run(tmp_path, scenario)

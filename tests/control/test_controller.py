@@ -366,6 +366,21 @@ def test_nobody_is_to_blame_for_a_pull_that_the_end_of_its_holder_broke(tmp_path
 
 
 @pytest.mark.usefixtures("_ends_show_soon")
+def test_a_holder_is_not_to_blame_for_readers_that_end(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.begun("1e1p2d")
+        epoch = scene.worker("i1").config.epoch
+        for reader in ("i2", "i3"):
+            scene.controller.handle(Unreachable(InstanceId(reader), InstanceId("i1"), epoch, "disconnected"))
+            scene.worker(reader).end(-9)
+        await asyncio.sleep(4 * TICK_S)
+        assert scene.lost == ["i2", "i3"]
+        assert not scene.worker("i1").was_killed
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("_ends_show_soon")
 def test_what_an_instance_was_working_on_is_not_suspected_of_its_broken_transport(tmp_path: Path) -> None:
     async def scenario(scene: Scene) -> None:
         await scene.begun("1e1p2d")

@@ -9,7 +9,7 @@ import pytest
 import zmq
 
 from triptych.core import RequestId
-from triptych.engine.sockets import Inbox, Post, make_context
+from triptych.engine.sockets import Inbox, Post, make_context, most_peers
 from triptych.errors import ConfigError
 from triptych.messages import Abort, AnyMessage
 
@@ -129,3 +129,12 @@ def test_more_instances_than_files_may_be_open_are_refused_before_one_starts() -
         make_context(1000)
     with limited(1024, 4096):
         make_context(100).term()
+
+
+@pytest.mark.parametrize("hard", [512, 4096, resource.RLIM_INFINITY])
+def test_a_placement_that_grows_may_have_as_many_instances_as_one_that_starts(hard: int) -> None:
+    with limited(256, hard):
+        most = most_peers()
+        make_context(most).term()
+        with pytest.raises(ConfigError, match=rf"--placement: {most + 1} instances need"):
+            make_context(most + 1)

@@ -33,7 +33,8 @@ LIVE = replace(
     **{name: getattr(ALONE, name) * 1.3 for name in STAGES["prefill"]},
     **{name: getattr(ALONE, name) * 1.1 for name in STAGES["decode"]},
     turn=2.5e-4,
-    handover=5e-4,
+    wake=8e-4,
+    pull=5e-4,
     server_request=1e-3,
     server_prompt_token=3e-6,
     server_item=2e-4,
@@ -73,7 +74,9 @@ def live(placement: str, kind: Phase, seed: int, noise: float = 0.0) -> LiveRun:
         SIZES,
         demands,
         [
-            measured(w.encode_s + w.prefill_s + w.decode_s + w.turns * LIVE.turn + w.handovers * LIVE.handover)
+            measured(
+                w.encode_s + w.prefill_s + w.decode_s + w.turns * LIVE.turn + w.wakes * LIVE.wake + w.pulls * LIVE.pull
+            )
             for w in works
         ],
         measured(server_s),
@@ -92,8 +95,8 @@ def test_costs_are_found_again_from_what_the_processes_took() -> None:
         "prefill": pytest.approx(1.3, rel=0.03),
         "decode": pytest.approx(1.1, rel=0.03),
     }
-    for name in ("turn", "handover", "client_request", "client_token", *(f"server_{name}" for name in SERVER)):
-        assert getattr(found.costs, name) == pytest.approx(getattr(LIVE, name), rel=0.2), name
+    for name in ("turn", "wake", "pull", "client_request", "client_token", *(f"server_{name}" for name in SERVER)):
+        assert getattr(found.costs, name) == pytest.approx(getattr(LIVE, name), rel=0.3), name
     assert all(residual.worst < 0.02 for residual in found.residuals.values())
 
 

@@ -3,6 +3,7 @@
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -11,11 +12,12 @@ from tests.planning.places import make_candidate
 from tests.planning.plans import PROFILE, SHAPE, make_question, make_workload
 from triptych.latency import Objectives
 from triptych.planning.quantities import Seconds
-from triptych.planning.search.confirmation import At, different_seeds, enough_requests, kept, kept_rate, with_requests
+from triptych.planning.search.confirmation import At, different_seeds, enough_requests, kept, kept_rate
 from triptych.planning.search.goals import HighestRate
 from triptych.planning.search.plan import rows
 from triptych.planning.search.search import Found, processes
 from triptych.planning.simulation.scenario import Scenario
+from triptych.planning.workloads.traces import Trace
 from triptych.planning.workloads.workload import Period, Slo
 
 WHOLE, SPLIT = make_candidate("2epd"), make_candidate("1ep1d")
@@ -89,10 +91,18 @@ def test_runs_are_long_enough_for_their_rate():
     assert make_question(num_confirming=None).runs.workload.num_requests == 2000
 
 
-def test_runs_have_seeds_of_their_own_and_as_many_requests_as_are_asked_for():
+def test_runs_have_seeds_of_their_own():
     workload = make_workload(seed=7)
     assert different_seeds(workload, 3) == (7, 8, 9)
-    assert with_requests(workload, 123).num_requests == 123
     phased = make_workload(num_requests=None, phases=[Period(num_requests=5), Period(num_requests=6, rate_factor=2.0)])
-    assert with_requests(phased, 123) == phased
     assert math.isclose(make_question(phased).runs.evaluator(2.0, 0).load.rate, 2.0)
+
+
+def test_a_trace_is_confirmed_only_by_more_of_it_than_was_searched_with(tmp_path: Path):
+    lines = ["Timestamp,Request tokens,Response tokens", *(f"{second},400,20" for second in range(30))]
+    (tmp_path / "trace.csv").write_text("\n".join(lines))
+    trace = Trace(format="burstgpt", path=str(tmp_path / "trace.csv"))
+    recorded = make_workload(arrivals=None, kinds={}, num_requests=None, trace=trace)
+    for searched, confirming, confirmed in ((10, 20, True), (30, 2000, False), (50, None, False), (10, 0, False)):
+        question = make_question(recorded, num_requests=searched, num_confirming=confirming)
+        assert question.is_confirmed is confirmed, (searched, confirming)

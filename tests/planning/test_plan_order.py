@@ -29,6 +29,11 @@ def test_each_placement_is_chosen_once_with_its_best_setting():
     assert found[0].candidate.schedule == "sjf"
 
 
+def test_a_placement_stands_where_its_best_setting_does():
+    outcome = make_outcome(HighestRate(), _2ep1d_sjf=(4.0, 6.0), _1e1pd=(3.5, 4.0), _2ep1d=(3.0, 6.0))
+    assert placements(chosen(outcome, HighestRate())) == ["2ep1d", "1e1pd"]
+
+
 def test_the_best_aggregated_one_and_the_best_that_can_be_exported_are_chosen_however_far_behind():
     others = {f"_{n}ep1ed": (5.0 + n, 6.0) for n in range(1, 9)}
     outcome = make_outcome(HighestRate(), **others, _3epd=(1.0, 6.0), _2ep1d=(0.5, 6.0))
@@ -46,6 +51,11 @@ def test_for_the_least_cost_the_cheapest_are_chosen_and_dearer_ones_in_case_thes
     outcome = make_outcome(searched(goal), **cheap, _3epd=(2.4, 6.0), _1e1pd=(1.0, 2.0))
     assert placements(chosen(outcome, goal)) == ["5ep1d", "4ep1d", "3ep1d", "3epd"]
     assert searched(goal).most > goal.most and searched(HighestRate()) == HighestRate()
+
+
+def test_where_only_others_reach_the_rate_it_is_told_how_far_the_aggregated_and_the_exported_come():
+    outcome = make_outcome(searched(LeastCost(2.0)), _2ep1ed=(2.5, 6.0), _2ep1d=(1.5, 6.0), _3epd=(1.0, 6.0))
+    assert placements(chosen(outcome, LeastCost(2.0), can_export)) == ["2ep1ed", "3epd", "2ep1d"]
 
 
 def test_of_those_that_are_as_good_the_cheapest_comes_first_and_the_aggregated_before_others():

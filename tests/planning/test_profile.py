@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from triptych.core import Role
+from triptych.config import SHARED_DECODE_INTERVAL_MS
+from triptych.core import Placement, Role
 from triptych.errors import ConfigError
 from triptych.planning import files
 from triptych.planning.costs.profile import Made, Memory, Profile, Residual, StageCosts
@@ -154,3 +155,12 @@ def test_a_share_for_kv_above_all_is_refused() -> None:
 
 def test_prices_may_be_missing() -> None:
     assert structs.replace(make_profile(), price=None).price is None
+
+
+def test_answers_slow_down_where_instances_have_more_threads_than_there_are_cores() -> None:
+    on_four = make_profile(cores=4)
+    assert [on_four.decode_interval_ms(number) for number in (1, 4, 5)] == [0.0, 0.0, SHARED_DECODE_INTERVAL_MS]
+    of_two = structs.replace(on_four, made=structs.replace(on_four.made, threads=2))
+    assert [of_two.decode_interval_ms(number) for number in (2, 3)] == [0.0, SHARED_DECODE_INTERVAL_MS]
+    assert of_two.as_served(Placement.parse("1e1p1d"))[Role.P].decode_interval_ms == SHARED_DECODE_INTERVAL_MS
+    assert make_profile().decode_interval_ms(1000) == 0.0

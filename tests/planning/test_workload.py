@@ -51,6 +51,17 @@ def test_the_same_seed_gives_the_same_demands() -> None:
     assert demands(seed=3) == demands(seed=3) != demands(seed=4)
 
 
+def test_another_number_of_requests_replaces_what_said_how_many_come() -> None:
+    assert made().with_requests(7).num_requests == 7
+    lasting = made(num_requests=None, duration="3 s").with_requests(7)
+    assert (lasting.num_requests, lasting.duration) == (7, None)
+    phased = made(num_requests=None, phases=[{"num_requests": 5}, {"num_requests": 6, "rate_factor": 2}])
+    assert phased.with_requests(7) == phased
+    trace = {"format": "mooncake", "path": "trace.jsonl"}
+    part = made(arrivals=None, num_requests=None, duration="3 s", trace=trace).with_requests(7)
+    assert (part.num_requests, part.duration) == (7, Seconds(3))
+
+
 def test_at_another_rate_the_same_requests_come_faster() -> None:
     workload = made(num_requests=500)
     slow, fast = workload.demands(SimpleRows()), workload.at_rate(8).demands(SimpleRows())

@@ -46,8 +46,8 @@ def run(options: BenchOptions) -> int:
     return 1 if measurement.summary.num_failed else 0
 
 
-def measure(options: BenchOptions) -> Measurement:
-    """Like `run`, but hands the result out."""
+def measure(options: BenchOptions, begins: Callable[[], None] = lambda: None) -> Measurement:
+    """Like `run`, but hands the result out. `begins` is called when all is prepared, before the first request."""
     try:
         import uvloop
 
@@ -55,11 +55,11 @@ def measure(options: BenchOptions) -> Measurement:
     except ImportError:
         runner = asyncio.Runner()
     with runner:
-        records, summary = runner.run(_run(options, Console(file=sys.stderr)))
+        records, summary = runner.run(_run(options, Console(file=sys.stderr), begins))
     return Measurement(_shown(options), summary, records)
 
 
-async def _run(options: BenchOptions, console: Console) -> tuple[list[Record], Summary]:
+async def _run(options: BenchOptions, console: Console, begins: Callable[[], None]) -> tuple[list[Record], Summary]:
     client = Client(options.url, options.api_key, options.timeout_s)
     try:
         model = options.model or await _first_model(client)
@@ -76,6 +76,7 @@ async def _run(options: BenchOptions, console: Console) -> tuple[list[Record], S
             await _warm_up(client, workload, options)
             progress.remove_task(preparing)
             measuring = progress.add_task("measuring", total=options.requests)
+            begins()
             meter, started_at = CpuMeter(options.server_pid), time.perf_counter()
             send = _open_loop if options.rate is not None else _closed_loop
             records = await send(client, requests, options, lambda: progress.advance(measuring))

@@ -1,6 +1,7 @@
 """What a real server does with loads that are known: its answers, and the CPU seconds of each of its processes."""
 
 import asyncio
+import os
 import re
 import secrets
 import signal
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 import msgspec
 
@@ -24,6 +25,8 @@ from triptych.errors import InstanceError
 STOP_S = 30.0
 SETTLE_S = 0.6  # two heartbeats: an idle instance checks its books with the first
 PINGS = 200
+API_KEY_VARIABLE = "TRIPTYCH_API_KEY"
+_OPENER = build_opener(ProxyHandler({}))  # whatever proxies others are to use
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,8 @@ class LiveServer:
         )
         pids = [self._pid, *self._instances()]
         time.sleep(SETTLE_S)
-        before = [cpu_s(pid) for pid in pids]
-        measurement = measure(options)
+        before: list[float] = []
+        measurement = measure(options, begins=lambda: before.extend(map(cpu_s, pids)))
         server_s, *instances_s = (cpu_s(pid) - began_s for pid, began_s in zip(pids, before, strict=True))
         if measurement.summary.num_failed:
             raise InstanceError(f"the server to be measured refused requests: {measurement.summary.errors}")
@@ -96,7 +99,7 @@ class LiveServer:
         return median(asyncio.run(ask())[PINGS // 4 :])
 
     def _instances(self) -> list[int]:
-        with urlopen(f"{self._url}/cluster") as answer:
+        with _OPENER.open(f"{self._url}/cluster") as answer:
             return [instance["pid"] for instance in msgspec.json.decode(answer.read())["instances"]]
 
 
@@ -105,7 +108,8 @@ def server(arguments: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Base URL and process id of `triptych serve` on a port that the system chooses. Raises InstanceError if it does
     not start."""
     command = [sys.executable, "-m", "triptych.cli", "serve", *arguments, "--port", "0", "--log-level", "warning"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
@@ -115,9 +119,17 @@ def server(arguments: Sequence[str]) -> Iterator[tuple[str, int]]:
         yield found.group(), process.pid
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(STOP_S)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def cpu_s(pid: int) -> float:
-    """Of all threads of a process, without its children, to the nanosecond: its CPU clock, as Linux numbers it."""
-    return time.clock_gettime((~pid << 3) | 2)
+    """Of all threads of a process, without its children, to the nanosecond: its CPU clock, as Linux numbers it. Raises
+    InstanceError if there is no such process any more."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError:
+        raise InstanceError(f"process {pid} of the server to be measured has ended") from None

@@ -13,11 +13,11 @@ from triptych.config_file import naming_flags
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from triptych.bench.live_costs import Live
     from triptych.config import ModelConfig
     from triptych.engine.profiling import Measured
     from triptych.planning.costs.profile import Made, Profile, Residual
     from triptych.planning.quantities import DollarsPerHour
-    from triptych.planning.simulation.calibration import LiveRun
 
 
 WORDS = {  # what a cost is of, where its name does not say it
@@ -33,7 +33,7 @@ WORDS = {  # what a cost is of, where its name does not say it
     "decode_sequence": "decode: a sequence",
     "decode_context": "decode: a token of its context",
     "turn": "an instance that takes messages and computes nothing",
-    "handover": "an instance that hands KV or embeddings over",
+    "pull": "a pull of KV or embeddings, for each of its two sides",
     "wake": "the first step after a rest",
     "arrival": "a request, until it is dispatched",
     "message": "a message from process to process",
@@ -111,6 +111,7 @@ def profile(
         max_model_len=max_model_len,
     )
     arguments = ["--threads", str(threads), "--device", config.device, "--dtype", dtype, "--load-format", load_format]
+    arguments += ["--transfer", transfer]
     arguments += [] if model is None else [model]
     arguments += [] if max_model_len is None else ["--max-model-len", str(max_model_len)]
     arguments += [] if not revision else ["--revision", revision]
@@ -192,11 +193,10 @@ def _measured(
         ).run()
         alone = _assembled(model, hardware, made, measured)
         pictures = live_costs.Pictures(measured.rows, measured.lead_tokens) if measured.rows else None
-        runs, arrival_s = live_costs.live_runs(arguments, alone, pictures, effort, done)
-        return _calibrated(alone, runs, arrival_s)
+        return _calibrated(alone, live_costs.live_runs(arguments, alone, pictures, effort, done))
 
 
-def _calibrated(alone: "Profile", runs: "list[LiveRun]", arrival_s: float) -> "Profile":
+def _calibrated(alone: "Profile", live: "Live") -> "Profile":
     """What the processes of a live server took of the cores says what steps cost among them, and what serving costs.
     Where an instance computes elsewhere, or with several threads, its CPU time says nothing of its steps."""
     from dataclasses import replace
@@ -205,18 +205,16 @@ def _calibrated(alone: "Profile", runs: "list[LiveRun]", arrival_s: float) -> "P
 
     from triptych.planning.simulation.calibration import calibrate
 
-    costs = replace(alone.costs(), arrival=arrival_s)
-    if not runs:
-        note = "no server was measured: one load would have taken longer than a minute"
-        return replaced(alone.with_costs(costs), made=replaced(alone.made, notes=(note,)))
-    found = calibrate(costs, runs, steps=alone.made.device == "cpu" and alone.made.threads == 1)
-    times = ", ".join(f"{stage} {scale:.2f}" for stage, scale in found.stages.items())
-    note = f"in a live server steps take so many times what they take alone: {times}"
-    return replaced(
-        alone.with_costs(found.costs),
-        residuals={**alone.residuals, **found.residuals},
-        made=replaced(alone.made, notes=(note,)),
-    )
+    costs, notes, residuals = replace(alone.costs(), arrival=live.arrival_s), list(live.notes), dict(alone.residuals)
+    if live.runs:
+        of_steps = alone.made.device == "cpu" and alone.made.threads == 1
+        found = calibrate(costs, live.runs, steps=of_steps)
+        costs, residuals = found.costs, residuals | dict(found.residuals)
+        if of_steps:
+            times = ", ".join(f"{stage} {scale:.2f}" for stage, scale in found.stages.items())
+            notes.append(f"in a live server steps take so many times what they take alone: {times}")
+    made = replaced(alone.made, notes=tuple(notes))
+    return replaced(alone.with_costs(costs), residuals=residuals, made=made)
 
 
 def _assembled(model: "ModelConfig", hardware: str, made: "Made", measured: "Measured") -> "Profile":
@@ -271,6 +269,8 @@ def tell(profile: "Profile", output: Path, model: str | None, *, quick: bool) ->
     from rich.console import Console
 
     _show(Console(), profile)
+    for note in profile.made.notes:
+        typer.echo(note)
     typer.echo(f"written to {output}")
     far = [name for name, residual in profile.residuals.items() if residual.worst > FAR_OFF]
     if far:

@@ -202,7 +202,7 @@ def _with_numbers(workload: "Workload", requests: int | None, seed: int | None) 
     if requests is None:
         return workload
     require(not workload.phases, "--requests", f"{workload.name} has phases, which say how many requests come")
-    return replace(workload, num_requests=requests, duration=None if workload.trace is None else workload.duration)
+    return workload.with_requests(requests)
 
 
 def _objectives(

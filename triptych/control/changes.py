@@ -16,6 +16,7 @@ from triptych.control.fleet import Fleet
 from triptych.control.instances import Instance, State, SwitchRecord
 from triptych.control.placing import Move, Start, Stop, Switch, plan
 from triptych.core import InstanceId, Placement, Role, unserved
+from triptych.engine.sockets import most_peers
 from triptych.errors import InstanceError, RequestError
 from triptych.messages import Switched, SwitchRole
 
@@ -76,9 +77,7 @@ class Changes:
         in the error and stays. Raises RequestError: 400 for too many instances, 503 for what did not happen in time,
         500 for an instance that could not take its role, did not start, or was lost.
         """
-        if len(placement.roles) > MAX_INSTANCES:
-            text = f"placement: {len(placement.roles)} instances, at most {MAX_INSTANCES}"
-            raise RequestError(text, param="placement", code="invalid_value")
+        _require_room(len(placement.roles))
         async with self._lock:
             done = self._dismiss_unwanted(placement)
             with self._in_time("every instance to be active"):
@@ -263,6 +262,15 @@ class _LostError(InstanceError):
 
     def __init__(self, instance: Instance, reason: str) -> None:
         super().__init__(f"instance {instance.id} was lost meanwhile and is started again as {instance.role}: {reason}")
+
+
+def _require_room(num_instances: int) -> None:
+    """Raises RequestError where the server could not have so many."""
+    most = min(MAX_INSTANCES, most_peers())
+    if num_instances > most:
+        why = "" if most == MAX_INSTANCES else ", by the files that the server may have open (ulimit -Hn)"
+        text = f"placement: {num_instances} instances, at most {most}{why}"
+        raise RequestError(text, param="placement", code="invalid_value")
 
 
 def _together(moves: list[Move]) -> Iterator[list[Move]]:

@@ -57,7 +57,9 @@ class Watch:
     def _is_news(self, message: Unreachable) -> bool:
         """Not of an incarnation that is gone, nor of one of whom somebody is being killed."""
         reader, holder = self._instances.get(message.reader), self._instances.get(message.holder)
-        if holder is None or holder.peer is None or holder.peer.epoch != message.epoch or reader is None:
+        if holder is None or holder.peer is None or holder.peer.epoch != message.epoch:
+            return False
+        if reader is None or reader.peer is None:
             return False
         return holder.accusation is None and reader.accusation is None
 

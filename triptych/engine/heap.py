@@ -3,7 +3,7 @@
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's parameters in glibc
-LARGE_BYTES = 1 << 30
+LARGE_BYTES, MOST_OF_OLD_BYTES = 1 << 30, 32 << 20  # older ones refuse a threshold beyond that
 
 
 def keep_large_blocks() -> None:
@@ -12,4 +12,5 @@ def keep_large_blocks() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, LARGE_BYTES)
-        mallopt(_MMAP_THRESHOLD, LARGE_BYTES)
+        if not mallopt(_MMAP_THRESHOLD, LARGE_BYTES):
+            mallopt(_MMAP_THRESHOLD, MOST_OF_OLD_BYTES)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -234,7 +234,7 @@ class Profiler:
                 output_tokens = effort.output_tokens + batch * context // WIDEST_CHUNK
                 turns = rig.play([rig.text(context, output_tokens) for _ in range(batch)])
                 kinds = [{decodes for _, _, decodes in turn.chunks} for turn in turns]
-                pure += _middles([turn for turn, of in zip(turns, kinds, strict=True) if of == {True}])
+                pure += _middle([turn for turn, of in zip(turns, kinds, strict=True) if of == {True}], batch)
                 mixed += [mixed_sample(turn) for turn, of in zip(turns, kinds, strict=True) if len(of) == 2]
         self._measured.stages["decode"], self._measured.stages["mixed"] = pure, mixed
 
@@ -341,20 +341,15 @@ def decode_sample(turn: Turn) -> Sample:
     return Sample(dict(zip(DECODE, (1.0, float(len(turn.chunks)), float(context)), strict=True)), turn.language_s)
 
 
-def _middles(turns: list[Turn]) -> list[Sample]:
-    """One sample for all steps of as many sequences: they differ by a token of context, and some were disturbed."""
-    samples = []
-    by_number = groupby(sorted(map(decode_sample, turns), key=_num_sequences), key=_num_sequences)
-    for number, found in by_number:
-        group = list(found)
-        context = statistics.fmean(sample.amounts["decode_context"] for sample in group)
-        amounts = dict(zip(DECODE, (1.0, number, context), strict=True))
-        samples.append(Sample(amounts, statistics.median(sample.seconds for sample in group)))
-    return samples
-
-
-def _num_sequences(sample: Sample) -> float:
-    return sample.amounts["decode_sequence"]
+def _middle(turns: list[Turn], batch: int) -> list[Sample]:
+    """One sample for all steps of so many sequences: they differ by a token of context, and some were disturbed. Steps
+    in which a batch has begun to end are few, of sizes that nothing was computed in for long, and take longer."""
+    group = [decode_sample(turn) for turn in turns if len(turn.chunks) == batch]
+    if not group:
+        return []
+    context = statistics.fmean(sample.amounts["decode_context"] for sample in group)
+    amounts = dict(zip(DECODE, (1.0, float(batch), context), strict=True))
+    return [Sample(amounts, statistics.median(sample.seconds for sample in group))]
 
 
 def mixed_sample(turn: Turn) -> Sample:

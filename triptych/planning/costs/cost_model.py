@@ -24,7 +24,7 @@ class Costs:
     decode_sequence: float = 0.0
     decode_context: float = 0.0  # for each token of context of each sequence
     turn: float = 0.0  # of an instance that takes messages and computes nothing; in steps it is included
-    handover: float = 0.0  # of KV or embeddings that go to another instance: of the one that reads, and of the other
+    pull: float = 0.0  # beside its bytes: of the instance that reads, and of the one that is read from
     wake: float = 0.0  # more of the first language step after a rest: what ran meanwhile has filled the caches
     arrival: float = 0.0  # before a request is dispatched: HTTP, fetching media, preprocessing
     message: float = 0.0005

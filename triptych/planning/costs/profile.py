@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS, SHARED_DECODE_INTERVAL_MS, require
+from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS, decode_interval_ms, require
 from triptych.core import Placement, Role, Stage
 from triptych.errors import ConfigError
 from triptych.planning import files
@@ -37,7 +37,7 @@ class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     decode_sequence: Seconds = Seconds(0)
     decode_context: Seconds = Seconds(0)
     turn: Seconds = Seconds(0)
-    handover: Seconds = Seconds(0)
+    pull: Seconds = Seconds(0)
     wake: Seconds = Seconds(0)
     arrival: Seconds = Seconds(0)
     message: Seconds = Seconds(0)
@@ -177,14 +177,17 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         )
 
     def as_served(self, placement: Placement) -> dict[Role, Sizes]:
-        """Of each role of a placement, what `triptych serve` gives it on a CPU without being told: 1 GiB of KV, prefix
-        caching, and answers that slow down for pictures where there are more instances than cores."""
-        crowded = self.costs_of_steps.cores is not None and len(placement.roles) > self.costs_of_steps.cores
-        interval_ms = SHARED_DECODE_INTERVAL_MS if crowded else 0.0
+        """Of each role of a placement, what `triptych serve` gives it on a CPU that is told no more than the threads:
+        1 GiB of KV, prefix caching, and answers that slow down for pictures where cores are shared."""
+        interval_ms = self.decode_interval_ms(len(placement.roles))
         return {
             role: self.sizes(role, kv_bytes=GIB, prefix_caching=True, decode_interval_ms=interval_ms)
             for role in set(placement.roles)
         }
+
+    def decode_interval_ms(self, num_instances: int) -> float:
+        """To which answers slow down in a server of so many instances with the threads that were measured."""
+        return decode_interval_ms(num_instances, max(1, self.made.threads), self.costs().cores)
 
     def with_costs(self, costs: Costs) -> "Profile":
         """With those of the fields of `costs` that stand in a profile."""

@@ -4,12 +4,11 @@ import math
 
 from triptych.errors import ConfigError
 
-MOST_RATIO = 200  # of the sides: the processors of these models refuse more
+MOST_RATIO = 200  # of the sides: the server refuses more, whatever the model
 
 
 def fit_area(width: int, height: int, side: int, min_pixels: int, max_pixels: int) -> int:
     """Squares of `side` pixels that a picture becomes, with an area between the bounds."""
-    _check_ratio(width, height)
     rows, columns = round(height / side), round(width / side)
     area = rows * side * columns * side
     if area > max_pixels:
@@ -21,7 +20,6 @@ def fit_area(width: int, height: int, side: int, min_pixels: int, max_pixels: in
 
 def fit_volume(frames: int, width: int, height: int, side: int, length: int, min_pixels: int, max_pixels: int) -> int:
     """Squares of each slice, where the bounds count the pixels of all frames together."""
-    _check_ratio(width, height)
     if height < side or width < side:
         scale = max(side / height, side / width)
         width, height = int(width * scale), int(height * scale)
@@ -42,8 +40,9 @@ def _grown(width: int, height: int, side: int, factor: float) -> int:
     return math.ceil(height * factor / side) * math.ceil(width * factor / side)
 
 
-def _check_ratio(width: int, height: int) -> None:
+def check_ratio(width: int, height: int) -> None:
+    """Raises ConfigError for a picture or a video that no server takes."""
     if max(width, height) > MOST_RATIO * min(width, height):
         raise ConfigError(
-            f"{width}x{height}: one side is more than {MOST_RATIO} times the other, which this model refuses"
+            f"{width}x{height}: one side is more than {MOST_RATIO} times the other, which the server refuses"
         )

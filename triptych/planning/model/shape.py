@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from triptych.errors import ConfigError
+from triptych.planning.model.areas import check_ratio
 from triptych.planning.model.language import Language
 from triptych.planning.model.tower import Tower
 from triptych.planning.model.units import Pictures, Sounds, Unit, Units, Videos
@@ -74,6 +75,7 @@ class ModelShape:
         if self.pictures is None:
             raise ConfigError(f"{self.name}: takes no pictures")
         _require_positive(width=width, height=height)
+        check_ratio(width, height)
         units = self.pictures.units(width, height, num_images)
         if min(unit.rows for unit in units) < 1:
             raise ConfigError(
@@ -85,6 +87,7 @@ class ModelShape:
         if self.videos is None:
             raise ConfigError(f"{self.name}: takes no videos")
         _require_positive(frames=frames, width=width, height=height)
+        check_ratio(width, height)
         return self.videos.units(frames, width, height)
 
     def audio_units(self, seconds: float) -> Units:

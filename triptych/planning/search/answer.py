@@ -10,7 +10,7 @@ from triptych.planning.search.plan import Curve, Question, Row, reaches
 from triptych.planning.search.search import Outcome
 from triptych.planning.search.space import Candidate
 from triptych.planning.search.verdict import certainty, verdict
-from triptych.planning.search.written import as_json, config_text, is_servable, serve_config, settings, simulate_line
+from triptych.planning.search.written import as_json, config_text, is_servable, serve_config, serve_line, simulate_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Answer:
         if repeat is not None:
             lines.append(f"The first row again: {repeat}")
         best = self.rows[0].candidate
-        return [*lines, f"triptych serve {settings(best)}"] if is_servable(best) else lines
+        return [*lines, serve_line(best, self.question.machines.profiles[1])] if is_servable(best) else lines
 
     def simulate_lines(self, asked: Sequence[str]) -> list[str | None]:
         """Of every row."""

@@ -139,14 +139,6 @@ def _rounded(rate: float) -> float:
 # ---- which runs
 
 
-def with_requests(workload: Workload, number: int) -> Workload:
-    """As `triptych simulate --requests`; phases say themselves how many come."""
-    if workload.phases:
-        return workload
-    duration = None if workload.trace is None else workload.duration
-    return msgspec.structs.replace(workload, num_requests=number, duration=duration)
-
-
 def enough_requests(objectives: Objectives, rate: float) -> int:
     """Of one run at about that rate."""
     limit_ms = objectives.ttft_ms if objectives.ttft_ms is not None else objectives.e2e_ms

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS, SHARED_DECODE_INTERVAL_MS
+from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS
 from triptych.core import Role, Stage
 from triptych.errors import ConfigError
 from triptych.planning.costs.cost_model import Costs
@@ -72,12 +72,12 @@ class ProfiledMachines:
     @property
     def shares_cores(self) -> bool:
         """Whether instances are processes on the cores of one machine, instead of GPUs."""
-        return math.isfinite(self._num_cores)
+        return math.isfinite(self._any_profile.costs().cores)
 
     def sizes(self, candidate: Candidate) -> dict[Role, Sizes]:
         """Prefixes cost time to look for, and are looked for where there are any; answers slow down for pictures where
         instances share cores: both as `triptych serve` does without being told."""
-        interval_ms = SHARED_DECODE_INTERVAL_MS if len(candidate.placement.roles) > self._num_cores else 0.0
+        interval_ms = self._any_profile.decode_interval_ms(len(candidate.placement.roles))
         return {
             role: replace(
                 self._sizes(role, candidate), prefix_caching=self.reach.has_prefixes, decode_interval_ms=interval_ms
@@ -86,8 +86,9 @@ class ProfiledMachines:
         }
 
     @property
-    def _num_cores(self) -> float:
-        return next(iter(self.profiles.values())).costs().cores
+    def _any_profile(self) -> Profile:
+        """For what they have in common."""
+        return next(iter(self.profiles.values()))
 
     def dollars_per_hour(self, candidate: Candidate) -> float | None:
         prices = [self.profiles[candidate.degree(role)].price for role in candidate.placement.roles]
@@ -95,7 +96,7 @@ class ProfiledMachines:
 
     def require_context(self, where: str) -> None:
         """Raises ConfigError for a workload with a request that is longer than the model allows. `where` names it."""
-        profile = next(iter(self.profiles.values()))
+        profile = self._any_profile
         longest, context = self.reach.sequence_tokens, profile.memory.context_len
         if longest > context:
             raise ConfigError(f"{where}: a request has {longest} tokens, the context of {profile.model} is {context}")
@@ -103,7 +104,7 @@ class ProfiledMachines:
     def embedding_bytes(self) -> float:
         """Of each instance that has embeddings: four times what the largest request needs, as an instance that encodes
         and prefills gives half of them to each, and one request is taken in while another is prefilled."""
-        profile = next(iter(self.profiles.values()))
+        profile = self._any_profile
         block_bytes = EMBEDDING_BLOCK_TOKENS * profile.memory.embedding_row
         return max(GIB / 4, 4 * self.reach.media_blocks * block_bytes)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from triptych.core import Placement
 from triptych.errors import ConfigError
 from triptych.latency import Objectives
 from triptych.planning.costs.profile import Profile
@@ -17,14 +18,13 @@ from triptych.planning.search.confirmation import (
     different_seeds,
     enough_requests,
     kept,
-    with_requests,
 )
 from triptych.planning.search.evaluation import Evaluator
 from triptych.planning.search.goals import Goal, LeastCost
 from triptych.planning.search.load import Load
 from triptych.planning.search.machines import ProfiledMachines, Reach
 from triptych.planning.search.search import Asking, Found, Outcome
-from triptych.planning.search.space import Candidate, Space
+from triptych.planning.search.space import Candidate, Degrees, Space
 from triptych.planning.simulation.figures import Figures
 from triptych.planning.workloads.demand import Demand, Rows
 from triptych.planning.workloads.workload import Slo, Workload
@@ -72,7 +72,7 @@ class Question:
 
         Raises ConfigError where they have no rate, and for a request that the model cannot take.
         """
-        demands = with_requests(workload, num_requests).demands(rows_of, where)
+        demands = workload.with_requests(num_requests).demands(rows_of, where)
         load, reach = Load(demands, _rate(demands, where)), Reach.of(demands)
         _checked(where, profiles, reach)
         objectives = Objectives(
@@ -82,13 +82,14 @@ class Question:
         first = Evaluator(load, ProfiledMachines(profiles, reach), objectives, slo.attainment)
         if num_confirming is None:
             num_confirming = enough_requests(objectives, max(map(first.guess, space.aggregated()), default=0.0))
-        longer = with_requests(workload, num_confirming or num_requests)
+        longer = workload.with_requests(num_confirming or num_requests)
         seeds = different_seeds(workload, NUM_SEEDS if num_confirming else 1)
         runs = Runs(where, longer, rows_of, profiles, objectives, slo.attainment, seeds)
-        everything = chain(demands, *(runs.demands(load.rate, seed) for seed in seeds))
-        machines = _checked(where, profiles, Reach.of(list(everything)))
+        confirming = [runs.demands(load.rate, seed) for seed in seeds]
+        machines = _checked(where, profiles, Reach.of([*demands, *chain(*confirming)]))
         evaluator = Evaluator(load, machines, objectives, slo.attainment)
-        return cls(where, load, machines, space, evaluator, runs, is_confirmed=bool(num_confirming))
+        is_confirmed = len(seeds) > 1 or len(confirming[0]) > len(demands)
+        return cls(where, load, machines, space, evaluator, runs, is_confirmed)
 
     @property
     def unit(self) -> str:
@@ -143,23 +144,26 @@ def searched(goal: Goal) -> Goal:
 
 
 def chosen(outcome: Outcome, goal: Goal, *also: Callable[[Candidate], bool]) -> list[Found]:
-    """One for each placement, best first; the best aggregated one, and the best of each of `also`, in any case."""
+    """One for each placement, best first; the best aggregated one, and the best of each of `also`, in any case, also
+    where they reach less than is wanted."""
     serving = [found for found in outcome.best if found.rate > 0]
-    if isinstance(goal, LeastCost) and any(found.rate >= goal.most for found in serving):
-        serving = sorted((found for found in serving if found.rate >= goal.most), key=lambda one: (one.cost, -one.rate))
-        best = _few_of_each_cost(_distinct(serving))[:MOST_ROWS]
-    else:
-        best = _distinct(serving)[:MOST_ROWS]
+    reaching = [found for found in serving if isinstance(goal, LeastCost) and found.rate >= goal.most]
+    reaching.sort(key=lambda one: (one.cost, -one.rate))
+    best = (_few_of_each_cost(_distinct(reaching)) or _distinct(serving))[:MOST_ROWS]
+    everything = _distinct([*reaching, *serving])
     for is_wanted in (lambda one: one.is_aggregated, *also):
-        first = next((found for found in _distinct(serving) if is_wanted(found.candidate)), None)
+        first = next((found for found in everything if is_wanted(found.candidate)), None)
         if first is not None and first not in best:
             best.append(first)
     return best
 
 
 def _distinct(found: Sequence[Found]) -> list[Found]:
-    """The first of each placement."""
-    return list({(one.candidate.placement, one.candidate.degrees): one for one in reversed(found)}.values())[::-1]
+    """The first of each placement, in their order."""
+    first: dict[tuple[Placement, Degrees], Found] = {}
+    for one in found:
+        first.setdefault((one.candidate.placement, one.candidate.degrees), one)
+    return list(first.values())
 
 
 def _few_of_each_cost(found: Sequence[Found]) -> list[Found]:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from triptych.config import GIB
+from triptych.planning.costs.profile import Profile
 from triptych.planning.search.evaluation import MAX_QUEUE_S
 from triptych.planning.search.plan import Question, Row
 from triptych.planning.search.search import Outcome
@@ -38,6 +39,12 @@ def settings(candidate: Candidate) -> str:
     return f"--placement {candidate.placement} {' '.join(flags)}"
 
 
+def serve_line(candidate: Candidate, profile: Profile) -> str:
+    """The command that serves a candidate of the built-in model."""
+    threads = [f"--{name} {number}" for name, number in _threads(profile).items()]
+    return " ".join(["triptych serve", *threads, settings(candidate)])
+
+
 def simulate_line(row: Row, question: Question, asked: Sequence[str]) -> str | None:
     """The command that repeats the figures of a row; `asked` are its arguments as far as `triptych plan` was given the
     same. None where there is none: for instances of several GPUs."""
@@ -65,11 +72,17 @@ def serve_config(row: Row, question: Question, model: Mapping[str, str]) -> dict
         "schedule": candidate.schedule,
         "embedding_cache_gib": math.ceil(100 * machines.embedding_bytes() / GIB) / 100,
     }
+    config |= _threads(profile)
     contexts = [machines.context_len(role, candidate) for role in candidate.family if role.has_language_model]
     if min(contexts) < profile.memory.context_len:
         config["max_model_len"] = min(contexts)
     limits = {"slo_ttft_ms": objectives.ttft_ms, "slo_tpot_ms": objectives.tpot_ms}
     return config | {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def _threads(profile: Profile) -> dict[str, int]:
+    """Of an instance, where steps take what they take because of it: a server that is not told shares out all cores."""
+    return {"threads": profile.made.threads} if profile.made.device == "cpu" and profile.made.threads else {}
 
 
 def config_text(config: dict[str, Any], comments: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Costs that agree with a live server: what its processes took of the cores for loads that are simulated as well.
 
 Steps that are measured one after the other find warm caches and wait for nobody. Among other processes they take more,
-and handovers, reports and the server itself are seen only there.
+and pulls, reports and the server itself are seen only there.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +18,10 @@ from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand
 
 ENCODE = ("encode_step", "encode_item", "encode_pixel", "encode_unit", "encode_row")
-PREFILL = ("prefill_step", "prefill_token", "prefill_pair", "wake")
+PREFILL = ("prefill_step", "prefill_token", "prefill_pair")
 DECODE = ("decode_step", "decode_sequence", "decode_context")
 STAGES = {"encode": ENCODE, "prefill": PREFILL, "decode": DECODE}
-BESIDE = ("turn", "handover")
+BESIDE = ("turn", "wake", "pull")
 SERVER = ("request", "prompt_token", "item", "media_byte", "step", "token", "report")
 CLIENT = ("request", "token")
 ROUNDS = 3  # slower steps are fewer and larger ones: after three rounds the batches are those of the live server
@@ -60,7 +60,8 @@ def calibrate(costs: Costs, runs: Sequence[LiveRun], *, steps: bool = True) -> C
         found["client"] = fit(_of_client(runs), CLIENT)
         residuals = {name: one.residual for name, one in found.items()}
         if steps:
-            factors = {stage: found["instances"].costs[stage] or 1.0 for stage in STAGES}  # 0: no run had it
+            # 0: no run had that stage, or what it takes could not be told from the rest.
+            factors = {stage: found["instances"].costs[stage] or 1.0 for stage in STAGES}
             scales = {stage: scale * factors[stage] for stage, scale in scales.items()}
             costs = _scaled(costs, factors, found["instances"])
         costs = replace(costs, **_named("server", found["server"]), **_named("client", found["client"]))
@@ -98,7 +99,8 @@ def _amounts(work: Work) -> dict[str, float]:
         "prefill": work.prefill_s,
         "decode": work.decode_s,
         "turn": float(work.turns),
-        "handover": float(work.handovers),
+        "wake": float(work.wakes),
+        "pull": float(work.pulls),
     }
 
 

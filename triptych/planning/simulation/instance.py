@@ -70,7 +70,8 @@ class Work:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     turns: int = 0  # that computed nothing
-    handovers: int = 0
+    wakes: int = 0  # first language steps after a rest
+    pulls: int = 0  # that it made, or that were made from it
 
 
 class SimulatedInstance:
@@ -98,7 +99,7 @@ class SimulatedInstance:
         self._gone = False
         self._job: Job | None = None  # the last one on the host
         self._working_on: list[RequestId] = []  # in the step that is under way
-        self._owed_s = 0.0  # what handovers, and KV that went to host memory and back, take of the next turn
+        self._owed_s = 0.0  # what pulls, a rest, and KV that went to host memory and back, take of the next turn
         self.work = Work()
         self._has_rested = True  # since its last language step
         self._leave: Leave | None = None
@@ -167,19 +168,19 @@ class SimulatedInstance:
     def deliver(self, message: AnyMessage) -> None:
         self._inbox.append(message)
         if isinstance(message, Release):
-            self._handed_over()
+            self._pulled()
         if self._row is None or not isinstance(message, Load):  # no decode step hangs on how busy others are
             self._news()
 
     def settled(self, pull: Pull, error: InstanceError | None = None) -> None:
         """A pull of this instance is over. Said twice, it was over before."""
         if self._pulls.pop(id(pull), None) is not None:
-            self._handed_over()
+            self._pulled()
             self._hear(Settled(pull, error))
 
-    def _handed_over(self) -> None:
-        self.work.handovers += 1
-        self._owed_s += self._costs.handover
+    def _pulled(self) -> None:
+        self.work.pulls += 1
+        self._owed_s += self._costs.pull
 
     def take_table(self, table: RoutingTable) -> None:
         self._hear(table)
@@ -290,8 +291,9 @@ class SimulatedInstance:
         if chunks or decodes:
             self._flush()
             self._working_on = [chunk.sequence.request_id for chunk in [*decodes, *chunks]]
+            self._wake_up()
         if chunks:
-            seconds = self._costs.language_s(decodes, chunks) + self._wake_s()
+            seconds = self._costs.language_s(decodes, chunks)
             of_decodes_s = self._costs.sequences_s(decodes)
             self.work.decode_s += of_decodes_s
             self.work.prefill_s += seconds - of_decodes_s
@@ -346,9 +348,11 @@ class SimulatedInstance:
         else:
             self._rest(busy)
 
-    def _wake_s(self) -> float:
-        has_rested, self._has_rested = self._has_rested, False
-        return self._costs.wake if has_rested else 0.0
+    def _wake_up(self) -> None:
+        if self._has_rested:
+            self._has_rested = False
+            self.work.wakes += 1
+            self._owed_s += self._costs.wake
 
     def _rest(self, busy: bool) -> None:
         self._flush()
@@ -380,12 +384,11 @@ class SimulatedInstance:
         num_steps = 1 if owed_s else self._num_equal_steps(chunks, context)
         seconds = self._costs.decodes_s(len(chunks), context, num_steps)
         if self._host is not None:
-            seconds += self._wake_s()
             self.work.decode_s += seconds
             self._compute(seconds + owed_s, self._decoded_once, chunks, self._clock.now)
             return
         end = self._later(seconds + owed_s, self._decoded)
-        self._row = DecodeRow(self._costs, self._clock.now, chunks, context, num_steps, end)
+        self._row = DecodeRow(self._costs, self._clock.now + owed_s, chunks, context, num_steps, end)
 
     def _decoded_once(self, chunks: list[Chunk], began_s: float) -> None:
         assert self.stages.decode is not None

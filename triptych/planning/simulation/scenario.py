@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from triptych.config import SHARED_DECODE_INTERVAL_MS, AdmissionConfig
+from triptych.config import AdmissionConfig
 from triptych.core import Placement, Role
 from triptych.latency import Objectives
 from triptych.planning.costs.profile import Profile
@@ -76,10 +76,9 @@ class Scenario:
 
     @property
     def _interval_ms(self) -> float:
-        """Answers slow down where instances share cores, one thread each."""
         if self.decode_interval_ms is not None:
             return self.decode_interval_ms
-        return SHARED_DECODE_INTERVAL_MS if len(self.candidate.placement.roles) > self.profile.costs().cores else 0.0
+        return self.profile.decode_interval_ms(len(self.candidate.placement.roles))
 
     def _options(self) -> Options:
         admission = AdmissionConfig(

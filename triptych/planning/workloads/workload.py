@@ -92,6 +92,12 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         except ValueError as error:
             raise ConfigError(f"{self.name}: at {rate:g} req/s: {error}") from None
 
+    def with_requests(self, number: int) -> Self:
+        """With as many; phases say themselves how many come."""
+        if self.phases:
+            return self
+        return structs.replace(self, num_requests=number, duration=None if self.trace is None else self.duration)
+
     def demands(self, rows_of: Rows, where: str | None = None) -> list[Demand]:
         """In the order of their times, at least one. `where` it was read, for messages.
 
