@@ -12,6 +12,7 @@ from triptych.errors import ConfigError
 
 KV_BLOCK_TOKENS = 16  # the block size of vLLM and of the paper
 EMBEDDING_BLOCK_TOKENS = 16
+ITEMS_AT_HAND = 4  # pictures, videos and clips that an encoder has read and keeps
 
 GIB = 1 << 30
 

@@ -116,8 +116,8 @@ def test_a_profile_of_the_same_name_may_have_a_copy_of_every_matrix_of_one_half_
     shape, memory = replace(find_model(None), name="mine"), analytic_profile(find_model(None), H200).memory
     copied = structs.replace(memory, encoder_weights=Bytes(2 * memory.encoder_weights))
     assert load_profile(saved(tmp_path, None, model="./mine", memory=copied), shape)
-    with pytest.raises(ConfigError, match="is of the model ./other, and not of mine"):
+    with pytest.raises(ConfigError, match=r"is of the model \./other, and not of mine"):
         load_profile(saved(tmp_path, None, model="./other", memory=copied), shape)
     larger = structs.replace(memory, encoder_weights=Bytes(3 * memory.encoder_weights))
-    with pytest.raises(ConfigError, match="is of the model ./mine, and not of mine"):
+    with pytest.raises(ConfigError, match=r"is of the model \./mine, and not of mine"):
         load_profile(saved(tmp_path, None, model="./mine", memory=larger), shape)

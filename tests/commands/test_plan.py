@@ -12,12 +12,15 @@ import typer
 from typer.testing import CliRunner, Result
 
 from triptych import cli
+from triptych.commands.arguments import find_model
 from triptych.commands.plan import plan
 from triptych.commands.simulate import simulate
 from triptych.config_file import read
 from triptych.core import Placement, Role
 from triptych.demo import checkpoint_path
 from triptych.errors import ConfigError
+from triptych.planning.costs.analytic import analytic_profile
+from triptych.planning.costs.hardware import find_device
 from triptych.planning.search import charts, export
 from triptych.planning.search.plan import Curve
 
@@ -285,9 +288,9 @@ def test_the_built_in_model_is_the_one_that_serve_takes_by_itself(workload: Path
 def test_a_plan_for_a_cpu_is_served_with_the_threads_that_were_measured(workload: Path, tmp_path: Path):
     profile, output = tmp_path / "profile.json", tmp_path / "plan.yaml"
     computed = analytic_profile(find_model(None), find_device("A100-80G"))
-    costs = structs.replace(computed.costs_of_steps, cores=2)
-    made = structs.replace(computed.made, device="cpu", threads=2)
-    structs.replace(computed, costs_of_steps=costs, made=made).save(profile)
+    costs = msgspec.structs.replace(computed.costs_of_steps, cores=2)
+    made = msgspec.structs.replace(computed.made, device="cpu", threads=2)
+    msgspec.structs.replace(computed, costs_of_steps=costs, made=made).save(profile)
     arguments = ("--gpus", 3, "--profile", profile, "--workload", workload, *SMALL)
     result = CliRunner().invoke(app, [*map(str, arguments), "-o", str(output)])
     assert result.exit_code == 0, result.output

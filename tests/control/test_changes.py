@@ -524,7 +524,7 @@ def test_a_placement_that_needs_more_open_files_than_there_may_be_is_refused_wit
 
     async def scenario(scene: Scene) -> None:
         await scene.begun("1epd")
-        with pytest.raises(RequestError, match=r"20 instances, at most 19, by the files that the server may") as refused:
+        with pytest.raises(RequestError, match=r"20 instances, at most 19, by the files that") as refused:
             await scene.controller.place(Placement((Role.EPD,) * 20))
         assert refused.value.status == 400
         assert len(scene.cluster.started) == 1

@@ -91,7 +91,7 @@ def test_runs_are_long_enough_for_their_rate():
     assert make_question(num_confirming=None).runs.workload.num_requests == 2000
 
 
-def test_runs_have_seeds_of_their_own():
+def test_runs_have_seeds_of_their_own_and_phases_come_at_the_rate_that_is_asked_for():
     workload = make_workload(seed=7)
     assert different_seeds(workload, 3) == (7, 8, 9)
     phased = make_workload(num_requests=None, phases=[Period(num_requests=5), Period(num_requests=6, rate_factor=2.0)])

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS
+from triptych.config import EMBEDDING_BLOCK_TOKENS, ITEMS_AT_HAND
 from triptych.core import EncodeWork, Media
 from triptych.errors import RequestError
 from triptych.model.caches import EmbeddingRegion
 
 logger = logging.getLogger(__name__)
-
-MAX_PREPARED = 4  # decoded items that an encoder keeps at hand
 
 Tensors = dict[str, Tensor]
 _Batch = list[tuple[int, EncodeWork, Tensors]]  # index of the result, the work, its tensors
@@ -81,7 +79,7 @@ class EncodeRunner:
             if isinstance(prepared, RequestError) and prepared.status >= 500:  # perhaps only this time
                 return prepared
             self._prepared[media.hash] = prepared
-            if len(self._prepared) > MAX_PREPARED:
+            if len(self._prepared) > ITEMS_AT_HAND:
                 self._prepared.popitem(last=False)
         self._prepared.move_to_end(media.hash)
         prepared = self._prepared[media.hash]

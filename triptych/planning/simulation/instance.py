@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS, ENCODE_NICENESS, KV_BLOCK_TOKENS
+from triptych.config import EMBEDDING_BLOCK_TOKENS, ENCODE_NICENESS, ITEMS_AT_HAND, KV_BLOCK_TOKENS
 from triptych.core import Chunk, EncodeWork, InstanceId, RequestId, Role, Stage
 from triptych.engine.pace import Metronome, Pace
 from triptych.engine.reports import load_of
@@ -28,9 +28,6 @@ from triptych.planning.workloads.demand import Item
 from triptych.routing import RoutingTable
 from triptych.stages.base import Pull, Surroundings
 from triptych.stages.group import StageGroup
-
-ITEMS_AT_HAND = 4  # that an encoder has read and keeps, as `model.encoder` does
-
 
 Mail = list[tuple[InstanceId, AnyMessage]]  # sent together, so it arrives together, in this order
 
