@@ -1,16 +1,20 @@
 """Loads on a real server: what its processes took stands by the right instance, and the requests are those it got."""
 
 from collections.abc import Iterator
+from statistics import fmean
 
 import pytest
 
 from tests.planning.test_profile import make_profile
-from triptych.bench.live_costs import Ask, Pictures, asked
-from triptych.bench.serving import LiveServer, server
+from triptych.bench.live_costs import Ask, Pictures, asked, demands_of
+from triptych.bench.serving import LiveServer, Load, server
 from triptych.core import Placement
 from triptych.errors import InstanceError
-from triptych.planning.costs.profile import Profile
+from triptych.planning.costs.profile import Profile, StageCosts
+from triptych.planning.costs.reference import BUILT_IN_COSTS
 from triptych.planning.quantities import Seconds
+from triptych.planning.simulation.calibration import calibrate
+from triptych.planning.simulation.simulator import Simulation
 
 PLACEMENT = Placement.parse("1e1p1d")
 PICTURES = Pictures({448: (16,)}, lead_tokens=8)
@@ -47,6 +51,25 @@ def test_the_demands_are_the_requests_that_the_server_got(live: LiveServer, prof
     assert all(demand.media_rows == 32 and demand.text_tokens > 40 for demand in found.demands)
     times = [demand.at_s for demand in found.demands]
     assert times == sorted(times)
+
+
+def test_the_simulator_foretells_a_load_that_it_was_not_calibrated_with(live: LiveServer) -> None:
+    """A short form of benchmarks/truth.py, with bounds that hold on a machine that does other things as well."""
+    names = [name for name in StageCosts.__struct_fields__ if name.startswith(("encode_", "prefill_", "decode_"))]
+    guessed = make_profile(cores=2, **{name: getattr(BUILT_IN_COSTS, name) for name in names})
+    runs = [
+        asked(live, PLACEMENT, guessed, PICTURES, ask, seconds=1.5)
+        for ask in (Ask(40, 24, 0.3), Ask(300, 8, 0.3), Ask(40, 8, 0.3, images=2, side=448))
+    ]
+    found = calibrate(guessed.costs(), [run for run in runs if run is not None])
+    ask = Ask(60, 16, 0.0, images=1, side=448)
+    served = live.serve(Load(8.0, 32, ask.words, ask.output_tokens, ask.images, ask.side))
+    demands = demands_of(served.requests, ask, PICTURES)
+    simulated = Simulation(PLACEMENT, found.costs, guessed.as_served(PLACEMENT)).run(demands)
+    live_ttft_s = fmean(record.ttft_s or 0.0 for record in served.requests)
+    live_tpot_s = fmean(record.tpot_s or 0.0 for record in served.requests)
+    assert 0.4 < fmean(record.ttft_s for record in simulated) / live_ttft_s < 2.5
+    assert 0.4 < fmean(record.tpot_s or 0.0 for record in simulated) / live_tpot_s < 2.5
 
 
 def test_what_would_take_too_long_is_left_out(live: LiveServer) -> None:

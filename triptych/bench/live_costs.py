@@ -115,12 +115,12 @@ def asked(
         return None
     probe = live.serve(_load(ask, 1e3, PROBES))
     sizes, costs = profile.as_served(placement), profile.costs()
-    rate = ask.share * capacity(costs, sizes, placement, _demands(probe.requests, ask, pictures)[0])
+    rate = ask.share * capacity(costs, sizes, placement, demands_of(probe.requests, ask, pictures)[0])
     num_requests = round(min(MOST, max(FEWEST, rate * seconds)))
     if num_requests / rate > LONGEST_S:
         return None
     found = live.serve(_load(ask, rate, num_requests))
-    demands = _demands(found.requests, ask, pictures)
+    demands = demands_of(found.requests, ask, pictures)
     instances_s = found.instances_s if ask.share < 1 else ()  # what waits everywhere is no usual load of theirs
     return LiveRun(placement, sizes, demands, instances_s, found.server_s, found.client_s)
 
@@ -129,7 +129,7 @@ def _load(ask: Ask, rate: float, requests: int) -> Load:
     return Load(rate, requests, ask.words, ask.output_tokens, ask.images, ask.side)
 
 
-def _demands(records: Sequence[Record], ask: Ask, pictures: Pictures | None) -> list[Demand]:
+def demands_of(records: Sequence[Record], ask: Ask, pictures: Pictures | None) -> list[Demand]:
     """The requests that the server got: when, and of which size."""
     media: tuple[Item, ...] = ()
     if ask.images:
