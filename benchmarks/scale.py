@@ -1,4 +1,4 @@
-"""Scale on paper: simulated goodput from 8 to 1,024 instances, and what ends it: the one router, messages, links.
+"""Scale on paper: simulated kept rates from 8 to 1,024 instances, and what ends it: the one router, messages, links.
 
     python benchmarks/scale.py
 
@@ -47,14 +47,14 @@ NUMBERS = (8, 16, 32, 64, 128, 256, 512, 1024)
 STEP = 1.04  # between the rates that are tried
 MOST_SEARCHED = 256  # instances
 TARGET = 0.9
-FULL_CELL = 0.95  # of the goodput of each instance in the best cell
+FULL_CELL = 0.95  # of the kept rate of each instance in the best cell
 HEARTBEAT_S = Sizes().heartbeat_s
 # Into one instance, one way. 80% of: NVLink 4 (H100 data sheet); a NIC of 400 Gb/s for each GPU (DGX H100 data sheet),
 # one such NIC for eight, one of 100 Gb/s for eight.
 LINKS = {"NVLink 450 GB/s": 360e9, "NIC 400G each": 40e9, "NIC 400G for 8": 5e9, "NIC 100G for 8": 1.25e9}
 CELLS_OF_CACHES = 4
 REPEATED = Repeated(share=0.9, distinct=2000, skew=0.5)
-LOAD_OF_CACHES = 0.8  # of the goodput of a cell
+LOAD_OF_CACHES = 0.8  # of the kept rate of a cell
 
 
 # The paper's picture took 0.68 s for 640 rows; smaller ones have fewer rows, and are taken to cost as much less.
@@ -123,7 +123,7 @@ class Case:
         evaluator = _Evaluator(Load(demands, rate), machines, self.objectives, TARGET)
         return evaluator.attains(self.candidate(number), rate)
 
-    def goodput(self, number: int, guess: float, changes: dict[str, float], times: float = 1.0) -> float:
+    def kept_rate(self, number: int, guess: float, changes: dict[str, float], times: float = 1.0) -> float:
         """The highest rate of those tried, a step apart, at which enough requests meet the objectives. Of many
         instances nothing above the guess is tried, and half as long: that takes long."""
         attained = self.attains(number, guess, changes, times)
@@ -274,17 +274,17 @@ def _print_router(case: Case, router: ServerCosts, mean: dict[str, float], route
     print(f"A request takes it {1e3 * router_s:.1f} ms: {rate:.0f} req/s, {rate * mean['output_tokens']:,.0f} tokens/s")
 
 
-# ---- goodput
+# ---- kept rates
 
 
 def _line(case: Case, changes: dict[str, float], router: ServerCosts) -> list[float]:
-    """Goodputs; the search for each begins where the last one leads, or at what the router can do."""
+    """Kept rates; the search for each begins where the last one leads, or at what the router can do."""
     found: list[float] = []
     guess, least_s = case.guess * case.numbers[0] / sum(case.unit), _router_s(case, router, _mean_request(case))
     for number in case.numbers:
         began = time.process_time()
         most = 0.95 / (least_s + number * router.peer) if changes else inf
-        found.append(case.goodput(number, min(guess, most), changes))
+        found.append(case.kept_rate(number, min(guess, most), changes))
         grows = len(found) < 2 or found[-1] > 1.3 * found[-2]
         guess = (2 if grows else 1) * found[-1]
         print(
@@ -309,10 +309,10 @@ def _print_rows(case: Case, rows: Sequence[dict[str, float]], cell: int) -> None
 
 
 def _longer(case: Case, router: ServerCosts, row: dict[str, float]) -> dict[str, float]:
-    """Runs of four times the length: how much of a goodput is a queue that had no time to grow."""
+    """Runs of four times the length: how much of a kept rate is a queue that had no time to grow."""
     number = int(row["instances"])
-    alone = case.goodput(number, row["alone"] / STEP, {}, 4.0)
-    routed = case.goodput(number, row["routed"] / STEP, router.of_simulation(), 4.0)
+    alone = case.kept_rate(number, row["alone"] / STEP, {}, 4.0)
+    routed = case.kept_rate(number, row["routed"] / STEP, router.of_simulation(), 4.0)
     print(f"In runs of {4 * case.seconds:g} s {number} instances: {alone:.1f} req/s alone, {routed:.1f} routed")
     return {"instances": number, "alone": alone, "routed": routed}
 
@@ -346,7 +346,7 @@ def _messages(case: Case, number: int, router: ServerCosts) -> dict[str, float]:
 
 
 def _links(case: Case, row: dict[str, float]) -> dict[str, Any]:
-    """Bytes a second at the goodput of so many instances, and the goodput with slower links."""
+    """Bytes a second at the kept rate of so many instances, and the kept rate with slower links."""
     assert case.profile is not None
     number, rate, memory, mean = int(row["instances"]), row["alone"], case.profile.memory, _mean_request(case)
     encode, prefill, decode = case.counts(number)
@@ -358,7 +358,7 @@ def _links(case: Case, row: dict[str, float]) -> dict[str, Any]:
     print("\nGB/s into each instance:", ", ".join(f"{name} {value / 1e9:.3f}" for name, value in found.items()))
     found["goodput"] = {}
     for name, speed in LINKS.items():
-        found["goodput"][name] = case.goodput(number, rate, {"bytes_per_second": speed})
+        found["goodput"][name] = case.kept_rate(number, rate, {"bytes_per_second": speed})
         print(f"    {name:16s} {speed / 1e9:6.2f} GB/s: {found['goodput'][name]:6.1f} req/s", flush=True)
     return found
 
@@ -369,11 +369,11 @@ def _links(case: Case, row: dict[str, float]) -> dict[str, Any]:
 def _caches(case: Case, router: ServerCosts, found: dict[str, Any]) -> dict[str, Any]:
     """The same requests, given to cells by chance or by the name of their first picture."""
     cell = found["cell"]
-    goodput = next(row["routed"] for row in found["goodput"] if row["instances"] == cell)
+    rate = next(row["routed"] for row in found["goodput"] if row["instances"] == cell)
     usual = text_and_pictures()
     pictures = msgspec.structs.replace(usual.kinds["pictures"], repeated=REPEATED)
     workload = msgspec.structs.replace(usual, kinds=usual.kinds | {"pictures": pictures})
-    demands = case.demands(goodput * CELLS_OF_CACHES * LOAD_OF_CACHES, times=4.0, workload=workload)
+    demands = case.demands(rate * CELLS_OF_CACHES * LOAD_OF_CACHES, times=4.0, workload=workload)
     by_chance = np.random.default_rng(0).integers(CELLS_OF_CACHES, size=len(demands)).tolist()
     by_name = [
         chance if not demand.media or demand.media[0].name is None else _hashed(demand.media[0].name)
@@ -426,7 +426,7 @@ def _draw(found: Sequence[tuple[Case, dict[str, Any]]]) -> None:
         for (name, label), style in zip(lines.items(), ("s--", "^:", "o-"), strict=True):
             shown = [row for row in rows if name != "cells" or row["instances"] >= cell]
             axes.plot([row["instances"] for row in shown], [row[name] for row in shown], style, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="instances", ylabel="goodput (req/s)")
+        axes.set(xscale="log", yscale="log", xlabel="instances", ylabel="kept rate (req/s)")
         axes.set_title(f"Simulated: {case.name}", fontsize=10)
         axes.set_xticks([row["instances"] for row in rows], [str(row["instances"]) for row in rows])
         axes.minorticks_off()

@@ -39,7 +39,7 @@ def load(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def naming_flags(command: Callable[Options, Result]) -> Callable[Options, Result]:
-    """A command whose ConfigErrors about fields name its flags."""
+    """A command whose ConfigErrors name its flags, or, if it takes its context, the file where a value is from."""
     known = inspect.signature(command).parameters.keys() - NO_FLAGS
 
     @functools.wraps(command)
@@ -47,24 +47,8 @@ def naming_flags(command: Callable[Options, Result]) -> Callable[Options, Result
         try:
             return command(*args, **options)
         except ConfigError as error:
-            raise ConfigError(_with_flags(str(error), known)) from error
-
-    return run
-
-
-def naming_the_file(command: Callable[Options, Result]) -> Callable[Options, Result]:
-    """A command that takes its context, and whose ConfigErrors say which file about values from there, and name its
-    flags about all others."""
-    known = inspect.signature(command).parameters.keys() - NO_FLAGS
-
-    @functools.wraps(command)
-    def run(*args: Options.args, **options: Options.kwargs) -> Result:
-        try:
-            return command(*args, **options)
-        except ConfigError as error:
-            context: Any = options["context"]
-            given = [key for key in context.default_map or {} if _is_from_file(context, key)]
-            key = _blamed(str(error), given)
+            context: Any = options.get("context")
+            key = _blamed(str(error), _from_file(context))
             if key is None:
                 raise ConfigError(_with_flags(str(error), known)) from error
             field, colon, message = str(error).partition(": ")
@@ -142,9 +126,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
 
 
-def _is_from_file(context: typer.Context, key: str) -> bool:
-    source = context.get_parameter_source(key)
-    return source is not None and source.name == "DEFAULT_MAP"
+def _from_file(context: typer.Context | None) -> list[str]:
+    """The keys whose values come from there."""
+    if context is None or context.default_map is None:
+        return []
+    sources = {key: context.get_parameter_source(key) for key in context.default_map}
+    return [key for key, source in sources.items() if source is not None and source.name == "DEFAULT_MAP"]
 
 
 def _blamed(message: str, given: Iterable[str]) -> str | None:

@@ -125,7 +125,7 @@ def test_a_process_may_have_as_many_files_open_as_it_is_allowed_to(soft: int, ha
 
 
 def test_more_instances_than_files_may_be_open_are_refused_before_one_starts() -> None:
-    with limited(1024, 4096), pytest.raises(ConfigError, match=r"--placement: 1000 .* about 10320 .* have 4096"):
+    with limited(1024, 4096), pytest.raises(ConfigError, match=r"--placement: 1000 .* at most 377, .* 4096"):
         make_context(1000)
     with limited(1024, 4096):
         make_context(100).term()
@@ -136,5 +136,5 @@ def test_a_placement_that_grows_may_have_as_many_instances_as_one_that_starts(ha
     with limited(256, hard):
         most = most_peers()
         make_context(most).term()
-        with pytest.raises(ConfigError, match=rf"--placement: {most + 1} instances need"):
+        with pytest.raises(ConfigError, match=rf"--placement: {most + 1} instances, at most {most},"):
             make_context(most + 1)

@@ -29,6 +29,7 @@ from triptych.messages import (
     Submit,
     Wanted,
 )
+from triptych.routing import RoutingTable
 from triptych.stages.prefill import PrefillStage
 
 BUDGET = 64
@@ -961,6 +962,22 @@ def test_another_decode_instance_gets_everything_where_the_first_one_is_gone():
     (_, located), (to, order) = sent(pools)
     assert located == Located(RequestId("r"), "d1", "1")
     assert (to, len(order.ticket.blocks)) == ("d1", 4)
+
+
+def test_a_decode_instance_that_leaves_hears_that_nobody_takes_what_went_ahead_to_it():
+    stage, pools = make_prefill()
+    stage.admit(make_request("r", text=15))
+    run(stage, 8)
+    sent(pools)
+    table = pools.near.table
+    leaving = replace(table.peers[InstanceId("d0")], leaving=True)
+    pools.near.table = RoutingTable(table.version + 1, table.peers | {leaving.id: leaving})
+    run(stage, 8)
+    (to, failed), aborted = sent(pools)
+    assert (to, failed.code, failed.retry) == (FRONTEND, "unavailable", True)
+    assert aborted == ("d0", Abort(RequestId("r")))
+    read_all(pools)
+    pools.assert_idle()
 
 
 def _cut(request: Submit, num_blocks: int) -> object:

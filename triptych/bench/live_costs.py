@@ -1,10 +1,10 @@
-"""Loads on real servers of two placements, and what their processes took of the cores: what a calibration needs."""
+"""Loads on real servers of two placements, and what they took of the cores: what a calibration needs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from triptych.bench.report import Record
-from triptych.bench.serving import LiveServer, Load, server
+from triptych.bench.serving import Ask, LiveServer, server
 from triptych.bench.workload import picture
 from triptych.core import Placement
 from triptych.errors import InstanceError
@@ -15,50 +15,41 @@ from triptych.planning.workloads.demand import Demand, Item
 PLACEMENTS = ("1epd", "1e1p1d")
 FEWEST, MOST = 12, 400  # requests of one load
 LONGEST_S = 60.0  # of one load; what would take longer is left out
-PROBES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One kind of request, at a share of what the placement could do."""
-
-    words: int
-    output_tokens: int
-    share: float
-    images: int = 0
-    side: int = 224  # pixels
+FIRST = 12  # requests before it, which tell how many tokens they have, and find a server that has done the like
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    asks: tuple[Ask, ...]
+    """What is asked, each at a share of what the placement could do."""
+
+    asks: tuple[tuple[Ask, float], ...]
     seconds: float  # of arrivals, of each
 
 
 FULL = Effort(
     (
-        Ask(40, 24, 0.1),
-        Ask(400, 12, 0.4),
-        Ask(150, 64, 0.4),
-        Ask(32, 24, 0.1, images=1, side=448),
-        Ask(32, 12, 0.4, images=6),
-        Ask(32, 24, 0.5, images=3, side=448),
-        Ask(32, 6, 0.4, images=1, side=1120),
-        Ask(24, 48, 3.0),  # more than it can do: large batches tell steps from tokens at the server
+        (Ask(8, 24), 0.1),
+        (Ask(400, 12), 0.4),
+        (Ask(150, 64), 0.4),
+        (Ask(8, 24, images=1, side=448), 0.1),
+        (Ask(32, 12, images=6), 0.4),
+        (Ask(8, 24, images=3, side=448), 0.5),
+        (Ask(8, 6, images=1, side=1120), 0.4),
+        (Ask(24, 48), 3.0),  # more than it can do: large batches tell steps from tokens at the server
     ),
-    4.0,
+    6.0,
 )
 QUICK = Effort(
     (
-        Ask(150, 32, 0.2),
-        Ask(400, 8, 0.4),
-        Ask(32, 16, 0.4, images=3, side=448),
-        Ask(32, 6, 0.3, images=1, side=1120),
-        Ask(24, 32, 3.0),
+        (Ask(150, 32), 0.2),
+        (Ask(400, 8), 0.4),
+        (Ask(8, 16, images=3, side=448), 0.4),
+        (Ask(8, 6, images=1, side=1120), 0.3),
+        (Ask(24, 32), 3.0),
     ),
     3.0,
 )
-SIDES = sorted({ask.side for effort in (FULL, QUICK) for ask in effort.asks if ask.images})
+SIDES = sorted({ask.side for effort in (FULL, QUICK) for ask, _ in effort.asks if ask.images})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +87,8 @@ def live_runs(
                 live = LiveServer(url, pid)
                 done(f"server {name} started")
                 arrival_s = arrival_s or live.waiting_s()
-                for ask in effort.asks:
-                    run = asked(live, placement, profile, pictures, ask, effort.seconds)
+                for ask, share in effort.asks:
+                    run = asked(live, placement, profile, pictures, ask, share, effort.seconds)
                     runs += [] if run is None else [run]
                     done("requests")
         except InstanceError as error:
@@ -108,25 +99,27 @@ def live_runs(
 
 
 def asked(
-    live: LiveServer, placement: Placement, profile: Profile, pictures: Pictures | None, ask: Ask, seconds: float
+    live: LiveServer,
+    placement: Placement,
+    profile: Profile,
+    pictures: Pictures | None,
+    ask: Ask,
+    share: float,
+    seconds: float,
 ) -> LiveRun | None:
     """None where it would take too long, and of pictures where the model takes none."""
     if ask.images and pictures is None:
         return None
-    probe = live.serve(_load(ask, 1e3, PROBES))
+    probe = live.serve(ask, rate=1e3, requests=FIRST)
     sizes, costs = profile.as_served(placement), profile.costs()
-    rate = ask.share * capacity(costs, sizes, placement, demands_of(probe.requests, ask, pictures)[0])
+    rate = share * capacity(costs, sizes, placement, demands_of(probe.requests, ask, pictures)[0])
     num_requests = round(min(MOST, max(FEWEST, rate * seconds)))
     if num_requests / rate > LONGEST_S:
         return None
-    found = live.serve(_load(ask, rate, num_requests))
+    found = live.serve(ask, rate=rate, requests=num_requests)
     demands = demands_of(found.requests, ask, pictures)
-    instances_s = found.instances_s if ask.share < 1 else ()  # what waits everywhere is no usual load of theirs
-    return LiveRun(placement, sizes, demands, instances_s, found.server_s, found.client_s)
-
-
-def _load(ask: Ask, rate: float, requests: int) -> Load:
-    return Load(rate, requests, ask.words, ask.output_tokens, ask.images, ask.side)
+    instances = found.instances if share < 1 else ()  # what waits everywhere is no usual load of theirs
+    return LiveRun(placement, sizes, demands, instances, found.server_s, found.client_s)
 
 
 def demands_of(records: Sequence[Record], ask: Ask, pictures: Pictures | None) -> list[Demand]:

@@ -1,4 +1,4 @@
-"""What a real server does with loads that are known: its answers, and the CPU seconds of each of its processes."""
+"""What a real server does with loads that are known: its answers, and the CPU seconds that they take."""
 
 import asyncio
 import os
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -23,18 +23,17 @@ from triptych.bench.run import measure
 from triptych.errors import InstanceError
 
 STOP_S = 30.0
-SETTLE_S = 0.6  # two heartbeats: an idle instance checks its books with the first
+SETTLE_S = 0.6  # two heartbeats: an idle instance checks its books with the first, and has told all with the second
+SPENT = ("encode", "prefill", "decode", "other")
 PINGS = 200
 API_KEY_VARIABLE = "TRIPTYCH_API_KEY"
 _OPENER = build_opener(ProxyHandler({}))  # whatever proxies others are to use
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """Poisson arrivals of equal requests."""
+class Ask:
+    """One kind of request."""
 
-    rate: float  # a second
-    requests: int
     words: int
     output_tokens: int
     images: int = 0
@@ -43,10 +42,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What became of one load, and the CPU seconds that it took, of the instances in the order of the placement."""
+    """What became of one load, and the CPU seconds that it took: of each instance, in the order of the placement, by
+    what they were for (encode, prefill, decode, other)."""
 
     requests: Sequence[Record]
-    instances_s: Sequence[float]
+    instances: Sequence[Mapping[str, float]]
     server_s: float
     client_s: float
 
@@ -58,28 +58,30 @@ class LiveServer:
         self._url = url
         self._pid = pid
 
-    def serve(self, load: Load) -> Served:
-        """Raises InstanceError if a request is refused."""
+    def serve(self, ask: Ask, *, rate: float, requests: int) -> Served:
+        """Poisson arrivals of equal requests, so many a second. Raises InstanceError if one is refused."""
         options = BenchOptions(
             url=self._url,
-            requests=load.requests,
-            rate=load.rate,
-            images=load.images,
-            image_sizes=(f"{load.side}x{load.side}",),
-            text_words=load.words,
-            output_tokens=load.output_tokens,
+            requests=requests,
+            rate=rate,
+            images=ask.images,
+            image_sizes=(f"{ask.side}x{ask.side}",),
+            text_words=ask.words,
+            output_tokens=ask.output_tokens,
             ignore_eos=True,
             seed=secrets.randbits(30),
             warmup=0,
         )
-        pids = [self._pid, *self._instances()]
-        time.sleep(SETTLE_S)
-        before: list[float] = []
-        measurement = measure(options, begins=lambda: before.extend(map(cpu_s, pids)))
-        server_s, *instances_s = (cpu_s(pid) - began_s for pid, began_s in zip(pids, before, strict=True))
+        before, before_s = self._instances(), list[float]()
+        measurement = measure(options, begins=lambda: before_s.append(cpu_s(self._pid)))
+        server_s = cpu_s(self._pid) - before_s[0]
         if measurement.summary.num_failed:
             raise InstanceError(f"the server to be measured refused requests: {measurement.summary.errors}")
-        return Served(measurement.requests, instances_s, server_s, measurement.summary.cpu_s.client)
+        spent = [
+            {name: seconds - began[name] for name, seconds in ended.items()}
+            for began, ended in zip(before, self._instances(), strict=True)
+        ]
+        return Served(measurement.requests, spent, server_s, measurement.summary.cpu_s.client)
 
     def waiting_s(self) -> float:
         """Of a request that costs almost nothing: how long nobody works on it."""
@@ -98,9 +100,12 @@ class LiveServer:
 
         return median(asyncio.run(ask())[PINGS // 4 :])
 
-    def _instances(self) -> list[int]:
+    def _instances(self) -> list[dict[str, float]]:
+        """CPU seconds of the thread that computes in each, until now."""
+        time.sleep(SETTLE_S)
         with _OPENER.open(f"{self._url}/cluster") as answer:
-            return [instance["pid"] for instance in msgspec.json.decode(answer.read())["instances"]]
+            instances = msgspec.json.decode(answer.read())["instances"]
+        return [{name: instance["counters"][f"{name}_cpu_s"] for name in SPENT} for instance in instances]
 
 
 @contextmanager

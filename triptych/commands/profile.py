@@ -27,13 +27,13 @@ WORDS = {  # what a cost is of, where its name does not say it
     "encode_unit": "encode: an encode unit",
     "encode_row": "encode: an embedding row",
     "prefill_step": "prefill: a step, beside what is in it",
+    "prefill_sequence": "prefill: a sequence",
     "prefill_token": "prefill: a token",
     "prefill_pair": "prefill: a token, for each one before it",
     "decode_step": "decode: a step, beside what is in it",
     "decode_sequence": "decode: a sequence",
     "decode_context": "decode: a token of its context",
     "turn": "an instance that takes messages and computes nothing",
-    "pull": "a pull of KV or embeddings, for each of its two sides",
     "wake": "the first step after a rest",
     "arrival": "a request, until it is dispatched",
     "message": "a message from process to process",
@@ -221,12 +221,12 @@ def _assembled(model: "ModelConfig", hardware: str, made: "Made", measured: "Mea
     """Costs of the engine alone, each fitted to the samples of its stage."""
     import os
 
-    from triptych.engine.profiling import STAGES
+    from triptych.engine.profiling import FITTED
     from triptych.planning.costs.fit import fit
     from triptych.planning.costs.profile import Profile, StageCosts
     from triptych.planning.quantities import BytesPerSecond, Seconds
 
-    fits = {stage: fit(measured.stages[stage], names) for stage, names in STAGES.items() if stage in measured.stages}
+    fits = {stage: fit(measured.stages[stage], names) for stage, names in FITTED.items() if stage in measured.stages}
     costs = {name: cost for of in fits.values() for name, cost in of.costs.items()}
     byte_s = costs.pop("byte")
     costs |= measured.seconds

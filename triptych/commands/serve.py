@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-@config_file.naming_the_file
+@config_file.naming_flags
 def serve(
     context: typer.Context,
     model: Annotated[

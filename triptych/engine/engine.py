@@ -14,7 +14,7 @@ from triptych.config import InstanceConfig
 from triptych.core import Chunk, InstanceId, RequestId, Stage
 from triptych.engine.black_box import BlackBox
 from triptych.engine.equipment import Equipment, Runners
-from triptych.engine.pace import Metronome, Pace
+from triptych.engine.pace import CpuTime, Metronome, Pace
 from triptych.engine.reports import load_of
 from triptych.engine.screening import contradiction
 from triptych.engine.sockets import Inbox, Post
@@ -82,6 +82,7 @@ class Engine:
         self._leave: _Leave | None = None
         self._newest_order = 0
         self._pace = Pace()
+        self._cpu = CpuTime()
         self.turn_began = time.monotonic()  # of the turn that runs now; other threads read it
         self._to_self: deque[AnyMessage] = deque()
         self._stopping = False
@@ -108,17 +109,22 @@ class Engine:
         received = self._receive(wait_s)
         busy = self.step()
         self._report(busy or self._holds_decode_back)
+        self._cpu.lap(None)
         if self._leave is not None and self._is_drained:
             self._carry_out(self._leave)
         return busy or received
 
     def step(self) -> bool:
         """One turn: an encode batch if one is due, then a language batch if one is due. False: there was nothing."""
-        encoded = self._step_encode()
+        ran = self._step_encode()
         self._flush()
+        if ran is not None:
+            self._cpu.lap(ran)
         spoke = self._step_language()
         self._flush()
-        return encoded or spoke or bool(self._to_self)
+        if spoke is not None:
+            self._cpu.lap(spoke)
+        return ran is not None or spoke is not None or bool(self._to_self)
 
     # ---- messages
 
@@ -298,10 +304,10 @@ class Engine:
 
     # ---- work
 
-    def _step_encode(self) -> bool:
+    def _step_encode(self) -> Stage | None:
         works = self._stages.schedule_encode(self._pace.of(Stage.ENCODE), self._scheduling.max_encode_tokens)
         if not works:
-            return False
+            return None
         assert self._stages.encode is not None and self._runners.encode is not None
         self._flush()  # what is known already need not wait for the forward
         with self._recorded(self._stages.encode.running_requests):
@@ -310,7 +316,7 @@ class Engine:
             num_tokens = sum(work.unit.num_tokens for work in works)
             self._pace.observe(Stage.ENCODE, num_tokens, self._computed("encode", began, len(works)))
             self._stages.encode.commit(works, errors)
-        return True
+        return Stage.ENCODE
 
     @contextlib.contextmanager
     def _recorded(self, requests: Iterable[RequestId]) -> Iterator[None]:
@@ -323,13 +329,13 @@ class Engine:
         yield
         self._black_box.record(())
 
-    def _step_language(self) -> bool:
+    def _step_language(self) -> Stage | None:
         """Decodes and prefill chunks of all sequences in one forward; decodes come first, chunks fill the budget."""
         decodes = self._schedule_decode()
         budget = self._scheduling.max_num_batched_tokens - len(decodes)
         chunks = self._stages.prefill.schedule(budget) if self._stages.prefill is not None else []
         if not decodes and not chunks:
-            return False
+            return None
         assert self._runners.language is not None
         self._flush()  # pulls among it: their blocks are free, also those that were offloaded just now
         self._set_threads(self._awaits_embeddings)
@@ -342,7 +348,7 @@ class Engine:
             if self._stages.prefill is not None:
                 self._stages.prefill.commit(chunks, sampled[len(decodes) :])
         self._num_steps += 1
-        return True
+        return Stage.PREFILL if chunks else Stage.DECODE
 
     def _schedule_decode(self) -> list[Chunk]:
         if self._stages.decode is None or self._holds_decode_back:
@@ -426,7 +432,7 @@ class Engine:
             self._untold = []
 
     def load(self) -> Load:
-        counters = self._equipment.counters | {"steps": float(self._num_steps)}
+        counters = self._equipment.counters | self._cpu.counters | {"steps": float(self._num_steps)}
         return load_of(self._near, self._stages, self._pools, self._pace, counters)
 
     @property

@@ -1,5 +1,6 @@
 """How fast this instance is, learned while it works, and how fast its answers are to be beside encoders."""
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -49,6 +50,26 @@ class Pace:
 
     def of(self, stage: Stage) -> float:
         return self._seconds.get(stage, 0.0)
+
+
+class CpuTime:
+    """What the thread that calls took of the cores, by what it was for: a stage, or none."""
+
+    def __init__(self) -> None:
+        self._spent_s = dict.fromkeys([*(stage.name.lower() for stage in Stage), "other"], 0.0)
+        self._since = time.thread_time()
+
+    def lap(self, stage: Stage | None) -> None:
+        """All since the last lap was for this."""
+        now = time.thread_time()
+        self._spent_s["other" if stage is None else stage.name.lower()] += now - self._since
+        self._since = now
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Totals since the start: encode_cpu_s, prefill_cpu_s (with the decodes of the same steps), decode_cpu_s,
+        other_cpu_s."""
+        return {f"{what}_cpu_s": seconds for what, seconds in self._spent_s.items()}
 
 
 class Metronome:

@@ -40,21 +40,17 @@ from triptych.engine.rig import Rig, Turn
 from triptych.engine.sockets import Inbox, Post
 from triptych.messages import Peer, Release, Ticket
 from triptych.model.loading import load_config, weight_bytes
+from triptych.planning.costs.cost_model import DECODE, ENCODE, PREFILL, STAGES
 from triptych.planning.costs.fit import Sample
 from triptych.planning.costs.profile import Memory
 from triptych.planning.quantities import Bytes
 from triptych.transfer.select import Transfers
 from triptych.transfer.slab import Slab, available_bytes
 
-ENCODE = ("encode_step", "encode_item", "encode_pixel", "encode_unit", "encode_row")
-PREFILL = ("prefill_step", "prefill_token", "prefill_pair")
-DECODE = ("decode_step", "decode_sequence", "decode_context")
-TRANSFER = ("transfer", "byte")
-STAGES = {"encode": ENCODE, "prefill": PREFILL, "decode": DECODE, "transfer": TRANSFER}
+FITTED = STAGES | {"transfer": ("transfer", "byte")}  # what the samples of each kind pay
 WIDEST_CHUNK = 2048  # tokens: longer prompts are prefilled in parts, which look back at those before them
 MOST_PULLED_BYTES = 16 << 20
 WARM_UP_PICTURES = 30
-REST_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +76,7 @@ class Measured:
     """Samples of each stage, figures that are no step, and memory."""
 
     stages: dict[str, list[Sample]] = field(default_factory=dict)  # encode, prefill, decode, mixed, transfer
-    seconds: dict[str, float] = field(default_factory=dict)  # turn, wake, message, switch_weights, switch_books
+    seconds: dict[str, float] = field(default_factory=dict)  # turn, message, switch_weights, switch_books
     memory: Memory | None = None
     rows: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of square pictures, by their side in pixels
     lead_tokens: int = 0  # of a prompt, before its first picture
@@ -189,7 +185,6 @@ class Profiler:
             self._prefill(rig)
             self._done("prefill")
             self._decode(rig)
-            self._measured.seconds["wake"] = self._wake_s(rig)
             self._measured.seconds["turn"] = statistics.median(rig.idle_turn_s() for _ in range(self._effort.pings))
             self._done("decode")
         return encode_bytes, language_peak()
@@ -237,15 +232,6 @@ class Profiler:
                 pure += _middle([turn for turn, of in zip(turns, kinds, strict=True) if of == {True}], batch)
                 mixed += [mixed_sample(turn) for turn, of in zip(turns, kinds, strict=True) if len(of) == 2]
         self._measured.stages["decode"], self._measured.stages["mixed"] = pure, mixed
-
-    def _wake_s(self, rig: Rig) -> float:
-        """How much longer a step takes after a rest, in which other processes had the core."""
-        awake, rested = [], []
-        for _ in range(3 * self._effort.repeats):
-            awake += [turn.language_s for turn in rig.play([rig.text(16, 1)])]
-            time.sleep(REST_S)
-            rested += [turn.language_s for turn in rig.play([rig.text(16, 1)])]
-        return max(0.0, statistics.median(rested) - statistics.median(awake))
 
     @property
     def _longest(self) -> int:
@@ -333,7 +319,8 @@ def encode_sample(turn: Turn, pixels: int) -> Sample:
 def prefill_sample(turn: Turn) -> Sample:
     tokens = sum(length for _, length, _ in turn.chunks)
     pairs = sum(length * (start + 0.5 * length) for start, length, _ in turn.chunks)
-    return Sample(dict(zip(PREFILL, (1.0, float(tokens), pairs), strict=True)), turn.language_s)
+    amounts = (1.0, float(len(turn.chunks)), float(tokens), pairs)
+    return Sample(dict(zip(PREFILL, amounts, strict=True)), turn.language_s)
 
 
 def decode_sample(turn: Turn) -> Sample:

@@ -30,11 +30,10 @@ def make_context(num_peers: int = 0) -> zmq.Context[zmq.Socket[bytes]]:
     usual soft bound of a process 1,024 files, which is raised as far as it may be. Raises ConfigError where it is known
     that `num_peers` of them will not do: in the middle of it all libzmq would end the process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = _allowed(hard)
-    needed = _files_for(num_peers) + _FEWEST_CLIENTS
-    if num_peers and needed > allowed:
-        text = f"{num_peers} instances need about {needed} open files, and this process may have {allowed} (ulimit -Hn)"
-        raise ConfigError(f"--placement: {text}")
+    allowed, most = _allowed(hard), most_peers()
+    if num_peers > most:
+        why = f"by the {allowed} files that the server may have open (ulimit -Hn)"
+        raise ConfigError(f"--placement: {num_peers} instances, at most {most}, {why}")
     if soft != resource.RLIM_INFINITY and soft < allowed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -48,21 +47,17 @@ def room_for_clients(num_peers: int) -> int:
     """How many connections of clients a server may hold beside so many instances. Without a file left for an instance
     that connects, libzmq ends the process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(_allowed(soft) - _files_for(num_peers), _FEWEST_CLIENTS)
+    return max(_allowed(soft) - _OTHER_FILES - num_peers * _FILES_PER_PEER, _FEWEST_CLIENTS)
 
 
 def most_peers() -> int:
     """How many instances a server may have: as many as `make_context` would take."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (_allowed(hard) - _OTHER_FILES - _FEWEST_CLIENTS) // _FILES_PER_PEER
+    return max(_allowed(hard) - _OTHER_FILES - _FEWEST_CLIENTS, 0) // _FILES_PER_PEER
 
 
 def _allowed(limit: int) -> int:
     return _MOST_FILES if limit == resource.RLIM_INFINITY else min(limit, _MOST_FILES)
-
-
-def _files_for(num_peers: int) -> int:
-    return num_peers * _FILES_PER_PEER + _OTHER_FILES
 
 
 class Inbox:

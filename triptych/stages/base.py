@@ -37,6 +37,7 @@ from triptych.messages import (
 from triptych.routing import RoutingTable
 
 USUAL_ANSWER_TOKENS = 256
+GUESSED_PACE_S = 1e-3  # of a decoded token, until an instance has said: what counts is that work is shared out at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,6 @@ class Gone:
 
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._ids
-
-
-GUESSED_PACE_S = 1e-3  # of a decoded token, until an instance has said: what counts is that work is shared out at once
 
 
 @dataclass(slots=True)
@@ -149,8 +147,8 @@ class Surroundings:
 
 
 def turn_away(near: Surroundings, message: AnyMessage) -> bool:
-    """Gives back what a message is about that is for a stage which is not served here (any more), so that somebody else
-    does it. False for a message that is about nothing of that kind."""
+    """Gives back what a message is about that nobody does here (any more), so that somebody else does it. False for a
+    message that is about nothing of that kind."""
     match message:
         case Encode():
             near.out.send(message.prefill, Wanted(message.request_id, tuple(unit.hash for unit in message.units)))
@@ -186,7 +184,7 @@ def foreseen_tokens(sequence: Sequence) -> int:
     return min(allowed, max(sampling.min_tokens - num_output, USUAL_ANSWER_TOKENS))
 
 
-def announcement(
+def announce(
     near: Surroundings,
     embeddings: EmbeddingShare,
     leases: Leases,
@@ -195,12 +193,12 @@ def announcement(
     reader: InstanceId,
     *,
     computed: bool,
-) -> Embedded:
-    """Pins a ready embedding under a lease for `reader`: it can be pulled with this ticket until it is released."""
+) -> None:
+    """Pins a ready embedding under a lease for `reader` and sends the ticket: it can be pulled until it is released."""
     entry = embeddings.hold(unit)
     lease = leases.grant(reader, unit.hash, lambda: embeddings.release(unit.hash))
     ticket = near.ticket(lease, "embedding", entry.blocks, unit.num_tokens)
-    return Embedded(request_id, unit.hash, ticket, computed)
+    near.out.send(reader, Embedded(request_id, unit.hash, ticket, computed))
 
 
 def token_update(
@@ -210,3 +208,16 @@ def token_update(
     token_ids = sequence.token_ids
     index = len(token_ids) - sequence.num_prompt_tokens - 1
     return TokenUpdate(sequence.request_id, token_ids[-1], index, finish, logprobs, num_cached)
+
+
+def prefilled(sequence: Sequence, ticket: Ticket) -> Prefilled:
+    """What whoever goes on with a sequence is told of it. The ticket is for its KV."""
+    return Prefilled(
+        sequence.request_id,
+        sequence.token_ids,
+        sequence.num_prompt_tokens,
+        sequence.sampling,
+        sequence.rope_delta,
+        sequence.prompt_hashes,
+        ticket,
+    )

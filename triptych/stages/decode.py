@@ -8,7 +8,7 @@ from triptych.core import Chunk, InstanceId, RequestId, SampledToken, SamplingPa
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
 from triptych.messages import FRONTEND, Prefilled, Prefilling, Ticket
-from triptych.stages.base import Pull, Surroundings, foreseen_tokens, token_update
+from triptych.stages.base import Pull, Surroundings, foreseen_tokens, prefilled, token_update
 from triptych.stages.line import Line
 
 
@@ -150,10 +150,8 @@ class DecodeStage:
 
     def abort(self, request_id: RequestId) -> None:
         self._gone.add(request_id)
-        waiting = self._waiting.take(request_id)
-        if waiting is not None:
+        if self._waiting.take(request_id) is not None:
             self._near.out.release(self._tickets.pop(request_id))
-            waiting.status = Status.FINISHED
         arrival = self._arriving.get(request_id)
         if arrival is not None:
             self._drop(arrival)
@@ -258,18 +256,7 @@ class DecodeStage:
         )
         ticket = near.ticket(lease, "kv", self._kv.computed_blocks(sequence), sequence.num_computed)
         near.out.send(FRONTEND, near.located(sequence.request_id, target))
-        near.out.send(
-            target,
-            Prefilled(
-                sequence.request_id,
-                sequence.token_ids,
-                sequence.num_prompt_tokens,
-                sequence.sampling,
-                sequence.rope_delta,
-                sequence.prompt_hashes,
-                ticket,
-            ),
-        )
+        near.out.send(target, prefilled(sequence, ticket))
 
     def _let_go(self, sequence: Sequence) -> None:
         self._num_handed_over -= 1

@@ -8,7 +8,7 @@ from triptych.errors import RequestError
 from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.memory.leases import Leases
 from triptych.messages import FRONTEND, Encode, Failed, Wanted
-from triptych.stages.base import Surroundings, announcement, turn_away
+from triptych.stages.base import Surroundings, announce, turn_away
 
 
 @dataclass(slots=True)
@@ -148,13 +148,10 @@ class EncodeStage:
         return any(job.unit.hash == unit.hash for job in self._running)
 
     def _announce(self, job: EncodeJob, *, computed: bool) -> None:
-        """Pins the embedding under a lease and sends the ticket. Nobody is waiting any more for an aborted job."""
+        """Nobody is waiting any more for an aborted job."""
         if not job.aborted:
             near, reader = self._near, job.prefill
-            pinned = announcement(
-                near, self._embeddings, self._leases, job.unit, job.request_id, reader, computed=computed
-            )
-            near.out.send(reader, pinned)
+            announce(near, self._embeddings, self._leases, job.unit, job.request_id, reader, computed=computed)
 
     def _fail(self, job: EncodeJob, error: RequestError) -> None:
         if not job.aborted:

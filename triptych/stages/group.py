@@ -62,7 +62,7 @@ class StageGroup:
 
     def __iter__(self) -> Iterator[EncodeStage | PrefillStage | DecodeStage]:
         """Those that are served."""
-        return (stage for stage in (self.encode, self.prefill, self.decode) if stage is not None)
+        return iter(self.by_stage.values())
 
     @property
     def by_stage(self) -> dict[Stage, EncodeStage | PrefillStage | DecodeStage]:

@@ -20,6 +20,7 @@ from msgspec.structs import asdict, replace
 from triptych import __version__
 from triptych.errors import ConfigError
 from triptych.planning.costs.capacity import encode_bytes, token_bytes
+from triptych.planning.costs.cost_model import DECODE, PREFILL
 from triptych.planning.costs.hardware import Device
 from triptych.planning.costs.profile import Made, Memory, Profile, StageCosts
 from triptych.planning.model.shape import ModelShape
@@ -261,8 +262,8 @@ class _Machine:
 PARTS: Mapping[str, tuple[str, ...]] = {
     "encode": ("encode_step", "encode_unit", "encode_row"),
     "pixel": ("encode_item", "encode_pixel"),
-    "prefill": ("prefill_step", "prefill_token", "prefill_pair"),
-    "decode": ("decode_step", "decode_sequence", "decode_context"),
+    "prefill": PREFILL,
+    "decode": DECODE,
     "arrival": ("arrival",),
     "transfer": ("transfer",),
     "switch": ("switch_weights", "switch_books"),

@@ -7,6 +7,12 @@ from math import inf
 from triptych.core import Chunk, EncodeWork, Role
 from triptych.planning.workloads.demand import Demand, Item
 
+# The costs that a step of each stage pays.
+ENCODE = ("encode_step", "encode_item", "encode_pixel", "encode_unit", "encode_row")
+PREFILL = ("prefill_step", "prefill_sequence", "prefill_token", "prefill_pair")
+DECODE = ("decode_step", "decode_sequence", "decode_context")
+STAGES = {"encode": ENCODE, "prefill": PREFILL, "decode": DECODE}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
@@ -18,14 +24,14 @@ class Costs:
     encode_unit: float = 0.0
     encode_row: float = 0.0
     prefill_step: float = 0.0
+    prefill_sequence: float = 0.0
     prefill_token: float = 0.0
     prefill_pair: float = 0.0  # of a token with one that it looks at
     decode_step: float = 0.0
     decode_sequence: float = 0.0
     decode_context: float = 0.0  # for each token of context of each sequence
     turn: float = 0.0  # of an instance that takes messages and computes nothing; in steps it is included
-    pull: float = 0.0  # beside its bytes: of the instance that reads, and of the one that is read from
-    wake: float = 0.0  # more of the first language step after a rest: what ran meanwhile has filled the caches
+    wake: float = 0.0  # more of the first step after a rest: what ran meanwhile has filled the caches
     arrival: float = 0.0  # before a request is dispatched: HTTP, fetching media, preprocessing
     message: float = 0.0005
     transfer: float = 0.001  # of a pull without its bytes
@@ -36,6 +42,7 @@ class Costs:
     switch_weights: float = 0.7  # a role switch that changes which half of the model is loaded
     switch_books: float = 0.05  # one that keeps it
     cores: float = inf  # that all processes share; infinite: every instance has a device of its own
+    threads: int = 1  # that share the work of a step, where cores are shared
     server_request: float = 0.0  # of the server process, which is one core's at most, as the next seven
     server_prompt_token: float = 0.0
     server_item: float = 0.0  # of a media item, beside its bytes
@@ -69,7 +76,7 @@ class Costs:
         seconds += self.sequences_s(decodes)
         for chunk in chunks:
             pairs = chunk.length * (chunk.start + 0.5 * chunk.length)
-            seconds += chunk.length * self.prefill_token + pairs * self.prefill_pair
+            seconds += self.prefill_sequence + chunk.length * self.prefill_token + pairs * self.prefill_pair
         return seconds
 
     def sequences_s(self, decodes: list[Chunk]) -> float:

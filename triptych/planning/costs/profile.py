@@ -31,13 +31,13 @@ class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     encode_unit: Seconds = Seconds(0)
     encode_row: Seconds = Seconds(0)
     prefill_step: Seconds = Seconds(0)
+    prefill_sequence: Seconds = Seconds(0)
     prefill_token: Seconds = Seconds(0)
     prefill_pair: Seconds = Seconds(0)
     decode_step: Seconds = Seconds(0)
     decode_sequence: Seconds = Seconds(0)
     decode_context: Seconds = Seconds(0)
     turn: Seconds = Seconds(0)
-    pull: Seconds = Seconds(0)
     wake: Seconds = Seconds(0)
     arrival: Seconds = Seconds(0)
     message: Seconds = Seconds(0)
@@ -135,7 +135,10 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         for name in ("cores", "host_bytes_per_second"):
             fields[name] = math.inf if fields[name] is None else fields[name]
         return Costs(
-            **fields, kv_token_bytes=int(self.memory.kv_token), embedding_row_bytes=int(self.memory.embedding_row)
+            **fields,
+            threads=max(1, self.made.threads),
+            kv_token_bytes=int(self.memory.kv_token),
+            embedding_row_bytes=int(self.memory.embedding_row),
         )
 
     def sizes(

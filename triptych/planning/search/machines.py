@@ -1,7 +1,7 @@
 """What the instances of a candidate cost and hold: in time, in memory, in money."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.embedding_room import blocks_of, least_blocks
 from triptych.planning.costs.profile import Profile
 from triptych.planning.costs.sizes import Sizes
-from triptych.planning.search.space import Candidate
+from triptych.planning.search.space import ROLES, Candidate
 from triptych.planning.workloads.demand import Demand
 
 
@@ -74,15 +74,17 @@ class ProfiledMachines:
         """Whether instances are processes on the cores of one machine, instead of GPUs."""
         return math.isfinite(self._any_profile.costs().cores)
 
-    def sizes(self, candidate: Candidate) -> dict[Role, Sizes]:
-        """Prefixes cost time to look for, and are looked for where there are any; answers slow down for pictures where
-        instances share cores: both as `triptych serve` does without being told."""
+    def sizes(self, candidate: Candidate, others: Collection[Role] = ()) -> dict[Role, Sizes]:
+        """Of its roles and of `others` that its instances may get. Prefixes cost time to look for, and are looked for
+        where there are any; answers slow down for pictures where instances share cores: both as `triptych serve` does
+        without being told."""
         interval_ms = self._any_profile.decode_interval_ms(len(candidate.placement.roles))
         return {
             role: replace(
                 self._sizes(role, candidate), prefix_caching=self.reach.has_prefixes, decode_interval_ms=interval_ms
             )
-            for role in candidate.family
+            for role in ROLES
+            if role in candidate.placement.roles or role in others
         }
 
     @property

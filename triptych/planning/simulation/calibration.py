@@ -1,15 +1,15 @@
 """Costs that agree with a live server: what its processes took of the cores for loads that are simulated as well.
 
 Steps that are measured one after the other find warm caches and wait for nobody. Among other processes they take more,
-and pulls, reports and the server itself are seen only there.
+and what instances do beside steps, and the server itself, are seen only there.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from triptych.core import Placement, Role
-from triptych.planning.costs.cost_model import Costs
+from triptych.core import Placement, Role, Stage
+from triptych.planning.costs.cost_model import STAGES, Costs
 from triptych.planning.costs.fit import Fit, Sample, fit
 from triptych.planning.costs.profile import Residual
 from triptych.planning.costs.sizes import Sizes
@@ -17,54 +17,52 @@ from triptych.planning.simulation.instance import Work
 from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand
 
-ENCODE = ("encode_step", "encode_item", "encode_pixel", "encode_unit", "encode_row")
-PREFILL = ("prefill_step", "prefill_token", "prefill_pair")
-DECODE = ("decode_step", "decode_sequence", "decode_context")
-STAGES = {"encode": ENCODE, "prefill": PREFILL, "decode": DECODE}
-BESIDE = ("turn", "wake", "pull")
 SERVER = ("request", "prompt_token", "item", "media_byte", "step", "token", "report")
 CLIENT = ("request", "token")
 ROUNDS = 3  # slower steps are fewer and larger ones: after three rounds the batches are those of the live server
 CAPACITY_REQUESTS = 200
 
+Works = Sequence[tuple[Work, Mapping[str, float]]]
+
 
 @dataclass(frozen=True, slots=True)
 class LiveRun:
-    """Requests that a live server got, and the CPU seconds of its processes while it served them."""
+    """Requests that a live server got, and the CPU seconds that it took to serve them."""
 
     placement: Placement
     sizes: Mapping[Role, Sizes]
     demands: Sequence[Demand]
-    instances_s: Sequence[float]  # in the order of the placement; empty: the run tells of the server only
+    # In the order of the placement, for encode, prefill, decode and other; empty: the run tells of the server only.
+    instances: Sequence[Mapping[str, float]]
     server_s: float
     client_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """`costs` with which the simulated processes take what the live ones took; how well they do, by process."""
+    """`costs` with which simulated instances take what live ones took, and how well they do, by what was done."""
 
     costs: Costs
-    stages: Mapping[str, float]  # how many times what was measured without a server a stage takes
+    stages: Mapping[str, float]  # how many times what was measured without a server a step takes
     residuals: Mapping[str, Residual]
 
 
 def calibrate(costs: Costs, runs: Sequence[LiveRun], *, steps: bool = True) -> Calibration:
-    """`steps`: whether instances compute with one thread of the CPU, so that their CPU time is that of their steps."""
-    scales = dict.fromkeys(STAGES, 1.0)
-    residuals: dict[str, Residual] = {}
+    """`costs`: as they were measured without a server. `steps`: whether instances compute with one thread of the CPU,
+    so that their CPU time is that of their steps."""
+    scales, residuals = dict.fromkeys(STAGES, 1.0), dict[str, Residual]()
     for _ in range(ROUNDS):
         simulations = [_simulated(costs, run) for run in runs]
-        found = {"instances": fit(_of_instances(simulations, runs), (*STAGES, *BESIDE))} if steps else {}
-        found["server"] = fit(_of_server(simulations, runs), SERVER)
-        found["client"] = fit(_of_client(runs), CLIENT)
-        residuals = {name: one.residual for name, one in found.items()}
+        fits = {"server": fit(_of_server(simulations, runs), SERVER), "client": fit(_of_client(runs), CLIENT)}
         if steps:
-            # 0: no run had that stage, or what it takes could not be told from the rest.
-            factors = {stage: found["instances"].costs[stage] or 1.0 for stage in STAGES}
+            works = _works(simulations, runs)
+            fits |= {"steps": fit(_of_steps(works), (*STAGES, "wake")), "turns": fit(_of_turns(works), ("turn",))}
+            # 0: no run had that stage.
+            factors = {stage: fits["steps"].costs[stage] or 1.0 for stage in STAGES}
             scales = {stage: scale * factors[stage] for stage, scale in scales.items()}
-            costs = _scaled(costs, factors, found["instances"])
-        costs = replace(costs, **_named("server", found["server"]), **_named("client", found["client"]))
+            costs = replace(_scaled(costs, factors), wake=fits["steps"].costs["wake"], turn=fits["turns"].costs["turn"])
+        costs = replace(costs, **_named("server", fits["server"]), **_named("client", fits["client"]))
+        residuals = {name: one.residual for name, one in fits.items()}
     return Calibration(costs, scales, residuals)
 
 
@@ -81,27 +79,34 @@ def _simulated(costs: Costs, run: LiveRun) -> Simulation:
     return simulation
 
 
-def _of_instances(simulations: Iterable[Simulation], runs: Iterable[LiveRun]) -> list[Sample]:
-    """Those that had anything to do."""
+def _works(simulations: Iterable[Simulation], runs: Iterable[LiveRun]) -> Works:
+    """What each simulated instance has done, and what the live one took for it."""
+    return [
+        (instance.work, spent)
+        for simulation, run in zip(simulations, runs, strict=True)
+        if run.instances
+        for instance, spent in zip(simulation.instances.values(), run.instances, strict=True)
+    ]
+
+
+def _of_steps(works: Works) -> list[Sample]:
+    """What an instance took for the steps of each stage. Those that decode and prefill count as prefill."""
     samples = []
-    for simulation, run in zip(simulations, runs, strict=True):
-        told = zip(simulation.instances.values(), run.instances_s, strict=True) if run.instances_s else ()
-        for instance, seconds in told:
-            amounts = _amounts(instance.work)
-            if any(amounts[stage] for stage in STAGES) and seconds > 0:
-                samples.append(Sample(amounts, seconds))
+    for work, spent in works:
+        seconds = {
+            Stage.ENCODE: {"encode": work.encode_s},
+            Stage.PREFILL: {"prefill": work.prefill_s, "decode": work.riding_s},
+            Stage.DECODE: {"decode": work.decode_s},
+        }
+        for stage, amounts in seconds.items():
+            live_s = spent[stage.name.lower()]
+            if any(amounts.values()) and live_s > 0:
+                samples.append(Sample({**amounts, "wake": float(work.wakes[stage])}, live_s))
     return samples
 
 
-def _amounts(work: Work) -> dict[str, float]:
-    return {
-        "encode": work.encode_s,
-        "prefill": work.prefill_s,
-        "decode": work.decode_s,
-        "turn": float(work.turns),
-        "wake": float(work.wakes),
-        "pull": float(work.pulls),
-    }
+def _of_turns(works: Works) -> list[Sample]:
+    return [Sample({"turn": float(work.turns)}, spent["other"]) for work, spent in works if work.turns]
 
 
 def _of_server(simulations: Iterable[Simulation], runs: Iterable[LiveRun]) -> list[Sample]:
@@ -134,10 +139,8 @@ def _of_client(runs: Iterable[LiveRun]) -> list[Sample]:
     ]
 
 
-def _scaled(costs: Costs, factors: Mapping[str, float], found: Fit) -> Costs:
-    fields: dict[str, Any] = {name: found.costs[name] for name in BESIDE}
-    for stage, names in STAGES.items():
-        fields |= {name: getattr(costs, name) * factors[stage] for name in names}
+def _scaled(costs: Costs, factors: Mapping[str, float]) -> Costs:
+    fields = {name: getattr(costs, name) * factors[stage] for stage, names in STAGES.items() for name in names}
     return replace(costs, **fields)
 
 

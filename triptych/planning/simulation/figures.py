@@ -12,7 +12,7 @@ from triptych.latency import Latencies, Objectives, Percentiles, milliseconds
 from triptych.planning.simulation.frontend import Record
 from triptych.planning.simulation.simulator import Simulation
 
-RATE_TOLERANCE = 0.01  # of a goodput that is looked for
+RATE_TOLERANCE = 0.01  # of a rate that is looked for
 
 
 class Figures(Latencies, frozen=True, kw_only=True):

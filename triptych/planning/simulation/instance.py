@@ -6,7 +6,7 @@ take comes from a cost model. Decode steps in which nothing can change are made 
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from triptych.config import EMBEDDING_BLOCK_TOKENS, ENCODE_NICENESS, ITEMS_AT_HAND, KV_BLOCK_TOKENS
@@ -18,7 +18,7 @@ from triptych.memory.embedding_cache import EmbeddingCache
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
 from triptych.memory.pools import Pools
-from triptych.messages import FRONTEND, AnyMessage, Evicted, Load, Peer, Release, Tokens
+from triptych.messages import FRONTEND, AnyMessage, Evicted, Load, Peer, Tokens
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.clock import Clock, Event
@@ -61,14 +61,15 @@ class Settled:
 
 @dataclass(slots=True)
 class Work:
-    """What an instance has done: seconds that the steps of each stage should take, and how often it did the rest."""
+    """What an instance has done: seconds that the steps of each stage should take, how many of them were the first
+    after a rest, and turns that computed nothing."""
 
     encode_s: float = 0.0
     prefill_s: float = 0.0
+    riding_s: float = 0.0  # of decodes in steps that prefill as well
     decode_s: float = 0.0
-    turns: int = 0  # that computed nothing
-    wakes: int = 0  # first language steps after a rest
-    pulls: int = 0  # that it made, or that were made from it
+    wakes: dict[Stage, int] = field(default_factory=lambda: dict.fromkeys(Stage, 0))
+    turns: int = 0
 
 
 class SimulatedInstance:
@@ -96,9 +97,9 @@ class SimulatedInstance:
         self._gone = False
         self._job: Job | None = None  # the last one on the host
         self._working_on: list[RequestId] = []  # in the step that is under way
-        self._owed_s = 0.0  # what pulls, a rest, and KV that went to host memory and back, take of the next turn
+        self._owed_s = 0.0  # what a rest, and KV that went to host memory and back, take of the next step
         self.work = Work()
-        self._has_rested = True  # since its last language step
+        self._has_rested = True  # since its last step
         self._leave: Leave | None = None
         self._row: DecodeRow | None = None
         self._wake: Event | None = None
@@ -164,20 +165,13 @@ class SimulatedInstance:
 
     def deliver(self, message: AnyMessage) -> None:
         self._inbox.append(message)
-        if isinstance(message, Release):
-            self._pulled()
         if self._row is None or not isinstance(message, Load):  # no decode step hangs on how busy others are
             self._news()
 
     def settled(self, pull: Pull, error: InstanceError | None = None) -> None:
         """A pull of this instance is over. Said twice, it was over before."""
         if self._pulls.pop(id(pull), None) is not None:
-            self._pulled()
             self._hear(Settled(pull, error))
-
-    def _pulled(self) -> None:
-        self.work.pulls += 1
-        self._owed_s += self._costs.pull
 
     def take_table(self, table: RoutingTable) -> None:
         self._hear(table)
@@ -206,7 +200,10 @@ class SimulatedInstance:
         if self._host is None:
             self._later(seconds, done, *arguments)
         else:
-            self._job = self._host.run(seconds, self._weight, self._unless_gone, done, arguments)
+            threads = self._costs.threads  # the system is fair to threads
+            self._job = self._host.run(
+                seconds * threads, self._weight * threads, self._unless_gone, done, arguments, threads=threads
+            )
 
     def _receive(self) -> None:
         if not self._inbox:
@@ -254,6 +251,7 @@ class SimulatedInstance:
             assert self.stages.encode is not None
             self._working_on = list(self.stages.encode.running_requests)
             seconds = self._costs.encode_s(works, self._read(works))
+            self._wake_up(Stage.ENCODE)
             self.work.encode_s += seconds
             self._compute(seconds + self._take_owed_s(), self._encoded, works, self._clock.now)
         else:
@@ -288,12 +286,12 @@ class SimulatedInstance:
         if chunks or decodes:
             self._flush()
             self._working_on = [chunk.sequence.request_id for chunk in [*decodes, *chunks]]
-            self._wake_up()
         if chunks:
             seconds = self._costs.language_s(decodes, chunks)
-            of_decodes_s = self._costs.sequences_s(decodes)
-            self.work.decode_s += of_decodes_s
-            self.work.prefill_s += seconds - of_decodes_s
+            self._wake_up(Stage.PREFILL)
+            riding_s = self._costs.sequences_s(decodes)
+            self.work.riding_s += riding_s
+            self.work.prefill_s += seconds - riding_s
             self._compute(seconds + self._take_owed_s(), self._spoken, decodes, chunks, self._clock.now)
         elif decodes:
             self._begin_decodes(decodes)
@@ -345,10 +343,10 @@ class SimulatedInstance:
         else:
             self._rest(busy)
 
-    def _wake_up(self) -> None:
+    def _wake_up(self, stage: Stage) -> None:
         if self._has_rested:
             self._has_rested = False
-            self.work.wakes += 1
+            self.work.wakes[stage] += 1
             self._owed_s += self._costs.wake
 
     def _rest(self, busy: bool) -> None:
@@ -376,6 +374,7 @@ class SimulatedInstance:
     # ---- decode steps in a row
 
     def _begin_decodes(self, chunks: list[Chunk]) -> None:
+        self._wake_up(Stage.DECODE)
         context = sum(chunk.start for chunk in chunks)
         owed_s = self._take_owed_s()
         num_steps = 1 if owed_s else self._num_equal_steps(chunks, context)

@@ -1,13 +1,10 @@
 """A placement under a workload, as `triptych simulate` plays it: at any rate, with failures and changing roles."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import msgspec
-
 from triptych.config import AdmissionConfig
-from triptych.core import Placement, Role
 from triptych.latency import Objectives
+from triptych.planning.allocator import PURE
 from triptych.planning.costs.profile import Profile
 from triptych.planning.costs.sizes import Sizes
 from triptych.planning.search.machines import ProfiledMachines, Reach
@@ -16,10 +13,8 @@ from triptych.planning.simulation.adaptation import Adaptation
 from triptych.planning.simulation.failures import Failure
 from triptych.planning.simulation.figures import Figures
 from triptych.planning.simulation.simulator import Options, Simulation
-from triptych.planning.workloads.demand import Demand, Rows
+from triptych.planning.workloads.demand import Rows
 from triptych.planning.workloads.workload import Workload
-
-ADAPTIVE_ROLES = (Role.E, Role.P, Role.D)  # that instances are switched to
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +48,9 @@ class Scenario:
         demands = workload.demands(self.rows_of, self.where)
         machines = ProfiledMachines({1: self.profile}, Reach.of(demands))
         machines.require_context(self.where)
-        costs, sizes = machines.costs(self.candidate), self._sizes(machines, demands)
-        simulation = Simulation(self.candidate.placement, costs, sizes, self._options())
+        others = PURE if self.adaptive else ()
+        sizes = {role: self._told(sizes) for role, sizes in machines.sizes(self.candidate, others).items()}
+        simulation = Simulation(self.candidate.placement, machines.costs(self.candidate), sizes, self._options())
         if keeps_stints:
             simulation.stints = []
         if self.adaptive:
@@ -63,22 +59,11 @@ class Scenario:
         price = machines.dollars_per_hour(self.candidate)
         return Run(rate, simulation, Figures.of_run(simulation, self.objectives or None, price))
 
-    def _sizes(self, machines: ProfiledMachines, demands: Sequence[Demand]) -> dict[Role, Sizes]:
-        """Of all roles that instances have or may get. Prefixes cost time to look for, and are looked for where there
-        are any."""
-        roles = self.candidate.placement.roles + (ADAPTIVE_ROLES if self.adaptive else ())
-        candidate = msgspec.structs.replace(self.candidate, placement=Placement(roles))
-        caches = self.prefix_caching and any(demand.prefix for demand in demands)
-        return {
-            role: replace(sizes, prefix_caching=caches, decode_interval_ms=self._interval_ms)
-            for role, sizes in machines.sizes(candidate).items()
-        }
-
-    @property
-    def _interval_ms(self) -> float:
-        if self.decode_interval_ms is not None:
-            return self.decode_interval_ms
-        return self.profile.decode_interval_ms(len(self.candidate.placement.roles))
+    def _told(self, sizes: Sizes) -> Sizes:
+        """With what is said of them here."""
+        interval_ms = sizes.decode_interval_ms if self.decode_interval_ms is None else self.decode_interval_ms
+        caches = self.prefix_caching and sizes.prefix_caching
+        return replace(sizes, prefix_caching=caches, decode_interval_ms=interval_ms)
 
     def _options(self) -> Options:
         admission = AdmissionConfig(

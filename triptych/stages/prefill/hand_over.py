@@ -4,9 +4,9 @@ from triptych.core import InstanceId, Sequence, Stage, Status
 from triptych.errors import RequestError
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import FRONTEND, Abort, Prefilled, Prefilling
+from triptych.messages import FRONTEND, Abort, Prefilling
 from triptych.routing import pick_decode
-from triptych.stages.base import Surroundings, foreseen_tokens
+from triptych.stages.base import Surroundings, foreseen_tokens, prefilled
 from triptych.stages.prefill.jobs import PrefillJob
 
 
@@ -41,7 +41,7 @@ class HandOver:
         near.out.send(job.decode, Prefilling(sequence.request_id, num_tokens, sequence.prompt_hashes, ticket))
 
     def finish(self, job: PrefillJob) -> None:
-        """The first token was the last one: nobody decodes it."""
+        """Nobody decodes it."""
         self._recall(job, None)
         self._kv.free(job.sequence)
         job.sequence.status = Status.FINISHED
@@ -50,29 +50,17 @@ class HandOver:
         """The prompt is computed, and its first token sampled."""
         near, sequence = self._near, job.sequence
         decode = self._decode_of(job)
-        self._recall(job, decode)
         if decode is None:
             near.out.retry(sequence.request_id, "no instance serves decode at the moment", "unavailable")
-            self._kv.free(sequence)
-            sequence.status = Status.FINISHED
+            self.finish(job)
             return
+        self._recall(job, decode)
         sequence.status = Status.LEASED
         lease = self._leases.grant(decode, sequence, lambda: self._kv.free(sequence), lambda: self._take_back(sequence))
         ticket = near.ticket(lease, "kv", sequence.block_table, sequence.num_computed)
         if not job.num_sent_ahead:
             near.out.send(FRONTEND, near.located(sequence.request_id, decode))
-        near.out.send(
-            decode,
-            Prefilled(
-                sequence.request_id,
-                sequence.token_ids,
-                sequence.num_prompt_tokens,
-                sequence.sampling,
-                sequence.rope_delta,
-                sequence.prompt_hashes,
-                ticket,
-            ),
-        )
+        near.out.send(decode, prefilled(sequence, ticket))
 
     def _recall(self, job: PrefillJob, decode: InstanceId | None) -> None:
         """All but `decode` have no use for what they were sent ahead. Not said before the end: who encodes, too, would

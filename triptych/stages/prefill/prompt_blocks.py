@@ -23,9 +23,9 @@ class PromptBlocks:
         of what is decoded follow from it."""
         return self._kv.find(sequence.prompt_hashes, sequence.num_prompt_tokens - 1)
 
-    def can_begin_with(self, found: list[int], job: PrefillJob) -> bool:
-        """Whether there is KV space behind a prefix that is here; without one it is taken later. Who waits for it here
-        waits for decodes, for readers, or for requests that started before: they all go on."""
+    def make_room_behind(self, found: list[int], job: PrefillJob) -> bool:
+        """Whether a request can take its KV space behind a prefix that is here; without one it is taken later. Who
+        waits for it here waits for decodes, for readers, or for requests that started before: they all go on."""
         sequence = job.sequence
         if not found:
             return True

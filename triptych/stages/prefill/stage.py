@@ -17,8 +17,8 @@ from triptych.core import (
 from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
-from triptych.messages import FRONTEND, Embedded, Share, Submit, Wanted
-from triptych.stages.base import Surroundings, announcement, token_update, turn_away
+from triptych.messages import Embedded, Share, Submit, Wanted
+from triptych.stages.base import Surroundings, announce, token_update, turn_away
 from triptych.stages.prefill.chunks import Chunks
 from triptych.stages.prefill.hand_over import HandOver
 from triptych.stages.prefill.intake import Intake
@@ -122,16 +122,11 @@ class PrefillStage:
 
     def share(self, order: Share) -> None:
         """Another instance needs a unit that was seen here."""
-        unit, near = order.unit, self._near
-        if self._jobs.is_leaving:
-            turn_away(near, order)
-        elif self._embeddings.cache.is_ready(unit.hash) and self._embeddings.can_hold([unit]):
-            pinned = announcement(
-                near, self._embeddings, self._leases, unit, order.request_id, order.prefill, computed=False
-            )
-            near.out.send(order.prefill, pinned)
+        unit, reader, embeddings = order.unit, order.prefill, self._embeddings
+        if self._jobs.is_leaving or not (embeddings.cache.is_ready(unit.hash) and embeddings.can_hold([unit])):
+            turn_away(self._near, order)
         else:
-            near.out.send(FRONTEND, Wanted(order.request_id, (unit.hash,)))
+            announce(self._near, embeddings, self._leases, unit, order.request_id, reader, computed=False)
 
     def pulled(self, unit: UnitHash, error: Exception | None) -> None:
         """A pull settled. What cannot go on without it is tried elsewhere."""
@@ -239,7 +234,7 @@ class PrefillStage:
             blocks.give_to_started()  # first: it may put a started request back to the front
             job = waiting[0]
             found = blocks.found_prefix(job.sequence)
-            if not blocks.can_begin_with(found, job):
+            if not blocks.make_room_behind(found, job):
                 break
             needed = units_behind(job.sequence.units, job.sequence.spans, len(found) * self._kv.block_tokens)
             if not self._embeddings.can_hold(list(needed.values())):
@@ -247,7 +242,7 @@ class PrefillStage:
                 if passing is None:
                     break
                 job, found, needed = passing, blocks.found_prefix(passing.sequence), {}
-                if not blocks.can_begin_with(found, job):
+                if not blocks.make_room_behind(found, job):
                     break
             waiting.remove(job)
             if found:
