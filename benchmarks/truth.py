@@ -1,17 +1,18 @@
 """Is the simulator right? The live engine and the simulator with a measured profile, on equal requests at equal times.
 
-    python benchmarks/truth.py                       # measures a profile first
+    python benchmarks/truth.py                       # measures a profile before each round
     python benchmarks/truth.py --profile profile.json
     python benchmarks/truth.py --quick               # two workloads, a loose bound
 
 The built-in model, one thread per instance, so that up to five processes share the cores: server, load generator and
 instances. Arrivals are Poisson, and independent of answers; answers have a fixed length. A load is a share of what the
-simulator says that the placement can do. Every round has other requests; workloads take turns, and the medians over
-the rounds are compared: of the quiet ones, where there are any. What strangers took of the cores during a run is
-measured, and the simulated machine has so much less: that they were there is not the simulator's to foresee.
+simulator says that the placement can do. Every round has a profile and requests of its own; workloads take turns, and
+what counts is the median over the rounds of simulated over live: over the quiet ones, where there are any. What
+strangers took of the cores during a run is measured, and the simulated machine has so much less: that they were there
+is not the simulator's to foresee.
 
 Nor is it that a virtual machine computes at one speed now and at another a minute later. So the steps of an engine that
-is alone are timed before and after every run, and after the profile was measured; a run in which they took another time
+is alone are timed after the profile was measured, and before and after every run; a run in which they took another time
 is not steady, is made again, and counts only where no other is left. What comes out with all costs multiplied by the
 ratio of these times is told as well.
 """
@@ -140,31 +141,31 @@ class Speed:
 
 def main() -> None:
     options = _options()
-    speed = Speed()
-    profile = _profile(options)
-    speed.begin()
+    speed, profiles = Speed(), list[Profile]()
     cases = [case for case in (QUICK_CASES if options.quick else CASES) if options.only in case.name]
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     for number in range(1 if options.quick else options.rounds):
+        profiles.append(_profile(options))
+        speed.begin()
         for placement in dict.fromkeys(case.placement for case in cases):
             with triptych_server("--placement", placement, "--threads", 1, *options.serve.split()) as (url, pid):
                 engine = Engine("live", url, [pid])
                 for case in cases:
                     if case.placement == placement:
                         wait_until_quiet(options.wait, [pid])
-                        runs[case].append(_steady(case, profile, engine, number, options.seconds, speed))
+                        runs[case].append(_steady(case, profiles[-1], engine, number, options.seconds, speed))
     rows = [_row(case, found) for case, found in runs.items()]
     limits = (QUICK_LIMIT, QUICK_LIMIT) if options.quick else (MEDIAN_LIMIT, WORST_LIMIT)
     print()
     verdicts = []
-    for kind, words in (("errors", ""), ("errors_at_speed", ", costs times the speed of the moment")):
+    for kind, words in (("simulated", ""), ("at_speed", ", costs times the speed of the moment")):
         for figure in FIGURES:
-            of_one = [row[kind][figure] for row in rows]
+            of_one = [abs(row[f"{kind}_over_live"][figure] - 1) for row in rows]
             verdicts.append(
                 verdict(f"{figure}: median relative error over workloads{words}", median(of_one), limits[0])
             )
             verdicts.append(verdict(f"{figure}: worst relative error{words}", max(of_one), limits[1]))
-    write_result("truth", options, profile=_plain(profile), rows=rows, verdicts=verdicts)
+    write_result("truth", options, profiles=[_plain(profile) for profile in profiles], rows=rows, verdicts=verdicts)
     sys.exit(0 if all(one["reached"] for one in verdicts[: 2 * len(FIGURES)]) else 1)
 
 
@@ -301,21 +302,20 @@ def _simulated(records: Sequence[Record]) -> dict[str, float]:
 
 def _row(case: Case, all_runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     runs = [run for run in all_runs if not run["note"]] or all_runs
-    live = {figure: median(run["live"][figure] for run in runs) for figure in FIGURES}
-    simulated, at_speed = (
-        {figure: median(run[kind][figure] for run in runs) for figure in FIGURES} for kind in ("simulated", "at_speed")
-    )
+    times = {
+        kind: {figure: median(run[kind][figure] / run["live"][figure] for run in runs) for figure in FIGURES}
+        for kind in ("simulated", "at_speed")
+    }
     found = {
         "workload": case.name,
-        "live": live,
-        "simulated": simulated,
-        "at_speed": at_speed,
-        "errors": {figure: abs(simulated[figure] / live[figure] - 1) for figure in FIGURES},
-        "errors_at_speed": {figure: abs(at_speed[figure] / live[figure] - 1) for figure in FIGURES},
+        "live": {figure: median(run["live"][figure] for run in runs) for figure in FIGURES},
+        "simulated_over_live": times["simulated"],
+        "at_speed_over_live": times["at_speed"],
         "quiet_runs": sum(not run["note"] for run in all_runs),
         "runs": list(all_runs),
     }
-    print(f"{case.name:36s} {'median':>12s}  {_line(found)}", flush=True)
+    told = ", ".join(f"{figure} {ratio - 1:+.0%}" for figure, ratio in times["simulated"].items())
+    print(f"{case.name:36s} median over rounds: {told}", flush=True)
     return found
 
 

@@ -58,6 +58,7 @@ class Effort:
     """How much is measured."""
 
     repeats: int
+    passes: int  # over all batches that decode: what disturbs one, such as a slow minute of the machine, is no other's
     sides: tuple[int, ...]  # of square pictures
     picture_batches: tuple[int, ...]
     batches: tuple[int, ...]  # of sequences that decode together
@@ -67,8 +68,8 @@ class Effort:
     pings: int
 
 
-FULL = Effort(6, (224, 448, 896, 1344, 2016), (2, 3, 5), (1, 2, 4, 8, 16, 32, 64), 12, 24_000, 3, 400)
-QUICK = Effort(3, (224, 672, 1344), (2, 4), (1, 4, 16, 48), 6, 8_000, 1, 150)
+FULL = Effort(6, 3, (224, 448, 896, 1344, 2016), (2, 3, 5), (1, 2, 4, 8, 16, 32, 64), 12, 24_000, 3, 400)
+QUICK = Effort(3, 1, (224, 672, 1344), (2, 4), (1, 4, 16, 48), 6, 8_000, 1, 150)
 
 
 @dataclass(slots=True)
@@ -224,7 +225,7 @@ class Profiler:
     def _decode(self, rig: Rig) -> None:
         effort, pure, mixed = self._effort, list[Sample](), list[Sample]()
         contexts = [context for context in (16, 128, 512, 1500) if 2 * context < self._longest]
-        for batch, context in product(effort.batches, contexts):
+        for _, batch, context in product(range(effort.passes), effort.batches, contexts):
             if batch * context <= effort.most_context:  # all are prefilled before the first one ends
                 output_tokens = effort.output_tokens + batch * context // WIDEST_CHUNK
                 turns = rig.play([rig.text(context, output_tokens) for _ in range(batch)])
