@@ -12,9 +12,9 @@ strangers took of the cores during a run is measured, and the simulated machine 
 is not the simulator's to foresee.
 
 Nor is it that a virtual machine computes at one speed now and at another a minute later. So the steps of an engine that
-is alone are timed after the profile was measured, and before and after every run; a run in which they took another time
-is not steady, is made again, and counts only where no other is left. What comes out with all costs multiplied by the
-ratio of these times is told as well.
+is alone are timed after the profile was measured, and before and after every run. A run in which they took another time
+is not steady, and counts only where there is no other. What comes out if the costs of each stage are multiplied by the
+ratio of its times is told beside it, of all quiet runs.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -41,7 +41,7 @@ from triptych.demo import checkpoint_path
 from triptych.engine.fitting import Fitter
 from triptych.engine.rig import Rig
 from triptych.planning import files
-from triptych.planning.costs.cost_model import Costs
+from triptych.planning.costs.cost_model import STAGES, Costs
 from triptych.planning.costs.profile import Profile
 from triptych.planning.simulation.calibration import capacity
 from triptych.planning.simulation.frontend import Record
@@ -55,13 +55,11 @@ LEAD_TOKENS = 8  # of its chat template, before the first picture
 FIGURES = ("ttft", "tpot", "throughput")
 FEWEST, MOST = 16, 400  # requests of one run
 LOOK_S = 1.0
+NOT_STEADY = "NOT STEADY"
 LEAST_CORES = 0.1
-COMPUTING = [
-    name for name in Costs.__slots__ if name.startswith(("encode_", "prefill_", "decode_", "server_", "client_"))
-]
-COMPUTING += ["turn", "wake"]
-STEADY = 0.12  # by how much steps may take another time than when the profile was measured
-MOST_ATTEMPTS = 3  # of a run that is not steady
+BESIDE_STEPS = ["turn", "wake", *(name for name in Costs.__slots__ if name.startswith(("server_", "client_")))]
+PLAYS = {"encode": 12, "prefill": 16, "decode": 4}  # of requests by which steps are timed
+STEADY = 0.15  # by how much steps may take another time than when the profile was measured
 
 
 @dataclass(frozen=True)
@@ -100,43 +98,55 @@ QUICK_CASES = [Case("1epd", 0, 0, 64, 32, 0.3), Case("1e1pd", 2, 448, 32, 16, 0.
 
 
 class Speed:
-    """How long a decode step takes in an engine that is alone, in CPU seconds: `ratio` to what it was at first."""
-
-    PLAYS, TOKENS = 4, 120
+    """How long steps take in an engine that is alone, in CPU seconds."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
         self._folder = tempfile.TemporaryDirectory(prefix="triptych-")  # its sockets are there as long as it is
         folder = self._folder.name
+        config = InstanceConfig(
+            id=InstanceId("alone"),
+            role=Role.EPD,
+            epoch="1",
+            server_pid=os.getpid(),
+            inbox=f"ipc://{folder}/inbox",
+            frontend=f"ipc://{folder}/frontend",
+            threads=1,
+            transfer="shm",
+            model=ModelConfig(path=str(checkpoint_path()), name="built-in"),
+            memory=MemoryConfig(kv_cache_bytes=GIB // 16),
+            scheduling=SchedulingConfig(),
+        )
         with torch.inference_mode():
-            config = InstanceConfig(
-                id=InstanceId("alone"),
-                role=Role.EPD,
-                epoch="1",
-                server_pid=os.getpid(),
-                inbox=f"ipc://{folder}/inbox",
-                frontend=f"ipc://{folder}/frontend",
-                threads=1,
-                transfer="shm",
-                model=ModelConfig(path=str(checkpoint_path()), name="built-in"),
-                memory=MemoryConfig(kv_cache_bytes=GIB // 16),
-                scheduling=SchedulingConfig(),
-            )
             self._rig = Rig(config, Fitter(config), time.process_time)
-        self._step_s()
-        self.step_s = self._step_s()
+        self._steps_s()
+        self.begin()
 
     def begin(self) -> None:
         """What the machine does now is the measure."""
-        self.step_s = self._step_s()
+        self._first_s = self._steps_s()
 
-    def ratio(self) -> float:
-        return self._step_s() / self.step_s
+    def ratios(self) -> dict[str, float]:
+        """Of times now to those at first, by stage."""
+        return {stage: now_s / self._first_s[stage] for stage, now_s in self._steps_s().items()}
 
-    def _step_s(self) -> float:
+    def _steps_s(self) -> dict[str, float]:
+        rig = self._rig
+        requests = {
+            "encode": lambda: rig.pictures(448, 448, 1),
+            "prefill": lambda: rig.text(120, 1),
+            "decode": lambda: rig.text(64, 120),
+        }
         with torch.inference_mode():
-            turns = [turn for _ in range(self.PLAYS) for turn in self._rig.play([self._rig.text(64, self.TOKENS)])]
-        return fmean(turn.language_s for turn in turns if turn.chunks and turn.chunks[0][2])
+            turns = {
+                stage: [turn for _ in range(plays) for turn in rig.play([requests[stage]()])]
+                for stage, plays in PLAYS.items()
+            }
+        return {
+            "encode": fmean(turn.encode_s for turn in turns["encode"] if turn.works),
+            "prefill": fmean(turn.language_s for turn in turns["prefill"] if turn.chunks),
+            "decode": fmean(turn.language_s for turn in turns["decode"] if turn.chunks and turn.chunks[0][2]),
+        }
 
 
 def main() -> None:
@@ -153,7 +163,7 @@ def main() -> None:
                 for case in cases:
                     if case.placement == placement:
                         wait_until_quiet(options.wait, [pid])
-                        runs[case].append(_steady(case, profiles[-1], engine, number, options.seconds, speed))
+                        runs[case].append(_compare(case, profiles[-1], engine, number, options.seconds, speed))
     rows = [_row(case, found) for case, found in runs.items()]
     limits = (QUICK_LIMIT, QUICK_LIMIT) if options.quick else (MEDIAN_LIMIT, WORST_LIMIT)
     print()
@@ -204,20 +214,11 @@ def wait_until_quiet(limit_s: float, pids: list[int]) -> None:
 # ---- one workload, live and simulated
 
 
-def _steady(case: Case, profile: Profile, engine: Engine, number: int, seconds: float, speed: Speed) -> dict[str, Any]:
-    """A run while the machine was as fast as it was for the profile; the last one if it never was."""
-    for attempt in range(MOST_ATTEMPTS):
-        found = _compare(case, profile, engine, 100 * attempt + number, seconds, speed)
-        if not found["note"]:
-            break
-    return found
-
-
 def _compare(case: Case, profile: Profile, engine: Engine, number: int, seconds: float, speed: Speed) -> dict[str, Any]:
     placement = Placement.parse(case.placement)
     rate = case.load * capacity(profile.costs(), profile.as_served(placement), placement, _demand(case))
     requests = round(min(MOST, max(FEWEST, rate * seconds)))
-    ratios = [speed.ratio()]
+    before = speed.ratios()
     live = one_round(
         engine,
         [engine],
@@ -232,19 +233,21 @@ def _compare(case: Case, profile: Profile, engine: Engine, number: int, seconds:
     )
     if live["num_failed"]:
         raise RuntimeError(f"{case.name}: {live['errors']}")
-    ratios.append(speed.ratio())
-    demands, foreign_cores, slow = _demands(case, live), live["load"]["foreign_cores"], fmean(ratios)
+    after = speed.ratios()
+    slow = {stage: fmean((before[stage], after[stage])) for stage in before}
+    demands, foreign_cores = _demands(case, live), live["load"]["foreign_cores"]
     found = {
         "rate": rate,
         "requests": requests,
         "live": _live(live),
         "simulated": _simulated(_simulate(case, profile, demands, foreign_cores)),
         "at_speed": _simulated(_simulate(case, profile, demands, foreign_cores, slow)),
-        "step_time_ratios": ratios,
+        "step_times": [before, after],  # times those when the profile was measured
     }
-    unsteady = max(abs(ratio - 1) for ratio in ratios) > STEADY
-    note = disturbance([live]) or ("NOT STEADY" if unsteady else "")
-    print(f"{case.name:36s} {rate:6.2f} req/s  {_line(found)}  {slow:4.2f} {note}", flush=True)
+    unsteady = max(abs(ratio - 1) for ratio in (*before.values(), *after.values())) > STEADY
+    note = disturbance([live]) or (NOT_STEADY if unsteady else "")
+    told = " ".join(f"{ratio:.2f}" for ratio in slow.values())
+    print(f"{case.name:36s} {rate:6.2f} req/s  {_line(found)}  {told}  {_short(found)} {note}", flush=True)
     return {**found, "load": live["load"], "note": note}
 
 
@@ -269,12 +272,20 @@ def _demand(case: Case) -> Demand:
 
 
 def _simulate(
-    case: Case, profile: Profile, demands: Sequence[Demand], foreign_cores: float, slow: float = 1.0
+    case: Case,
+    profile: Profile,
+    demands: Sequence[Demand],
+    foreign_cores: float,
+    slow: Mapping[str, float] | None = None,
 ) -> list[Record]:
-    """`slow`: how many times what it costs at first all computing costs."""
+    """`slow`: how many times what it cost at first each stage costs; all else goes with prefill, which hangs as much on
+    Python as on arithmetic."""
     placement, costs = Placement.parse(case.placement), profile.costs()
     costs = replace(costs, cores=max(LEAST_CORES, costs.cores - foreign_cores))
-    costs = replace(costs, **{name: slow * getattr(costs, name) for name in COMPUTING})
+    if slow is not None:
+        factors = {name: slow[stage] for stage, names in STAGES.items() for name in names}
+        factors |= dict.fromkeys(BESIDE_STEPS, slow["prefill"])
+        costs = replace(costs, **{name: factor * getattr(costs, name) for name, factor in factors.items()})
     return Simulation(placement, costs, profile.as_served(placement)).run(demands)
 
 
@@ -301,22 +312,27 @@ def _simulated(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _row(case: Case, all_runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    runs = [run for run in all_runs if not run["note"]] or all_runs
+    steady = [run for run in all_runs if not run["note"]] or all_runs
+    quiet = [run for run in all_runs if run["note"] in ("", NOT_STEADY)] or all_runs
     times = {
         kind: {figure: median(run[kind][figure] / run["live"][figure] for run in runs) for figure in FIGURES}
-        for kind in ("simulated", "at_speed")
+        for kind, runs in (("simulated", steady), ("at_speed", quiet))
     }
     found = {
         "workload": case.name,
-        "live": {figure: median(run["live"][figure] for run in runs) for figure in FIGURES},
+        "live": {figure: median(run["live"][figure] for run in quiet) for figure in FIGURES},
         "simulated_over_live": times["simulated"],
         "at_speed_over_live": times["at_speed"],
-        "quiet_runs": sum(not run["note"] for run in all_runs),
+        "steady_runs": sum(not run["note"] for run in all_runs),
         "runs": list(all_runs),
     }
-    told = ", ".join(f"{figure} {ratio - 1:+.0%}" for figure, ratio in times["simulated"].items())
-    print(f"{case.name:36s} median over rounds: {told}", flush=True)
+    told = [" ".join(f"{figure} {ratio - 1:+.0%}" for figure, ratio in of.items()) for of in times.values()]
+    print(f"{case.name:36s} median over rounds: {told[0]}; at the speed of the moment: {told[1]}", flush=True)
     return found
+
+
+def _short(found: dict[str, Any]) -> str:
+    return " ".join(f"{found['at_speed'][figure] / found['live'][figure] - 1:+.0%}" for figure in FIGURES)
 
 
 def _line(found: dict[str, Any]) -> str:

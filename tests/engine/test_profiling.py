@@ -9,6 +9,7 @@ from triptych.planning.costs.fit import fit
 
 LEAST = Effort(
     repeats=1,
+    passes=1,
     sides=(56, 112),
     picture_batches=(2,),
     batches=(1, 4),
