@@ -143,9 +143,9 @@ class Speed:
                 for stage, plays in PLAYS.items()
             }
         return {
-            "encode": fmean(turn.encode_s for turn in turns["encode"] if turn.works),
-            "prefill": fmean(turn.language_s for turn in turns["prefill"] if turn.chunks),
-            "decode": fmean(turn.language_s for turn in turns["decode"] if turn.chunks and turn.chunks[0][2]),
+            "encode": median(turn.encode_s for turn in turns["encode"] if turn.works),
+            "prefill": median(turn.language_s for turn in turns["prefill"] if turn.chunks),
+            "decode": median(turn.language_s for turn in turns["decode"] if turn.chunks and turn.chunks[0][2]),
         }
 
 

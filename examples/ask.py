@@ -5,6 +5,7 @@ import base64
 import mimetypes
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 from openai import OpenAI, OpenAIError
@@ -12,7 +13,7 @@ from openai import OpenAI, OpenAIError
 
 def main() -> None:
     options = parsed()
-    client = OpenAI(base_url=f"{options.url.rstrip('/')}/v1", api_key=options.api_key)
+    client = OpenAI(base_url=f"{server_url(options.url)}/v1", api_key=options.api_key)
     try:
         content = [*map(image_part, options.pictures), {"type": "text", "text": options.question}]
         stream = client.chat.completions.create(
@@ -37,6 +38,19 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--model", help="what the server calls it; the first that it lists if left out")
     parser.add_argument("--api-key", default="none", help="where the server wants one")
     return parser.parse_args()
+
+
+def server_url(text: str) -> str:
+    """Without /v1, and with http:// where it has no scheme."""
+    url = (text if "://" in text else f"http://{text}").rstrip("/").removesuffix("/v1").rstrip("/")
+    try:
+        found = urlsplit(url)
+        is_valid = found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0
+    except ValueError:  # a port that is no number
+        is_valid = False
+    if not is_valid or found.query or found.fragment:
+        sys.exit(f"--url: {text!r} is not the address of a server, such as http://127.0.0.1:8000")
+    return url
 
 
 def image_part(path: Path) -> dict[str, object]:

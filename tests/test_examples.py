@@ -67,12 +67,20 @@ def test_a_picture_is_drawn_and_asked_about(url: str, tmp_path: Path) -> None:
     assert parts[-1]["text"] == "What is it?"
 
 
+@pytest.mark.parametrize("end", ["/v1", "/v1/"])
+def test_the_address_of_a_server_may_have_its_end_and_no_scheme(url: str, end: str) -> None:
+    for given in (f"{url}{end}", f"{url.removeprefix('http://')}{end}"):
+        assert run("examples/ask.py", "What is it?", "--url", given).stdout == "first said so\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["examples/ask.py", "What?", "--url", NOBODY], f"{NOBODY}: Connection error.\n"),
         (["examples/ask.py", "What?", "nowhere.png", "--url", NOBODY], "nowhere.png: No such file or directory\n"),
         (["examples/ask.py"], "error: the following arguments are required: question"),
+        (["examples/ask.py", "What?", "--url", "ftp://there"], "--url: 'ftp://there' is not the address of a server, "),
+        (["examples/ask.py", "What?", "--url", "http://me:port"], "such as http://127.0.0.1:8000\n"),
         (["examples/draw.py", "rde", "circle", "x.png"], "x.png: unknown color specifier: 'rde'\n"),
         (["examples/draw.py", "red"], "error: the following arguments are required"),
     ],

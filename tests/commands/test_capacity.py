@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from tests.checkpoints import make_checkpoint
 from triptych.commands.capacity import capacity
 from triptych.core import Role
+from triptych.demo import checkpoint_path
 from triptych.errors import ConfigError
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -48,6 +49,15 @@ def test_sizes_of_a_small_model_have_small_units() -> None:
     output = call()
     assert output.startswith("triptych-demo: 3.2 million parameters, 1.3 million of them in the encoder; 6.14 MB of KV")
     assert "7.63 MB" in output
+
+
+def test_that_the_built_in_model_is_tiny_is_said_and_what_else_to_name() -> None:
+    for model in ([], [str(checkpoint_path())]):
+        assert call(*model).splitlines()[-1] == (
+            "triptych-demo is tiny, 3.2 million parameters: name a checkpoint or a preset, such as qwen2.5-vl-7b, for "
+            "numbers of a usual model."
+        )
+    assert "tiny" not in call("qwen2.5-vl-7b")
 
 
 def test_that_disaggregation_gains_nothing_is_said() -> None:

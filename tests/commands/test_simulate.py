@@ -47,7 +47,7 @@ def test_one_run_is_a_table_and_what_it_comes_to() -> None:
     output = call("--placement", "5e2p1d", *PAPER, "--rate", "0.1")
     assert output.splitlines()[:3] == [
         "5e2p1d of minicpm-v-2.6 on A100-80G, paper-synthetic-2",
-        "Sent: 0.1 req/s",
+        "Sent: 0.1 req/s; these 100 requests came at 0.0843 req/s",
         "SLO: TTFT at most 1.4 s, TPOT at most 40 ms, for 90% of the requests",
     ]
     for line in ("100 requests in", "TTFT (ms)", "ITL (ms)", "Throughput: 0.", "SLO attainment:", "USD/h", "Idle: e "):
@@ -103,13 +103,21 @@ def test_the_head_says_how_fast_requests_come_and_what_they_are_held_against(tmp
         path.write_text(json.dumps({"name": "load", "arrivals": arrivals, "kinds": kinds, **more}))
         return call("--workload", str(path), *flags).splitlines()[1:3]
 
-    steady = {"process": "poisson", "rate": "3 req/s"}
+    steady, even = ({"process": process, "rate": "3 req/s"} for process in ("poisson", "uniform"))
     assert head({"process": "all_at_once"}, num_requests=4) == ["Sent: all at once", "SLO: none"]
-    assert head(steady, phases=[{"num_requests": 4, "rate_factor": 2}])[0].endswith(
-        "3 req/s, times the factor of each phase"
-    )
-    slo = head(steady, "--slo-tpot", "25 ms", "--attainment", "0.995", num_requests=4)
+    phases = head(steady, phases=[{"num_requests": 4, "rate_factor": 2}])[0]
+    assert phases.startswith("Sent: 3 req/s, times the factor of each phase; these 4 requests came at ")
+    slo = head(even, "--slo-tpot", "25 ms", "--attainment", "0.995", num_requests=4)
     assert slo == ["Sent: 3 req/s", "SLO: TPOT at most 25 ms, for 99.5% of the requests"]
+
+
+def test_the_rate_of_a_recorded_trace_is_told(tmp_path: Path) -> None:
+    lines = ["Timestamp,Request tokens,Response tokens", *(f"{second / 2},400,20" for second in range(11))]
+    (tmp_path / "trace.csv").write_text("\n".join(lines))
+    path = tmp_path / "load.json"
+    path.write_text(json.dumps({"name": "load", "trace": {"format": "burstgpt", "path": "trace.csv"}}))
+    sent = call("--workload", str(path)).splitlines()[1]
+    assert sent == "Sent: as recorded; these 11 requests came at 2 req/s"
 
 
 # ---- the model and its profile
@@ -144,7 +152,7 @@ def test_several_rates_are_columns_and_the_highest_that_keeps_the_slo_is_told() 
     assert 0 < len(kept) < 5
     assert found["kept_rate"] == kept[-1]
     output = call(*load, "--rates", "0.05,0.1,1,2,20,40")
-    assert output.count("requests sent per second") == 2
+    assert output.count("rate (requests/s)") == output.count("sent (requests/s)") == 2
     assert "Sent: " not in output and "SLO: TTFT at most 2 s, TPOT at most 40 ms, for 90%" in output
     assert f"Kept rate: {kept[-1]:g} req/s, the highest of these at which 90% of the requests meet" in output
 
@@ -197,6 +205,7 @@ def test_files_of_one_run_are_refused_for_several(tmp_path: Path, flag: str) -> 
         (("--max-num-seqs", "2048"), "--max-num-batched-tokens: 2048 is not above --max-num-seqs, which is 2048"),
         (("--placement", "1e"), "no instance serves prefill or decode"),
         (("--workload", "picturs"), "did you mean 'pictures'?"),
+        (("--gpu", "H100", "--profile", "p.json"), "--gpu, --profile: --profile says what --gpu would; leave one"),
         (("--gpu", "B1"), "neither a hardware file nor one of"),
         (("--profile", "missing.json"), "missing.json: cannot be read: No such file or directory"),
         (("--timeline", "missing/trace.json"), "--timeline: missing/trace.json: there is no folder missing"),

@@ -61,12 +61,11 @@ def make_row(
         rate=rate,
         cost=cost,
         score=goal.score(min(rate, goal.most), cost),
-        figures=make_figures(price),
-        attained=[0.92, 0.9, 0.95],
+        runs=[make_figures(price, share) for share in (0.92, 0.9, 0.95)],
     )
 
 
-def make_figures(price: float | None) -> Figures:
+def make_figures(price: float | None, share: float) -> Figures:
     return Figures(
         num_requests=40,
         num_failed=0,
@@ -79,8 +78,8 @@ def make_figures(price: float | None) -> Figures:
         requests_per_s=4.0,
         prompt_tokens_per_s=0.0,
         output_tokens_per_s=0.0,
-        slo_attainment=0.92,
-        goodput_requests_per_s=3.7,
+        slo_attainment=share,
+        goodput_requests_per_s=4 * share,
         dollars_per_hour=price,
         dollars_per_1000_met=None,
         idle={"epd": 0.5},

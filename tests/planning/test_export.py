@@ -95,6 +95,13 @@ def test_what_has_no_equivalent_stands_in_comments():
     assert any("on one encoder;" in text for text in _said(make("2e1p1d", parallel_encode=False)))
 
 
+def test_nothing_is_said_to_be_missing_that_the_placement_does_not_use():
+    assert _said(make("2epd")) == _said(make("2ep1d")) == []
+    for parallel in (True, False):
+        (rows,) = _said(make("1e1pd", streamed_prefill=False, parallel_encode=parallel))
+        assert "embedding rows" in rows
+
+
 def _said(candidate: Candidate) -> list[str]:
     return re.findall(r"^# No equivalent: (.*)", export("sglang", candidate, MODEL), re.M)
 
@@ -121,6 +128,21 @@ def test_the_proxy_starts_when_all_instances_are_up_and_never_if_one_ends(tmp_pa
     script = export("vllm", make("1e1pd"), MODEL)
     subprocess.run(["bash", "-c", script], env=environment, start_new_session=True, timeout=20, check=False)
     assert (tmp_path / "proxy").exists() == starts
+
+
+@pytest.mark.parametrize("call", ["bash", "."])
+def test_the_script_ends_what_it_started_and_nothing_else(tmp_path: Path, call: str):
+    """Its caller goes on, though they are one process group."""
+    serve = tmp_path / "vllm"
+    serve.write_text(f"#!/bin/sh\ntrap 'kill $!; touch {tmp_path}/ended; exit' TERM\nsleep 60 & wait\n")
+    serve.chmod(0o755)
+    (tmp_path / "plan.sh").write_text(export("vllm", make("1epd"), MODEL).replace('wait "${pids[@]}"', "sleep 0.5"))
+    until_ended = f"for _ in {{1..50}}; do [ -e {tmp_path}/ended ] && break; sleep 0.1; done"
+    caller = f"sleep 60 & ({call} {tmp_path}/plan.sh); {until_ended}; touch {tmp_path}/after; kill $!"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", caller], env=environment, start_new_session=True, timeout=20, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "ended").exists() and (tmp_path / "after").exists()
 
 
 def test_why_it_is_another_placement_stands_at_the_top():

@@ -1,11 +1,14 @@
 """Whether splitting pays is said in plain words, of what was looked at, and by how much."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.planning.plans import make_question, make_row
 from triptych.planning.search.goals import Goal, HighestRate, LeastCost
 from triptych.planning.search.plan import Question, ordered
-from triptych.planning.search.verdict import certainty, verdict
+from triptych.planning.search.rivals import Rival
+from triptych.planning.search.verdict import certainties, verdict
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +82,34 @@ def test_where_nothing_has_a_price_nothing_costs(question: Question):
     assert "with 3 instead of 3 GPUs" in words and "cost" not in words and "USD" not in words
 
 
-def test_on_one_gpu_there_is_nothing_to_split():
-    words = verdict([make_row("1epd", 2.0)], HighestRate(), make_question(num_gpus=1), 1)
-    assert words == "1epd keeps the SLO at 2 req/s. There is nothing to split on one GPU."
+ONE_GPU = "With one GPU there is only the aggregated placement."
+
+
+def test_on_one_gpu_it_is_said_that_there_is_no_choice():
+    question = make_question(num_gpus=1)
+    row, note = make_row("1epd", 2.0), "There is little room for load."
+    assert verdict([row], HighestRate(), question, 1) == f"1epd keeps the SLO at 2 req/s. {ONE_GPU}"
+    assert verdict([row], HighestRate(), question, 1, note) == f"{note} 1epd keeps the SLO at 2 req/s. {ONE_GPU}"
+    assert verdict([], HighestRate(), question, 1) == f"No rate is kept, of the one placement looked at. {ONE_GPU}"
+
+
+def test_no_difference_is_shown_where_one_that_is_behind_keeps_up_with_any_seed(question: Question):
+    goal = HighestRate()
+    split, whole = make_row("2e1pd", 4.0), make_row("3epd", 3.0)
+    assert verdict([split, whole], goal, question, 12, rival=Rival(whole, 4.0, [1])) == (
+        "No difference is shown, of the 12 placements looked at: 2e1pd keeps the SLO at 4 req/s in every run, the best "
+        "aggregated one, 3epd, at 3, but with the seed 1 at 4 too."
+    )
+    split, whole = make_row("2e1pd", 3.0), make_row("3epd", 4.0)
+    assert verdict([whole, split], goal, question, 12, rival=Rival(split, 4.0, [0, 2])).endswith(
+        "the best split one, 2e1pd, at 3, but with the seeds 0, 2 at 4 too. Disaggregation is not needed."
+    )
+
+
+def test_a_single_short_run_is_not_said_to_prove_anything():
+    split, whole = make_row("2e1pd", 4.0), make_row("3epd", 3.0)
+    for rows, words in (([split, whole], "Splitting seems to pay, of"), ([split], "Splitting seems to be needed, of")):
+        assert verdict(rows, HighestRate(), make_question(num_confirming=0), 12).startswith(words)
 
 
 def test_where_the_slo_leaves_no_room_that_is_what_is_said(question: Question):
@@ -91,10 +119,21 @@ def test_where_the_slo_leaves_no_room_that_is_what_is_said(question: Question):
     assert words == f"{note} 1epd keeps the SLO at 0.00285 req/s."
 
 
-def test_it_is_told_how_sure_a_rate_is(question: Question):
-    row = make_row("3epd", 4.0)
-    assert certainty(row, question) == (
-        "How sure: at 4 req/s 92.0%, 90.0%, 95.0% of the requests met the SLO, in runs of 40 requests with the seeds "
-        "0, 1, 2."
+def test_it_is_told_how_sure_the_first_rate_is_and_that_of_the_best_of_the_other_kind(question: Question):
+    rows = [make_row("2e1pd", 4.0), make_row("2ep1d", 3.5), make_row("3epd", 3.0)]
+    runs = "92.0%, 90.0%, 95.0% of the requests met the SLO, in runs of 40 requests with the seeds 0, 1, 2."
+    sure = [f"How sure: 2e1pd at 4 req/s: {runs}", f"How sure: 3epd at 3 req/s: {runs}"]
+    assert certainties(rows, replace(question, usual_requests=40)) == sure
+    assert certainties(rows[:2], replace(question, usual_requests=40)) == sure[:1]
+
+
+def test_runs_that_are_shorter_than_usual_are_said_to_be_a_matter_of_luck(question: Question):
+    rows = [make_row("3epd", 4.0)]
+    assert certainties(rows, question)[-1] == (
+        "Few requests: runs of 40 confirm this, 2,000 are usual here: the verdict may hang on luck."
     )
-    assert "Not confirmed" in certainty(row, make_question(num_confirming=0))
+    (unconfirmed,) = certainties(rows, make_question(num_confirming=0))
+    assert unconfirmed == (
+        "Not confirmed: rates are those that one run of 40 requests kept; longer ones may keep less, and the verdict "
+        "may hang on luck."
+    )

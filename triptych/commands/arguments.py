@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Unit = TypeVar("Unit", bound="Quantity")
 
 BUILT_IN = "triptych-demo"  # what the built-in model is called
+USUAL_GPU = "A100-80G"
 
 DescribedModel = Annotated[
     str | None,
@@ -28,10 +29,19 @@ DescribedModel = Annotated[
         "qwen3-vl-8b; the built-in model if left out.",
     ),
 ]
+DescribedGPU = Annotated[
+    str | None, typer.Option(help="As of `triptych capacity`; not beside --profile.", show_default=USUAL_GPU)
+]
 
 
 def check_range(flag: str, number: int | None, low: int, high: int) -> None:
     require(number is None or low <= number <= high, flag, f"{number} is not between {low} and {high}")
+
+
+def check_alone(flag: str, others: Mapping[str, object]) -> None:
+    """Of a flag that is given and says what these others would; None is one that is not."""
+    for other, value in others.items():
+        require(value is None, f"{other}, {flag}", f"{flag} says what {other} would; leave one of them out")
 
 
 def check_folders(files: Mapping[str, Path | None]) -> None:

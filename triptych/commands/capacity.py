@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from triptych.commands.arguments import DescribedModel, find_model, quantity
+from triptych.commands.arguments import BUILT_IN, USUAL_GPU, DescribedModel, find_model, quantity
 from triptych.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def capacity(
             help="A100-40G, A100-80G, H100, H200, L40S, RTX-4090, MI300X, Ascend-910B, or a hardware file (FILE:NAME "
             "where it has several)."
         ),
-    ] = "A100-80G",
+    ] = USUAL_GPU,
     image: Annotated[str, typer.Option(help="Width and height of every picture.")] = "4032x3024",
     images_per_request: Annotated[int, typer.Option(help="Pictures of one request, for the largest batch.")] = 1,
     kv_fraction: Annotated[float, typer.Option(help="Share of the free memory for the KV cache.")] = 0.8,
@@ -72,6 +72,11 @@ def capacity(
         typer.echo(_json(shape, device, ask, kv_fraction, found))
     else:
         _show(shape, device, ask, kv_fraction, runtime, found)
+        if shape.name == BUILT_IN:
+            typer.echo(
+                f"{shape.name} is tiny, {_many(shape.parameters)} parameters: name a checkpoint or a preset, such as "
+                "qwen2.5-vl-7b, for numbers of a usual model."
+            )
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -2,16 +2,17 @@
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
 from triptych.commands.arguments import (
+    USUAL_GPU,
+    DescribedGPU,
     DescribedModel,
+    check_alone,
     check_folders,
     check_range,
     find_model,
@@ -19,6 +20,7 @@ from triptych.commands.arguments import (
     load_profile,
     quantity,
 )
+from triptych.commands.progress import progress
 from triptych.config import require
 from triptych.demo import checkpoint_path
 from triptych.errors import EXIT_FAILED, ConfigError
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 MOST_GPUS = 64
 USUAL_REQUESTS = 500
 MOST_COLUMNS = 1000  # that a table may need
-NUM_REPORTS = 4  # of what takes long, where nobody sees a bar
 CHOICES: dict[str, Any] = {  # what is tried of each option, the usual first
     "max_num_seqs": (64, 16, 256),
     "max_num_batched_tokens": (2048, 8192),
@@ -53,7 +54,7 @@ Unit = TypeVar("Unit", bound="Quantity")
 
 def plan(
     model: DescribedModel = None,
-    gpu: Annotated[str, typer.Option(help="As of `triptych capacity`; unused where --profile is given.")] = "A100-80G",
+    gpu: DescribedGPU = None,
     gpus: Annotated[int | None, typer.Option(help="How many there may be, at most.")] = None,
     budget: Annotated[str | None, typer.Option(help="Instead: what they may cost, such as '20 USD/h'.")] = None,
     workload: Annotated[
@@ -81,8 +82,12 @@ def plan(
         typer.Option("--rate", "--goodput", help="Requests per second to serve; that of the workload if left out."),
     ] = None,
     tensor_parallel: Annotated[
-        str, typer.Option(help="Degrees to try, such as 1,2,4. `triptych serve` runs instances of one GPU.")
-    ] = "1",
+        str | None,
+        typer.Option(
+            help="Degrees to try, such as 1,2,4; not beside --profile. `triptych serve` runs instances of one GPU.",
+            show_default="1",
+        ),
+    ] = None,
     requests: Annotated[
         int | None,
         typer.Option(help="Requests with which each candidate is simulated; 500, or what phases say, if left out."),
@@ -101,9 +106,7 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for `triptych serve --config` (YAML).")
     ] = None,
-    png: Annotated[
-        Path | None, typer.Option(help="Picture of requests within the SLO and cost over the request rate.")
-    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Picture of SLO attainment and cost over the request rate.")] = None,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Say which placement keeps the SLO of a load at the highest rate, what it costs, and whether splitting pays.
@@ -149,7 +152,7 @@ def plan(
         "--slo-tpot": slo_tpot,
         "--attainment": attainment,
     }
-    words |= {"--profile": _single(profile, profiles)} if profile else {"--gpu": gpu}
+    words |= {"--profile": _single(profile, profiles)} if profile else {"--gpu": gpu or USUAL_GPU}
     lines = answer.simulate_lines(_words(model, words))
     texts = answer.texts(_served(model), engine, _exported(model), title)
     told = _written(answer, texts, {"serve": output, "export": _script(output, engine), "png": png}, title)
@@ -227,22 +230,23 @@ def _slo(workload: "Workload", where: str, ttft: str | None, tpot: str | None, a
         raise ConfigError(f"--slo-ttft, --slo-tpot: {error}") from None
 
 
-def _profiles(shape: "ModelShape", gpu: str, paths: Sequence[Path], degrees: str) -> "dict[int, Profile]":
+def _profiles(shape: "ModelShape", gpu: str | None, paths: Sequence[Path], degrees: str | None) -> "dict[int, Profile]":
     """By the degree of tensor parallelism: measured, or computed from the config and the data sheet."""
     from triptych.planning.costs.analytic import analytic_profile
     from triptych.planning.costs.hardware import find_device
 
     if paths:
+        check_alone("--profile", {"--gpu": gpu, "--tensor-parallel": degrees})
         measured = [load_profile(path, shape) for path in paths]
         profiles = {one.tensor_parallel: one for one in measured}
         require(len(profiles) == len(measured), "--profile", "two files are of the same degree of tensor parallelism")
         return profiles
-    numbers = [text.strip() for text in degrees.split(",")]
+    numbers = [text.strip() for text in (degrees or "1").split(",")]
     valid = all(text.isdecimal() and 1 <= int(text) <= MOST_GPUS for text in numbers) and len(set(numbers)) == len(
         numbers
     )
     require(valid, "--tensor-parallel", f"{degrees!r} is not a list of different numbers such as 1,2,4")
-    device = find_device(gpu)
+    device = find_device(gpu or USUAL_GPU)
     return {int(text): analytic_profile(shape, device, tensor_parallel=int(text)) for text in numbers}
 
 
@@ -282,66 +286,31 @@ def _answer(
     from triptych.planning.search.export import can_export
     from triptych.planning.search.plan import chosen, curves, rows, searched
     from triptych.planning.search.possible import limit_note, require_possible
+    from triptych.planning.search.rivals import lucky_rival
     from triptych.planning.search.written import is_servable
 
     space, evaluator = question.space, question.evaluator
     number = processes or len(os.sched_getaffinity(0))
     also = [is_servable] if engine is None else [is_servable, can_export]
-    with _bar() as bar:
+    with progress("plan") as part:
         with search.processes(evaluator, number) as ask:
-            with bar("looking for the fastest", 1):
+            with part("looking for the fastest", 1):
                 require_possible(question, ask)
-            with bar("candidates", trials) as advance:
+            with part("candidates", trials) as advance:
                 outcome = search.search(
                     space, evaluator, searched(goal), ask, trials=trials, seed=seed, advance=advance
                 )
         found = chosen(outcome, goal, *also)
         with search.processes(question.runs, number) as ask_runs:
-            with bar(f"longer runs of the best {len(found)}", 1):
+            with part(f"longer runs of the best {len(found)}", 1):
                 best = rows(found, goal, ask_runs)
                 note = limit_note(question, found, best, ask_runs)
+                rival = lucky_rival(best, goal, question.runs.seeds, ask_runs)
             drawn = []
             if draws and best:
-                with bar("picture", 1):
+                with part("picture", 1):
                     drawn = curves(best, ask_runs)
-    return Answer(question, goal, outcome, best, drawn, note)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[..., Any]]:
-    """On stderr; where that is no terminal, a line now and then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _reported
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-
-        @contextmanager
-        def part(text: str, total: int) -> Iterator[Callable[[], None]]:
-            task = progress.add_task(text, total=total)
-            yield lambda: progress.advance(task)
-            progress.remove_task(task)
-
-        yield part
-
-
-@contextmanager
-def _reported(text: str, total: int) -> Iterator[Callable[[], None]]:
-    """When it begins, and a few times until it is done."""
-    began_s, done = time.monotonic(), 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if done < total and done * NUM_REPORTS // total > (done - 1) * NUM_REPORTS // total:
-            typer.echo(f"plan: {text}, {done} of {total} after {time.monotonic() - began_s:.0f} s", err=True)
-
-    typer.echo(f"plan: {text}{f', {total}' if total > 1 else ''}", err=True)
-    yield advance
+    return Answer(question, goal, outcome, best, drawn, note, rival)
 
 
 # ---- what is written and told
@@ -400,7 +369,7 @@ def _written(answer: "Answer", texts: "dict[str, Text]", paths: "dict[str, Path 
             start = f"triptych serve --config {path}" if name == "serve" else f"bash {path}"
             said.append(f"{path} is written, {texts[name].candidate}: {start}")
         elif name == "png" and answer.curves:
-            plan_chart(path, answer.curves, title)
+            plan_chart(path, answer.curves, answer.question.evaluator.target, title)
             said.append(f"{path} is written: {', '.join(str(curve.candidate) for curve in answer.curves)}")
         else:
             said.append(f"{path} is not written: no placement for it keeps the SLO")

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from triptych.commands.arguments import DescribedModel, check_folders, check_range, find_model, load_profile, quantity
+from triptych.commands.arguments import (
+    USUAL_GPU,
+    DescribedGPU,
+    DescribedModel,
+    check_alone,
+    check_folders,
+    check_range,
+    find_model,
+    load_profile,
+    quantity,
+)
 from triptych.config import require
 from triptych.core import Placement
 
@@ -19,6 +29,7 @@ if TYPE_CHECKING:
     from triptych.planning.costs.profile import Profile
     from triptych.planning.model.shape import ModelShape
     from triptych.planning.simulation.failures import Failure
+    from triptych.planning.simulation.scenario import Run
     from triptych.planning.workloads.workload import Workload
 
 MOST_RATES = 100
@@ -37,7 +48,7 @@ def simulate(
         str, typer.Option(help="Workload file, or a preset: text, pictures, mixed, paper-synthetic-6, ...")
     ] = "pictures",
     profile: Annotated[Path | None, typer.Option(help="File of `triptych profile`.")] = None,
-    gpu: Annotated[str, typer.Option(help="As of `triptych capacity`; unused where --profile is given.")] = "A100-80G",
+    gpu: DescribedGPU = None,
     rate: Annotated[float | None, typer.Option(help="Requests per second; as the workload says if left out.")] = None,
     rates: Annotated[str | None, typer.Option(help="Instead: several, such as 0.5,1,2, one run for each.")] = None,
     requests: Annotated[int | None, typer.Option(help="How many; as the workload says if left out.")] = None,
@@ -142,7 +153,7 @@ def simulate(
     if json:
         typer.echo(outcome.as_json(scenario, runs, target))
     else:
-        _tell([title, *_terms(asked, asked_rates, objectives, target)], *outcome.tables(runs, target))
+        _tell([title, *_terms(asked, runs, objectives, target)], *outcome.tables(runs, target))
 
 
 # ---- what was asked
@@ -221,13 +232,14 @@ def _objectives(
     return objectives, attainment or (USUAL_TARGET if slo is None else slo.attainment)
 
 
-def _profile(shape: "ModelShape", gpu: str, path: Path | None) -> "Profile":
+def _profile(shape: "ModelShape", gpu: str | None, path: Path | None) -> "Profile":
     """Measured, or computed from the config and the data sheet."""
     from triptych.planning.costs.analytic import analytic_profile
     from triptych.planning.costs.hardware import find_device
 
     if path is None:
-        return analytic_profile(shape, find_device(gpu))
+        return analytic_profile(shape, find_device(gpu or USUAL_GPU))
+    check_alone("--profile", {"--gpu": gpu})
     found = load_profile(path, shape)
     require(found.tensor_parallel == 1, "--profile", f"{path}: of {found.tensor_parallel} GPUs for one instance, not 1")
     return found
@@ -236,14 +248,12 @@ def _profile(shape: "ModelShape", gpu: str, path: Path | None) -> "Profile":
 # ---- the answer
 
 
-def _terms(
-    workload: "Workload", rates: Sequence[float | None], objectives: "Objectives", target: float
-) -> Iterator[str]:
+def _terms(workload: "Workload", runs: "Sequence[Run]", objectives: "Objectives", target: float) -> Iterator[str]:
     """How fast requests are sent, and what they are held against."""
     from triptych.planning.quantities import Seconds
 
-    if len(rates) == 1:
-        yield f"Sent: {_pace(workload, rates[0])}"
+    if len(runs) == 1:
+        yield f"Sent: {_pace(workload, runs[0].rate)}{_came(workload, runs[0])}"
     limits = {"TTFT": objectives.ttft_ms, "TPOT": objectives.tpot_ms, "E2E": objectives.e2e_ms}
     kept = [f"{name} at most {Seconds(limit / 1e3).short()}" for name, limit in limits.items() if limit is not None]
     yield f"SLO: {', '.join(kept)}, for {100 * target:.4g}% of the requests" if kept else "SLO: none"
@@ -254,6 +264,14 @@ def _pace(workload: "Workload", rate: float | None) -> str:
     if rate is None:
         return "all at once" if workload.trace is None else "as recorded"
     return f"{rate:.4g} req/s" + (", times the factor of each phase" if workload.phases else "")
+
+
+def _came(workload: "Workload", run: "Run") -> str:
+    """As many requests as there are never come at exactly the rate that they are drawn with."""
+    came, rate = run.figures.sent_per_s, workload.rate if run.rate is None else run.rate
+    if came is None or (rate is not None and f"{came:.3g}" == f"{rate:.3g}"):
+        return ""
+    return f"; these {run.figures.num_requests:,} requests came at {came:.3g} req/s"
 
 
 def _tell(head: Sequence[str], tables: "Sequence[Table]", lines: Sequence[str]) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from triptych.planning.search.export import Engine, can_export, export
 from triptych.planning.search.goals import Goal
 from triptych.planning.search.plan import Curve, Question, Row, reaches
+from triptych.planning.search.rivals import Rival
 from triptych.planning.search.search import Outcome
 from triptych.planning.search.space import Candidate
-from triptych.planning.search.verdict import certainty, verdict
+from triptych.planning.search.verdict import certainties, verdict
 from triptych.planning.search.written import as_json, config_text, is_servable, serve_config, serve_line, simulate_line
 
 
@@ -30,6 +31,7 @@ class Answer:
     rows: list[Row]  # in order
     curves: list[Curve]
     limit: str | None  # what is said where the SLO leaves hardly any rate
+    rival: Rival | None  # who does as well as the first row by luck
 
     @property
     def suffices(self) -> bool:
@@ -37,13 +39,13 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        return verdict(self.rows, self.goal, self.question, self.outcome.num_placements, self.limit)
+        return verdict(self.rows, self.goal, self.question, self.outcome.num_placements, self.limit, self.rival)
 
     def said(self, repeat: str | None) -> list[str]:
         """What stands under the rows; `repeat` is the command that repeats the first."""
         if not self.rows:
             return [self.verdict]
-        lines = [self.verdict, certainty(self.rows[0], self.question)]
+        lines = [self.verdict, *certainties(self.rows, self.question)]
         if repeat is not None:
             lines.append(f"The first row again: {repeat}")
         best = self.rows[0].candidate

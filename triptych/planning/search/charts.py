@@ -24,21 +24,24 @@ Value = Callable[[Figures], float | None]
 ValueAt = Callable[[float, Figures], float | None]  # of a rate, too
 
 
-def plan_chart(path: str | Path, curves: Sequence[Curve], title: str) -> None:
-    """What is within the SLO, and what that costs, over the request rate. Whole or not at all; raises ConfigError where
-    it cannot be written."""
+def plan_chart(path: str | Path, curves: Sequence[Curve], target: float, title: str) -> None:
+    """What is within the SLO, and what that costs, over the request rate; stars where a curve is told to keep the SLO.
+    Whole or not at all; raises ConfigError where it cannot be written."""
     figure = _figure(title)
     served, cost = figure.subplots(1, 2)
-    _lines_at(served, curves, lambda rate, figures: rate * (figures.slo_attainment or 0.0))
-    _label(served, "of these within the SLO (req/s)")
     end = max(rate for curve in curves for rate in curve.rates)
+    _lines_at(served, curves, lambda rate, figures: rate * (figures.slo_attainment or 0.0))
+    _stars(served, curves)
+    _label(served, "goodput: of these within the SLO (req/s)")
     served.plot([0, end], [0, end], color="#999999", linewidth=0.8, zorder=0, label="all of them")
-    served.set_xlim(0, end * 1.03)
+    wanted = f"{100 * target:.4g}% of them"
+    served.plot([0, end], [0, target * end], color="#777777", linewidth=1.0, linestyle="--", zorder=0, label=wanted)
     served.set_ylim(0, None)
     served.legend(frameon=False, fontsize=9)
     _lines(cost, curves, lambda figures: figures.dollars_per_1000_met)
     _label(cost, "USD per 1,000 requests within the SLO")
-    cost.set_xlim(0, end * 1.03)
+    for axes in (served, cost):
+        axes.set_xlim(0, end * 1.03)
     _limit_cost(cost, curves)
     _save(figure, path)
 
@@ -52,7 +55,7 @@ def attainment_chart(path: str | Path, curves: Sequence[Curve], target: float, t
     attained.set_ylim(0, 103)
     attained.axhline(100 * target, color="#777777", linewidth=1.0, linestyle="--")
     attained.annotate(
-        f"target {target:.0%}", (0.02, 100 * target - 4.5), xycoords=("axes fraction", "data"), fontsize=8
+        f"target {100 * target:.4g}%", (0.02, 100 * target - 4.5), xycoords=("axes fraction", "data"), fontsize=8
     )
     attained.legend(frameon=False, fontsize=9)
     _lines(ttft, curves, lambda figures: None if figures.ttft_ms is None else figures.ttft_ms.p50 / 1e3)
@@ -76,6 +79,18 @@ def _figure(title: str) -> "Figure":
     return figure
 
 
+def _stars(axes: "Axes", curves: Sequence[Curve]) -> None:
+    for number, curve in enumerate(curves):
+        if curve.kept is not None:
+            met = curve.kept * (curve.figures[curve.rates.index(curve.kept)].slo_attainment or 0.0)
+            named = None if number else "its kept rate"
+            axes.plot(curve.kept, met, "*", color=_colour(number), mec="#000000", ms=14, zorder=3, label=named)
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
 def _lines(axes: "Axes", curves: Sequence[Curve], value: Value, *, thin: bool = False) -> None:
     _lines_at(axes, curves, lambda _, figures: value(figures), thin=thin)
 
@@ -87,7 +102,7 @@ def _lines_at(axes: "Axes", curves: Sequence[Curve], value: ValueAt, *, thin: bo
         axes.plot(
             curve.rates,
             [float("nan") if one is None else one for one in found],
-            color=COLOURS[number % len(COLOURS)],
+            color=_colour(number),
             linestyle=DASHES[number % len(DASHES)],
             marker=None if thin else MARKERS[number % len(MARKERS)],
             markersize=4.5,

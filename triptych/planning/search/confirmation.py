@@ -36,10 +36,6 @@ class Kept(msgspec.Struct, frozen=True):
     rate: float
     figures: list[Figures]  # by seed
 
-    @property
-    def attained(self) -> list[float]:
-        return [one.slo_attainment or 0.0 for one in self.figures]
-
 
 @dataclass(frozen=True, slots=True)
 class At:
@@ -76,9 +72,9 @@ class Runs:
         evaluator = self.evaluator(rate, seed)
         return None if evaluator.misfit(candidate) else evaluator.attained(candidate, rate)
 
-    def figures(self, candidate: Candidate, rate: float) -> Figures:
-        """Of the first seed, at any rate."""
-        return self.evaluator(rate, self.seeds[0]).figures(candidate, rate)
+    def figures(self, candidate: Candidate, rate: float, seed: int) -> Figures:
+        """At any rate."""
+        return self.evaluator(rate, seed).figures(candidate, rate)
 
 
 def kept(runs: Runs, about: At) -> Kept:

@@ -56,29 +56,29 @@ def export(engine: Engine, candidate: Candidate, model: str, note: str | None = 
         "#!/usr/bin/env bash",
         f"# {candidate}, as `triptych plan` found it, on {engine} on one host.",
         *([f"# {note}"] if note else []),
-        *(f"# No equivalent: {text}" for text in missing(engine, candidate)),
+        *(f"# No equivalent: {text}" for text in missing(candidate)),
         "set -euo pipefail",
         f"MODEL={shlex.quote(model)}",
-        "trap 'kill 0' EXIT",
+        "pids=()",
+        """trap 'kill "${pids[@]}" 2> /dev/null || true' EXIT  # nothing but what is started here""",
     ]
-    return "\n".join([*head, "", *script(candidate, _instances(candidate)), "wait", ""])
+    return "\n".join([*head, "", *script(candidate, _instances(candidate)), 'wait "${pids[@]}"', ""])
 
 
-def missing(engine: Engine, candidate: Candidate) -> list[str]:
-    """What the plan counts on and the engine does not have."""
+def missing(candidate: Candidate) -> list[str]:
+    """What the plan counts on and the engines do not have."""
     found = []
-    splits = Role.E in candidate.family
+    splits, several = Role.E in candidate.family, candidate.placement.roles.count(Role.E) > 1
     if candidate.streamed_prefill and splits:
         found.append("prefill that starts before all media of a prompt are encoded; expect later first tokens.")
-    if splits and not candidate.parallel_encode:
+    if several and not candidate.parallel_encode:
         found.append("the media of one request on one encoder; they are spread over all encoders.")
-    elif splits:
+    elif several:
         found.append("tiles of one picture on several encoders; only whole items are spread.")
     if splits:
         found.append(f"at most {candidate.max_encode_tokens} embedding rows in one encode step.")
     if candidate.schedule != "fcfs":
         found.append(f"the order {candidate.schedule} of waiting requests; they are served first come, first served.")
-    found.append("instances that change their role while they serve.")
     return found
 
 
@@ -208,7 +208,7 @@ def _until_up(instances: list[Instance]) -> str:
     ports = " ".join(str(one.port) for one in instances)
     return f"""for port in {ports}; do  # until all are up
     until curl -sf "http://127.0.0.1:$port/health" > /dev/null; do
-        [ "$(jobs -rp | wc -l)" -eq {len(instances)} ] || exit 1
+        for pid in "${{pids[@]}}"; do kill -0 "$pid" || exit 1; done  # says which has ended
         sleep 2
     done
 done
@@ -216,7 +216,7 @@ done
 
 
 def _command(head: list[str], flags: list[str]) -> str:
-    return " \\\n    ".join([" ".join(head), *flags]) + " &\n"
+    return " \\\n    ".join([" ".join(head), *flags]) + " &\npids+=($!)\n"
 
 
 def _json(value: dict[str, Any]) -> str:

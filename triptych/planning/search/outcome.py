@@ -56,10 +56,9 @@ def rates_table(runs: Sequence[Run]) -> "Table":
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("requests sent per second", no_wrap=True)
+    table.add_column("rate (requests/s)", no_wrap=True)
     for run in runs:
-        sent = _sent(run)
-        table.add_column("-" if sent is None else f"{sent:.3g}", justify="right", no_wrap=True)
+        table.add_column(_rate(_sent(run)), justify="right", no_wrap=True)
     for name, cell in _rows(runs[0].figures).items():
         table.add_row(name, *(cell(run.figures) for run in runs))
     return table
@@ -67,7 +66,7 @@ def rates_table(runs: Sequence[Run]) -> "Table":
 
 def _rows(figures: Figures) -> dict[str, Callable[[Figures], str]]:
     """What is said of each rate."""
-    rows: dict[str, Callable[[Figures], str]] = {}
+    rows: dict[str, Callable[[Figures], str]] = {"sent (requests/s)": lambda found: _rate(found.sent_per_s)}
     for name in ("ttft", "tpot", "itl"):
         for rank in ("mean", "p50", "p90", "p99"):
             rows[f"{name.upper()} {rank} (ms)"] = partial(_milliseconds, name, rank)
@@ -86,6 +85,10 @@ def _rows(figures: Figures) -> dict[str, Callable[[Figures], str]]:
 def _milliseconds(name: str, rank: str, figures: Figures) -> str:
     values: Percentiles | None = getattr(figures, f"{name}_ms")
     return "-" if values is None else f"{getattr(values, rank):.1f}"
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.3g}"
 
 
 def _dollars(amount: float | None) -> str:

@@ -51,6 +51,7 @@ class Question:
     evaluator: Evaluator
     runs: Runs  # that confirm what was found with the load
     is_confirmed: bool  # they are longer, or have other seeds
+    usual_requests: int  # of one of them, where nobody says how many
 
     @classmethod
     def of(
@@ -80,8 +81,8 @@ class Question:
         )
         space = Space(num_gpus=num_gpus, degrees=tuple(profiles), **choices)
         first = Evaluator(load, ProfiledMachines(profiles, reach), objectives, slo.attainment)
-        if num_confirming is None:
-            num_confirming = enough_requests(objectives, max(map(first.guess, space.aggregated()), default=0.0))
+        usual = enough_requests(objectives, max(map(first.guess, space.aggregated()), default=0.0))
+        num_confirming = usual if num_confirming is None else num_confirming
         longer = workload.with_requests(num_confirming or num_requests)
         seeds = different_seeds(workload, NUM_SEEDS if num_confirming else 1)
         runs = Runs(where, longer, rows_of, profiles, objectives, slo.attainment, seeds)
@@ -89,7 +90,7 @@ class Question:
         machines = _checked(where, profiles, Reach.of([*demands, *chain(*confirming)]))
         evaluator = Evaluator(load, machines, objectives, slo.attainment)
         is_confirmed = len(seeds) > 1 or len(confirming[0]) > len(demands)
-        return cls(where, load, machines, space, evaluator, runs, is_confirmed)
+        return cls(where, load, machines, space, evaluator, runs, is_confirmed, usual)
 
     @property
     def unit(self) -> str:
@@ -123,8 +124,16 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     rate: float
     cost: float
     score: float
-    figures: Figures  # of the run with the first seed
-    attained: list[float]  # by the run with each seed
+    runs: list[Figures]  # with each seed
+
+    @property
+    def figures(self) -> Figures:
+        """Of the run with the first seed, as `triptych simulate` repeats it."""
+        return self.runs[0]
+
+    @property
+    def attained(self) -> list[float]:
+        return [one.slo_attainment or 0.0 for one in self.runs]
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,6 +142,7 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     candidate: Candidate
     rates: list[float]
     figures: list[Figures]
+    kept: float | None = None  # which of the rates it keeps, where that is known
 
 
 # ---- which candidates are told
@@ -187,8 +197,7 @@ def rows(found: Sequence[Found], goal: Goal, ask: Asking[Runs]) -> list[Row]:
                 rate=its.rate,
                 cost=one.cost,
                 score=goal.score(min(its.rate, goal.most), one.cost),
-                figures=its.figures[0],
-                attained=its.attained,
+                runs=its.figures,
             )
             for one, its in zip(found, confirmed, strict=True)
             if its.rate > 0
@@ -218,23 +227,24 @@ def reaches(row: Row, goal: Goal) -> bool:
 
 
 def curves(of: Sequence[Row], ask: Asking[Runs], advance: Callable[[], None] = lambda: None) -> list[Curve]:
-    """The first ones, and the aggregated one, at the same rates, and each at its own: with the requests and the seed of
-    the rows."""
+    """The first ones, and the aggregated one, at the same rates, and each at its own: with the requests of the run in
+    which the fewest of a row met the SLO."""
     shown = [*of[: MOST_CURVES - 1], *[row for row in of[MOST_CURVES - 1 :] if row.candidate.is_aggregated][:1]]
     rates = spread(max(row.rate for row in of))
     found = []
     for row in shown:
-        figures = dict(zip(rates, ask(_figures, [At(row.candidate, rate) for rate in rates]), strict=True))
-        figures[row.rate] = row.figures
-        found.append(
-            Curve(candidate=row.candidate, rates=sorted(figures), figures=[figures[at] for at in sorted(figures)])
-        )
+        number = row.attained.index(min(row.attained))
+        asked = [(At(row.candidate, rate), number) for rate in rates]
+        figures = dict(zip(rates, ask(_figures, asked), strict=True)) | {row.rate: row.runs[number]}
+        at = sorted(figures)
+        found.append(Curve(candidate=row.candidate, rates=at, figures=[figures[rate] for rate in at], kept=row.rate))
         advance()
     return found
 
 
-def _figures(runs: Runs, at: At) -> Figures:
-    return runs.figures(at.candidate, at.rate)
+def _figures(runs: Runs, asked: tuple[At, int]) -> Figures:
+    at, number = asked
+    return runs.figures(at.candidate, at.rate, runs.seeds[number])
 
 
 def spread(rate: float) -> list[float]:

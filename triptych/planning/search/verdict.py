@@ -1,29 +1,49 @@
-"""Whether splitting the stages pays, in a sentence, and how sure the rates are."""
+"""Whether splitting the stages pays, in a sentence, and how sure that is."""
 
 from collections.abc import Sequence
 
 from triptych.planning.search.goals import Goal, LeastCost
 from triptych.planning.search.plan import TIE, Question, Row, reaches
+from triptych.planning.search.rivals import Rival
 
 NOT_NEEDED = "Disaggregation is not needed."
+PAYS, NEEDED, WINS = "Splitting pays", "Splitting is needed", "Aggregated wins"
+UNSURE = {  # what is said instead where a single short run says so
+    PAYS: "Splitting seems to pay",
+    NEEDED: "Splitting seems to be needed",
+    WINS: "Aggregated seems to win",
+}
 
 
-def verdict(rows: Sequence[Row], goal: Goal, question: Question, num_placements: int, note: str | None = None) -> str:
-    """Of rows that are in order. `note`: what limits all of them, and is then all that matters."""
+def verdict(
+    rows: Sequence[Row],
+    goal: Goal,
+    question: Question,
+    num_placements: int,
+    note: str | None = None,
+    rival: Rival | None = None,
+) -> str:
+    """Of rows that are in order. `note`: what limits all of them, and is then all that matters. `rival`: who does as
+    well as the first by luck."""
     looked = f"of the {num_placements} placements looked at" if num_placements > 1 else "of the one placement looked at"
+    only = f" With one {question.unit} there is only the aggregated placement." if question.space.num_gpus == 1 else ""
     if not rows:
-        return f"{f'{note} ' if note else ''}No rate is kept, {looked}."
+        return f"{f'{note} ' if note else ''}No rate is kept, {looked}.{only}"
     best = rows[0]
     if note is not None:
-        return f"{note} {_told(best)}."
+        return f"{note} {_told(best)}.{only}"
     if not reaches(best, goal):
         most = max(rows, key=lambda row: row.rate)
         return (
             f"Nothing keeps the SLO at {goal.most:g} req/s, {looked}: the most is {most.rate:.3g}, by {most.candidate}."
         )
-    if question.space.num_gpus == 1:
-        return f"{_told(best)}. There is nothing to split on one {question.unit}."
+    if only:
+        return f"{_told(best)}.{only}"
+    if rival is not None:
+        return f"No difference is shown, {looked}: {_told(best)} in every run, {_by_luck(rival)}"
     head, sentence = _compared([row for row in rows if reaches(row, goal)], rows, goal, question)
+    if len(question.runs.seeds) == 1 and _is_short(best, question):
+        head = UNSURE.get(head, head)
     return f"{head}, {looked}: {sentence}"
 
 
@@ -34,9 +54,9 @@ def _compared(serving: Sequence[Row], rows: Sequence[Row], goal: Goal, question:
         assert split is not None
         failing = next((row for row in rows if row.candidate.is_aggregated), None)
         most = "no aggregated one does" if failing is None else f"{failing.candidate} only at {failing.rate:.3g}"
-        return "Splitting is needed", f"{_told(split)}, {most}."
+        return NEEDED, f"{_told(split)}, {most}."
     if split is None:
-        return "Aggregated wins", f"{_told(whole)}, no split one does. {NOT_NEEDED}"
+        return WINS, f"{_told(whole)}, no split one does. {NOT_NEEDED}"
     compare = _by_cost if isinstance(goal, LeastCost) else _by_rate
     return compare(split, whole, split_is_first=serving[0] is split, question=question)
 
@@ -44,15 +64,13 @@ def _compared(serving: Sequence[Row], rows: Sequence[Row], goal: Goal, question:
 def _by_rate(split: Row, whole: Row, *, split_is_first: bool, question: Question) -> tuple[str, str]:
     if split_is_first:
         end = f"{split.rate / whole.rate:.2f} times as much{_instead(split, whole, question)}."
-        return (
-            "Splitting pays",
-            f"{_told(split)}, the best aggregated one, {whole.candidate}, at {whole.rate:.3g}: {end}",
-        )
+        told = f"{_told(split)}, the best aggregated one, {whole.candidate}, at {whole.rate:.3g}: {end}"
+        return PAYS, told
     told = f"{_told(whole)}, the best split one, {split.candidate}, at {split.rate:.3g}"
     if abs(split.rate - whole.rate) <= TIE * max(split.rate, whole.rate):
         return "No difference", f"{told}{_instead(split, whole, question)}. {NOT_NEEDED}"
     less = f" ({1 - split.rate / whole.rate:.0%} less)" if split.rate < whole.rate else ""
-    return "Aggregated wins", f"{told}{less}{_instead(split, whole, question)}. {NOT_NEEDED}"
+    return WINS, f"{told}{less}{_instead(split, whole, question)}. {NOT_NEEDED}"
 
 
 def _by_cost(split: Row, whole: Row, *, split_is_first: bool, question: Question) -> tuple[str, str]:
@@ -60,8 +78,15 @@ def _by_cost(split: Row, whole: Row, *, split_is_first: bool, question: Question
     more = f", {other.cost / first.cost - 1:.0%} more" if other.cost > first.cost else ""
     told = f"{_told(first)} {_cost(first, question)}"
     told += f", the best {name} one, {other.candidate}, {_cost(other, question)}"
+    return (PAYS, f"{told}{more}.") if split_is_first else (WINS, f"{told}{more}. {NOT_NEEDED}")
+
+
+def _by_luck(rival: Rival) -> str:
+    row, number = rival.row, len(rival.seeds)
+    name, end = ("aggregated", "") if row.candidate.is_aggregated else ("split", f" {NOT_NEEDED}")
+    seeds = f"seed{'s' * (number > 1)} {', '.join(map(str, rival.seeds))}"
     return (
-        ("Splitting pays", f"{told}{more}.") if split_is_first else ("Aggregated wins", f"{told}{more}. {NOT_NEEDED}")
+        f"the best {name} one, {row.candidate}, at {row.rate:.3g}, but with the {seeds} at {rival.rate:.3g} too.{end}"
     )
 
 
@@ -85,15 +110,34 @@ def _cost(row: Row, question: Question) -> str:
     return f"with {row.candidate.num_gpus} {question.unit}{'s' if row.candidate.num_gpus > 1 else ''}"
 
 
-def certainty(row: Row, question: Question) -> str:
-    """Of the first row."""
-    number, seeds = row.figures.num_requests, question.runs.seeds
+# ---- how sure that is
+
+
+def certainties(rows: Sequence[Row], question: Question) -> list[str]:
+    """Of the first row and of the best one of the other kind, with which it is compared."""
+    first = rows[0]
+    number, usual = first.figures.num_requests, question.usual_requests
+    luck = "the verdict may hang on luck"
     if not question.is_confirmed:
-        return f"Not confirmed: rates are those that one run of {number:,} requests kept; longer ones may keep less."
+        end = f", and {luck}" if _is_short(first, question) else ""
+        return [
+            f"Not confirmed: rates are those that one run of {number:,} requests kept; longer ones may keep less{end}."
+        ]
+    others = [row for row in rows if row.candidate.is_aggregated != first.candidate.is_aggregated]
+    told = [_certainty(row, question) for row in (first, *others[:1])]
+    if _is_short(first, question):
+        told.append(f"Few requests: runs of {number:,} confirm this, {usual:,} are usual here: {luck}.")
+    return told
+
+
+def _is_short(row: Row, question: Question) -> bool:
+    return row.figures.num_requests < question.usual_requests
+
+
+def _certainty(row: Row, question: Question) -> str:
+    number, seeds = row.figures.num_requests, question.runs.seeds
     shares = ", ".join(f"{share:.1%}" for share in row.attained)
-    runs = (
-        f"runs of {number:,} requests with the seeds {', '.join(map(str, seeds))}"
-        if len(seeds) > 1
-        else (f"a run of {number:,} requests")
-    )
-    return f"How sure: at {row.rate:.3g} req/s {shares} of the requests met the SLO, in {runs}."
+    runs = f"a run of {number:,} requests"
+    if len(seeds) > 1:
+        runs = f"runs of {number:,} requests with the seeds {', '.join(map(str, seeds))}"
+    return f"How sure: {row.candidate} at {row.rate:.3g} req/s: {shares} of the requests met the SLO, in {runs}."

@@ -124,6 +124,7 @@ def as_json(
             "full": outcome.num_full,
             "requests": len(question.load.demands),
             "confirming_requests": runs.workload.num_requests,
+            "usual_confirming_requests": question.usual_requests,
         },
     }
     return json.dumps(msgspec.to_builtins(found), indent=2)
