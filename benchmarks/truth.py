@@ -39,6 +39,7 @@ from triptych.config import GIB, InstanceConfig, MemoryConfig, ModelConfig, Sche
 from triptych.core import InstanceId, Placement, Role
 from triptych.demo import checkpoint_path
 from triptych.engine.fitting import Fitter
+from triptych.engine.heap import keep_large_blocks
 from triptych.engine.rig import Rig
 from triptych.planning import files
 from triptych.planning.costs.cost_model import STAGES, Costs
@@ -101,6 +102,7 @@ class Speed:
     """How long steps take in an engine that is alone, in CPU seconds."""
 
     def __init__(self) -> None:
+        keep_large_blocks()
         torch.set_num_threads(1)
         self._folder = tempfile.TemporaryDirectory(prefix="triptych-")  # its sockets are there as long as it is
         folder = self._folder.name

@@ -17,6 +17,15 @@ def test_a_stage_without_a_step_has_no_pace_and_the_first_step_sets_it():
     assert pace.of(Stage.ENCODE) == 0.5
 
 
+def test_steps_count_by_what_is_in_them():
+    """If single units, of which each is dear, made the pace look slow, batches would be cut into more of them."""
+    pace = Pace()
+    for _ in range(100):
+        pace.observe(Stage.ENCODE, 48, 0.0135)
+        pace.observe(Stage.ENCODE, 16, 0.0065)
+    assert pace.of(Stage.ENCODE) == pytest.approx(0.02 / 64, rel=0.05)
+
+
 def test_totals_of_each_stage_are_kept():
     pace = Pace()
     pace.observe(Stage.DECODE, 4, 2.0)

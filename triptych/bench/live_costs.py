@@ -29,12 +29,13 @@ class Effort:
 FULL = Effort(
     (
         (Ask(8, 24), 0.1),
+        (Ask(8, 4), 0.5),  # short answers tell requests from tokens
         (Ask(400, 12), 0.4),
         (Ask(150, 64), 0.4),
         (Ask(8, 24, images=1, side=448), 0.1),
         (Ask(32, 12, images=6), 0.4),
         (Ask(8, 24, images=3, side=448), 0.5),
-        (Ask(8, 6, images=1, side=1120), 0.4),
+        (Ask(8, 6, images=1, side=1120), 0.6),
         (Ask(24, 48), 3.0),  # more than it can do: large batches tell steps from tokens at the server
     ),
     6.0,

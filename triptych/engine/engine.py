@@ -432,7 +432,8 @@ class Engine:
             self._untold = []
 
     def load(self) -> Load:
-        counters = self._equipment.counters | self._cpu.counters | {"steps": float(self._num_steps)}
+        done = {"steps": float(self._num_steps)}
+        counters = self._equipment.counters | self._pace.counters | self._cpu.counters | done
         return load_of(self._near, self._stages, self._pools, self._pace, counters)
 
     @property

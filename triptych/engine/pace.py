@@ -6,50 +6,51 @@ from dataclasses import dataclass
 
 from triptych.core import RequestId, Stage
 
-WEIGHT = 0.1  # of the newest step in the moving average
+WEIGHT = 0.1  # of the newest step in the moving averages
 MAX_PAUSE_S = 0.5
+_COUNTED = {stage: [f"{stage.name.lower()}_{what}" for what in ("steps", "tokens", "busy_s")] for stage in Stage}
 
 
 @dataclass(slots=True)
-class _Totals:
-    steps: float = 0.0
-    tokens: float = 0.0
-    busy_s: float = 0.0
+class _Usual:
+    """Exponential moving averages of a step."""
+
+    seconds: float
+    tokens: float
 
 
 class Pace:
-    """An exponential moving average of step time over step tokens; 0 until the first step of a stage."""
+    """Seconds of a token: those of the usual step over its tokens, so that a small step, which is dear, counts for
+    little; 0 until the first step of a stage."""
 
     def __init__(self) -> None:
-        self._seconds: dict[Stage, float] = {}
-        self._totals: dict[Stage, _Totals] = {}
+        self._usual: dict[Stage, _Usual] = {}
+        self._counters: dict[str, float] = {}
 
     def observe(self, stage: Stage, num_tokens: int, seconds: float) -> None:
         self.observe_each(stage, num_tokens, (seconds,))
 
     def observe_each(self, stage: Stage, num_tokens: int, steps_s: Iterable[float]) -> None:
         """Steps of so many tokens each, one after the other."""
-        pace, totals = self._seconds.get(stage), self._totals.setdefault(stage, _Totals())
+        usual, num_steps, busy_s = self._usual.get(stage), 0, 0.0
         for seconds in steps_s:
-            new = seconds / num_tokens
-            pace = new if pace is None else pace + WEIGHT * (new - pace)
-            totals.steps += 1
-            totals.tokens += num_tokens
-            totals.busy_s += seconds
-        if pace is not None:
-            self._seconds[stage] = pace
+            if usual is None:
+                usual = self._usual[stage] = _Usual(seconds, num_tokens)
+            usual.seconds += WEIGHT * (seconds - usual.seconds)
+            usual.tokens += WEIGHT * (num_tokens - usual.tokens)
+            num_steps += 1
+            busy_s += seconds
+        for name, amount in zip(_COUNTED[stage], (num_steps, num_steps * num_tokens, busy_s), strict=True):
+            self._counters[name] = self._counters.get(name, 0.0) + amount
 
     @property
     def counters(self) -> dict[str, float]:
         """Totals since the start: encode_steps, encode_tokens, encode_busy_s, ..."""
-        return {
-            f"{stage.name.lower()}_{what}": amount
-            for stage, totals in self._totals.items()
-            for what, amount in (("steps", totals.steps), ("tokens", totals.tokens), ("busy_s", totals.busy_s))
-        }
+        return dict(self._counters)
 
     def of(self, stage: Stage) -> float:
-        return self._seconds.get(stage, 0.0)
+        usual = self._usual.get(stage)
+        return 0.0 if usual is None else usual.seconds / usual.tokens
 
 
 class CpuTime:

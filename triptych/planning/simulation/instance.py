@@ -164,9 +164,15 @@ class SimulatedInstance:
     # ---- what arrives
 
     def deliver(self, message: AnyMessage) -> None:
-        self._inbox.append(message)
-        if self._row is None or not isinstance(message, Load):  # no decode step hangs on how busy others are
-            self._news()
+        if not isinstance(message, Load):
+            self._hear(message)
+        elif self._busy or self._row is not None or self._costs.turn:
+            self._inbox.append(message)
+            if self._row is None:  # no decode step hangs on how busy others are
+                self._news()
+        else:  # nor does anything else that could begin now
+            self.near.take_load(message)
+            self._report(busy=False)
 
     def settled(self, pull: Pull, error: InstanceError | None = None) -> None:
         """A pull of this instance is over. Said twice, it was over before."""
@@ -354,7 +360,7 @@ class SimulatedInstance:
         self._busy = busy or bool(self._inbox)
         self._has_rested |= not self._busy
         wait_s = self._decode_wait_s()
-        self._report(busy or wait_s > 0)
+        self._report(busy=busy or wait_s > 0)
         if self._leave is not None and self.is_drained and not self._inbox:
             leave, self._leave = self._leave, None
             self._busy = True
@@ -465,7 +471,7 @@ class SimulatedInstance:
                 self._pulls[id(pull)] = pull
                 self._network.pull(self, pull)
 
-    def _report(self, busy: bool) -> None:
+    def _report(self, *, busy: bool) -> None:
         """Once a heartbeat, and at once when the last work is done."""
         fell_idle, self._was_busy = self._was_busy and not busy, busy
         if not fell_idle and self._clock.now - self._reported_at < self.sizes.heartbeat_s:
@@ -482,4 +488,4 @@ class SimulatedInstance:
         self._network.send(mail)
 
     def load(self) -> Load:
-        return load_of(self.near, self.stages, self.pools, self.pace, {})
+        return load_of(self.near, self.stages, self.pools, self.pace, self.pace.counters)

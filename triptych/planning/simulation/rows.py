@@ -58,5 +58,6 @@ class DecodeRow:
             sequence = chunk.sequence
             sequence.token_ids += [TOKEN.token_id] * num_steps
             sequence.num_computed += num_steps
-            kv.hold(sequence, len(sequence.token_ids))
+            if not kv.has_space(sequence):
+                kv.hold(sequence, len(sequence.token_ids))
             kv.seal(sequence)
