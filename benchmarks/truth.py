@@ -31,7 +31,17 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from measuring import FOREIGN_LIMIT, Engine, Round, add_common_options, disturbance, one_round, verdict, write_result
+from measuring import (
+    FOREIGN_LIMIT,
+    Engine,
+    Round,
+    add_common_options,
+    disturbance,
+    fresh_seed,
+    one_round,
+    verdict,
+    write_result,
+)
 from servers import ForeignLoad, triptych_server
 
 from triptych.bench.workload import picture
@@ -158,7 +168,8 @@ def main() -> None:
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     for number in range(1 if options.quick else options.rounds):
         profiles.append(_profile(options))
-        speed.begin()
+        if options.profile is None or number == 0:
+            speed.begin()
         for placement in dict.fromkeys(case.placement for case in cases):
             with triptych_server("--placement", placement, "--threads", 1, *options.serve.split()) as (url, pid):
                 engine = Engine("live", url, [pid])
@@ -224,7 +235,7 @@ def _compare(case: Case, profile: Profile, engine: Engine, number: int, seconds:
     live = one_round(
         engine,
         [engine],
-        seed=1000 + number,
+        seed=fresh_seed(case.name, number),
         requests=requests,
         rate=rate,
         images=case.images,
@@ -314,15 +325,15 @@ def _simulated(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _row(case: Case, all_runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    steady = [run for run in all_runs if not run["note"]] or all_runs
     quiet = [run for run in all_runs if run["note"] in ("", NOT_STEADY)] or all_runs
+    steady = [run for run in quiet if not run["note"]] or quiet
     times = {
         kind: {figure: median(run[kind][figure] / run["live"][figure] for run in runs) for figure in FIGURES}
         for kind, runs in (("simulated", steady), ("at_speed", quiet))
     }
     found = {
         "workload": case.name,
-        "live": {figure: median(run["live"][figure] for run in quiet) for figure in FIGURES},
+        "live": {figure: median(run["live"][figure] for run in steady) for figure in FIGURES},
         "simulated_over_live": times["simulated"],
         "at_speed_over_live": times["at_speed"],
         "steady_runs": sum(not run["note"] for run in all_runs),

@@ -1,10 +1,16 @@
 """Measuring the engine: every stage gets samples, and they say what was in its steps."""
 
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
 import pytest
 
 from tests.checkpoints import make_checkpoint
 from triptych.config import ModelConfig
+from triptych.engine import profiling
 from triptych.engine.profiling import FITTED, Effort, Measured, Profiler
+from triptych.errors import InstanceError
 from triptych.planning.costs.fit import fit
 
 LEAST = Effort(
@@ -21,15 +27,16 @@ LEAST = Effort(
 
 
 @pytest.fixture(scope="module")
-def steps() -> list[str]:
-    return []
+def done() -> Counter[str]:
+    return Counter()
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, steps: list[str]) -> Measured:
+def measured(tmp_path_factory: pytest.TempPathFactory, done: Counter[str]) -> Measured:
     folder = make_checkpoint("qwen2_vl", tmp_path_factory.mktemp("checkpoint"))
     model = ModelConfig(path=str(folder), name="tiny", max_model_len=256)
-    return Profiler(model, threads=1, transfer="shm", effort=LEAST, sides=(224, 448), done=steps.append).run()
+    told = partial(done.update, ["steps"])
+    return Profiler(model, threads=1, transfer="shm", effort=LEAST, sides=(224, 448), done=told).run()
 
 
 def test_pictures_are_told_by_their_rows(measured: Measured) -> None:
@@ -75,5 +82,20 @@ def test_memory_is_that_of_the_checkpoint(measured: Measured) -> None:
     assert memory.device > memory.language_weights
 
 
-def test_progress_is_told_step_by_step(measured: Measured, steps: list[str]) -> None:
-    assert len(steps) == Profiler.steps
+def test_progress_is_told_step_by_step(measured: Measured, done: Counter[str]) -> None:
+    assert done["steps"] == Profiler.steps
+
+
+def never_answers(there: str, back: str) -> None:
+    pass
+
+
+def test_a_process_that_dies_while_it_is_measured_ends_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "echo", never_answers)
+    monkeypatch.setattr(profiling, "ECHO_LIMIT_MS", 100)
+    model = ModelConfig(path=str(make_checkpoint("qwen2_vl", tmp_path)), name="tiny", max_model_len=256)
+    profiler = Profiler(model, threads=1, transfer="shm", effort=LEAST, sides=(224,), done=lambda: None)
+    with pytest.raises(InstanceError, match="silent"):
+        profiler.run()

@@ -15,7 +15,7 @@ from triptych.planning.workloads.demand import Demand, Item
 PLACEMENTS = ("1epd", "1e1p1d")
 FEWEST, MOST = 12, 400  # requests of one load
 LONGEST_S = 60.0  # of one load; what would take longer is left out
-FIRST = 12  # requests before it, which tell how many tokens they have, and find a server that has done the like
+FIRST = 12  # requests before it, so that it finds a server that has done the like
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Live:
 
 
 def live_runs(
-    arguments: Sequence[str], profile: Profile, pictures: Pictures | None, effort: Effort, done: Callable[[str], None]
+    arguments: Sequence[str], profile: Profile, pictures: Pictures | None, effort: Effort, done: Callable[[], None]
 ) -> Live:
     """`pictures`: None where the model takes none. A placement that cannot be served here is noted, not missed."""
     runs: list[LiveRun] = []
@@ -86,12 +86,12 @@ def live_runs(
         try:
             with server(["--placement", name, *arguments]) as (url, pid):
                 live = LiveServer(url, pid)
-                done(f"server {name} started")
+                done()
                 arrival_s = arrival_s or live.waiting_s()
                 for ask, share in effort.asks:
                     run = asked(live, placement, profile, pictures, ask, share, effort.seconds)
                     runs += [] if run is None else [run]
-                    done("requests")
+                    done()
         except InstanceError as error:
             notes.append(f"not measured with {name}: {error}")
     if not runs:
@@ -111,12 +111,13 @@ def asked(
     """None where it would take too long, and of pictures where the model takes none."""
     if ask.images and pictures is None:
         return None
-    probe = live.serve(ask, rate=1e3, requests=FIRST)
+    probe = live.serve(ask, rate=1e3, requests=1)
     sizes, costs = profile.as_served(placement), profile.costs()
     rate = share * capacity(costs, sizes, placement, demands_of(probe.requests, ask, pictures)[0])
     num_requests = round(min(MOST, max(FEWEST, rate * seconds)))
     if num_requests / rate > LONGEST_S:
         return None
+    live.serve(ask, rate=1e3, requests=FIRST)
     found = live.serve(ask, rate=rate, requests=num_requests)
     demands = demands_of(found.requests, ask, pictures)
     instances = found.instances if share < 1 else ()  # what waits everywhere is no usual load of theirs

@@ -105,6 +105,9 @@ class LiveServer:
         time.sleep(SETTLE_S)
         with _OPENER.open(f"{self._url}/cluster") as answer:
             instances = msgspec.json.decode(answer.read())["instances"]
+        silent = [instance["id"] for instance in instances if not instance["counters"]]
+        if silent:
+            raise InstanceError(f"instances of the server to be measured have said nothing: {', '.join(silent)}")
         return [{name: instance["counters"][f"{name}_cpu_s"] for name in SPENT} for instance in instances]
 
 

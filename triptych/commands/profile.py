@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from triptych.commands.arguments import BUILT_IN, find_checkpoint, is_built_in, quantity
+from triptych.commands.progress import progress
 from triptych.config import require
 from triptych.config_file import naming_flags
 
@@ -32,6 +33,7 @@ WORDS = {  # what a cost is of, where its name does not say it
     "prefill_pair": "prefill: a token, for each one before it",
     "decode_step": "decode: a step, beside what is in it",
     "decode_sequence": "decode: a sequence",
+    "decode_few": "decode: a sequence, more for each of the first 8",
     "decode_context": "decode: a token of its context",
     "turn": "an instance that takes messages and computes nothing",
     "wake": "the first step after a rest",
@@ -167,33 +169,24 @@ def _hardware(device: str) -> str:
 def _measured(
     model: "ModelConfig", hardware: str, made: "Made", transfer: str, quick: bool, arguments: list[str]
 ) -> "Profile":
-    """The engine by itself, then real servers under load. With a bar of what is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
+    """The engine by itself, then real servers under load."""
     from triptych.bench import live_costs
     from triptych.engine.profiling import FULL, QUICK, Profiler
 
     effort = live_costs.QUICK if quick else live_costs.FULL
-    columns = (TextColumn("measuring: {task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        num_loads = len(live_costs.PLACEMENTS) * (1 + len(effort.asks))
-        task = progress.add_task("role switches", total=Profiler.steps + num_loads)
-
-        def done(what: str) -> None:
-            progress.update(task, advance=1, description=f"{what} done")
-
+    num_loads = len(live_costs.PLACEMENTS) * (1 + len(effort.asks))
+    with progress("profile") as part, part("measurements", Profiler.steps + num_loads) as advance:
         measured = Profiler(
             model,
             threads=made.threads,
             transfer=transfer,  # type: ignore[arg-type]
             effort=QUICK if quick else FULL,
             sides=live_costs.SIDES,
-            done=done,
+            done=advance,
         ).run()
         alone = _assembled(model, hardware, made, measured)
         pictures = live_costs.Pictures(measured.rows, measured.lead_tokens) if measured.rows else None
-        return _calibrated(alone, live_costs.live_runs(arguments, alone, pictures, effort, done))
+        return _calibrated(alone, live_costs.live_runs(arguments, alone, pictures, effort, advance))
 
 
 def _calibrated(alone: "Profile", live: "Live") -> "Profile":

@@ -109,9 +109,9 @@ class Engine:
         received = self._receive(wait_s)
         busy = self.step()
         self._report(busy or self._holds_decode_back)
-        self._cpu.lap(None)
         if self._leave is not None and self._is_drained:
             self._carry_out(self._leave)
+        self._cpu.lap(None)
         return busy or received
 
     def step(self) -> bool:

@@ -38,9 +38,10 @@ from triptych.engine.heap import keep_large_blocks
 from triptych.engine.pools import Layouts, fitting_model_len
 from triptych.engine.rig import Rig, Turn
 from triptych.engine.sockets import Inbox, Post
+from triptych.errors import InstanceError
 from triptych.messages import Peer, Release, Ticket
 from triptych.model.loading import load_config, weight_bytes
-from triptych.planning.costs.cost_model import DECODE, ENCODE, PREFILL, STAGES
+from triptych.planning.costs.cost_model import DECODE, ENCODE, FEW, PREFILL, STAGES
 from triptych.planning.costs.fit import Sample
 from triptych.planning.costs.profile import Memory
 from triptych.planning.quantities import Bytes
@@ -51,6 +52,7 @@ FITTED = STAGES | {"transfer": ("transfer", "byte")}  # what the samples of each
 WIDEST_CHUNK = 2048  # tokens: longer prompts are prefilled in parts, which look back at those before them
 MOST_PULLED_BYTES = 16 << 20
 WARM_UP_PICTURES = 30
+ECHO_LIMIT_MS = 60_000  # of one message and its answer: the other process has to start before the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class Profiler:
         transfer: TransferMode,
         effort: Effort,
         sides: Sequence[int],
-        done: Callable[[str], None],
+        done: Callable[[], None],
     ) -> None:
         """`sides`: of the pictures of which the rows are asked."""
         self._model = replace(model, max_model_len=fitting_model_len(model, MemoryConfig()))
@@ -165,7 +167,7 @@ class Profiler:
             "switch_weights": statistics.median(weights),
             "switch_books": statistics.median(books),
         }
-        self._done("role switches")
+        self._done()
 
     # ---- steps of the engine
 
@@ -180,14 +182,14 @@ class Profiler:
             with _peak_bytes(self._model.device) as encode_peak:
                 self._measured.stages["encode"] = self._encode(rig)
             encode_bytes = encode_peak()
-        self._done("encode")
+        self._done()
         rig.play([rig.text(32, 2)])
         with _peak_bytes(self._model.device) as language_peak:
             self._prefill(rig)
-            self._done("prefill")
+            self._done()
             self._decode(rig)
             self._measured.seconds["turn"] = statistics.median(rig.idle_turn_s() for _ in range(self._effort.pings))
-            self._done("decode")
+            self._done()
         return encode_bytes, language_peak()
 
     def _encode(self, rig: Rig) -> list[Sample]:
@@ -248,14 +250,16 @@ class Profiler:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         inbox, post = Inbox(context, back), Post(context)
         process.start()
-        trips = [_round_trip(inbox, post, there) for _ in range(self._effort.pings)]
-        process.terminate()
-        process.join()
-        post.close(0)
-        inbox.close()
-        context.term()
+        try:
+            trips = [_round_trip(inbox, post, there) for _ in range(self._effort.pings)]
+        finally:
+            process.terminate()
+            process.join()
+            post.close(0)
+            inbox.close()
+            context.term()
         self._measured.seconds["message"] = statistics.median(trips[len(trips) // 4 :]) / 2
-        self._done("messages")
+        self._done()
 
     def _transfers(self) -> None:
         """Pulls between two slabs of this device, of KV blocks, into blocks that were never written: those of a prompt
@@ -287,7 +291,7 @@ class Profiler:
         for slab in slabs:
             slab.close()
         self._measured.stages["transfer"] = samples
-        self._done("transfers")
+        self._done()
 
     # ---- memory
 
@@ -326,7 +330,12 @@ def prefill_sample(turn: Turn) -> Sample:
 
 def decode_sample(turn: Turn) -> Sample:
     context = sum(start for start, _, _ in turn.chunks)
-    return Sample(dict(zip(DECODE, (1.0, float(len(turn.chunks)), float(context)), strict=True)), turn.language_s)
+    return Sample(_decode_amounts(len(turn.chunks), context), turn.language_s)
+
+
+def _decode_amounts(num_sequences: int, context: float) -> dict[str, float]:
+    amounts = (1.0, float(num_sequences), float(min(num_sequences, FEW)), float(context))
+    return dict(zip(DECODE, amounts, strict=True))
 
 
 def _middle(turns: list[Turn], batch: int) -> list[Sample]:
@@ -336,17 +345,17 @@ def _middle(turns: list[Turn], batch: int) -> list[Sample]:
     if not group:
         return []
     context = statistics.fmean(sample.amounts["decode_context"] for sample in group)
-    amounts = dict(zip(DECODE, (1.0, float(batch), context), strict=True))
-    return [Sample(amounts, statistics.median(sample.seconds for sample in group))]
+    return [Sample(_decode_amounts(batch, context), statistics.median(sample.seconds for sample in group))]
 
 
 def mixed_sample(turn: Turn) -> Sample:
-    """Of both kinds: the costs of each."""
+    """Of both kinds: the costs of each. Among the rows of prompts no sequence is one of few."""
     parts = [
         Turn(0.0, turn.language_s, [], [chunk for chunk in turn.chunks if chunk[2] is decodes])
         for decodes in (True, False)
     ]
-    return Sample({**decode_sample(parts[0]).amounts, **prefill_sample(parts[1]).amounts}, turn.language_s)
+    decodes, prefills = decode_sample(parts[0]).amounts, prefill_sample(parts[1]).amounts
+    return Sample({**decodes, "decode_few": 0.0, **prefills}, turn.language_s)
 
 
 def echo(there: str, back: str) -> None:
@@ -366,7 +375,8 @@ def _round_trip(inbox: Inbox, post: Post, there: str) -> float:
     began = time.perf_counter()
     post.send(there, Release(LeaseId(0)))
     while not inbox.receive():
-        inbox.socket.poll()
+        if not inbox.socket.poll(ECHO_LIMIT_MS):
+            raise InstanceError(f"the process that sends messages back was silent for {ECHO_LIMIT_MS / 1e3:g} s")
     return time.perf_counter() - began
 
 

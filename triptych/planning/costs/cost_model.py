@@ -10,7 +10,8 @@ from triptych.planning.workloads.demand import Demand, Item
 # The costs that a step of each stage pays.
 ENCODE = ("encode_step", "encode_item", "encode_pixel", "encode_unit", "encode_row")
 PREFILL = ("prefill_step", "prefill_sequence", "prefill_token", "prefill_pair")
-DECODE = ("decode_step", "decode_sequence", "decode_context")
+DECODE = ("decode_step", "decode_sequence", "decode_few", "decode_context")
+FEW = 8  # rows up to which a matrix product on a CPU costs more with each one than beyond
 STAGES = {"encode": ENCODE, "prefill": PREFILL, "decode": DECODE}
 
 
@@ -29,6 +30,7 @@ class Costs:
     prefill_pair: float = 0.0  # of a token with one that it looks at
     decode_step: float = 0.0
     decode_sequence: float = 0.0
+    decode_few: float = 0.0  # more, of each of the first few sequences
     decode_context: float = 0.0  # for each token of context of each sequence
     turn: float = 0.0  # of an instance that takes messages and computes nothing; in steps it is included
     wake: float = 0.0  # more of the first step after a rest: what ran meanwhile has filled the caches
@@ -71,24 +73,27 @@ class Costs:
         return seconds + sum(self.encode_item + item.pixels * self.encode_pixel for item in read)
 
     def language_s(self, decodes: list[Chunk], chunks: list[Chunk]) -> float:
-        """One forward over both: the larger of the fixed parts, and the sum of the others."""
-        seconds = max(self.decode_step if decodes else 0.0, self.prefill_step if chunks else 0.0)
-        seconds += self.sequences_s(decodes)
+        """A forward over chunks of prompts and the decodes that ride along: the larger of the fixed parts, and the sum
+        of the others."""
+        seconds = max(self.decode_step if decodes else 0.0, self.prefill_step) + self.sequences_s(decodes)
         for chunk in chunks:
             pairs = chunk.length * (chunk.start + 0.5 * chunk.length)
             seconds += self.prefill_sequence + chunk.length * self.prefill_token + pairs * self.prefill_pair
         return seconds
 
     def sequences_s(self, decodes: list[Chunk]) -> float:
-        """What decodes add to a step."""
-        context = sum(chunk.start for chunk in decodes)
-        return len(decodes) * self.decode_sequence + context * self.decode_context
+        """What decodes add to a step that prefills: its products have many rows anyway."""
+        return len(decodes) * self.decode_sequence + sum(chunk.start for chunk in decodes) * self.decode_context
 
     def decodes_s(self, num_sequences: int, context: int, num_steps: int) -> float:
         """Steps in a row over the same sequences, of `context` tokens together before the first one."""
         looked_at = num_steps * context + num_sequences * num_steps * (num_steps - 1) // 2
-        fixed = self.decode_step + num_sequences * self.decode_sequence
-        return num_steps * fixed + looked_at * self.decode_context
+        return num_steps * self.decode_fixed_s(num_sequences) + looked_at * self.decode_context
+
+    def decode_fixed_s(self, num_sequences: float) -> float:
+        """What a decode step takes beside its context."""
+        few = min(num_sequences, FEW)
+        return self.decode_step + num_sequences * self.decode_sequence + few * self.decode_few
 
     def pull_s(self, region: str, num_tokens: int) -> float:
         token_bytes = self.kv_token_bytes if region == "kv" else self.embedding_row_bytes

@@ -36,6 +36,7 @@ class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     prefill_pair: Seconds = Seconds(0)
     decode_step: Seconds = Seconds(0)
     decode_sequence: Seconds = Seconds(0)
+    decode_few: Seconds = Seconds(0)
     decode_context: Seconds = Seconds(0)
     turn: Seconds = Seconds(0)
     wake: Seconds = Seconds(0)

@@ -96,7 +96,7 @@ def _decode_s(demand: Demand, candidate: Candidate, costs: Costs, objectives: Ob
         fits = (objectives.tpot_ms / 1e3 - costs.decode_step) / costs.decode_sequence
         batch = min(batch, max(1.0, fits))
     context = num_steps * demand.prompt_tokens + num_steps * (num_steps - 1) / 2
-    return num_steps * (costs.decode_step / batch + costs.decode_sequence) + context * costs.decode_context
+    return num_steps * costs.decode_fixed_s(batch) / batch + context * costs.decode_context
 
 
 def _slack_s(stages: frozenset[Stage], objectives: Objectives, longest: int) -> float:

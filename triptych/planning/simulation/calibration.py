@@ -22,7 +22,7 @@ CLIENT = ("request", "token")
 ROUNDS = 3  # slower steps are fewer and larger ones: after three rounds the batches are those of the live server
 CAPACITY_REQUESTS = 200
 
-Works = Sequence[tuple[Work, Mapping[str, float]]]
+Works = Sequence[tuple[Work, Mapping[str, float], float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,13 @@ def calibrate(costs: Costs, runs: Sequence[LiveRun], *, steps: bool = True) -> C
     for _ in range(ROUNDS):
         simulations = [_simulated(costs, run) for run in runs]
         fits = {"server": fit(_of_server(simulations, runs), SERVER), "client": fit(_of_client(runs), CLIENT)}
-        if steps:
-            works = _works(simulations, runs)
-            fits |= {"steps": fit(_of_steps(works), (*STAGES, "wake")), "turns": fit(_of_turns(works), ("turn",))}
-            # 0: no run had that stage.
+        works = _works(simulations, runs) if steps else []
+        if works:
+            fits |= {
+                "steps": fit(_of_steps(works), (*STAGES, "wake")),
+                "turns": fit(_of_turns(works), ("turn", "second")),
+            }
+            # 0: no run had that stage, or it cannot be told from the rests before it.
             factors = {stage: fits["steps"].costs[stage] or 1.0 for stage in STAGES}
             scales = {stage: scale * factors[stage] for stage, scale in scales.items()}
             costs = replace(_scaled(costs, factors), wake=fits["steps"].costs["wake"], turn=fits["turns"].costs["turn"])
@@ -80,9 +83,9 @@ def _simulated(costs: Costs, run: LiveRun) -> Simulation:
 
 
 def _works(simulations: Iterable[Simulation], runs: Iterable[LiveRun]) -> Works:
-    """What each simulated instance has done, and what the live one took for it."""
+    """What each simulated instance has done, what the live one took for it, and how long requests came."""
     return [
-        (instance.work, spent)
+        (instance.work, spent, run.demands[-1].at_s)
         for simulation, run in zip(simulations, runs, strict=True)
         if run.instances
         for instance, spent in zip(simulation.instances.values(), run.instances, strict=True)
@@ -92,7 +95,7 @@ def _works(simulations: Iterable[Simulation], runs: Iterable[LiveRun]) -> Works:
 def _of_steps(works: Works) -> list[Sample]:
     """What an instance took for the steps of each stage. Those that decode and prefill count as prefill."""
     samples = []
-    for work, spent in works:
+    for work, spent, _ in works:
         seconds = {
             Stage.ENCODE: {"encode": work.encode_s},
             Stage.PREFILL: {"prefill": work.prefill_s, "decode": work.riding_s},
@@ -106,7 +109,13 @@ def _of_steps(works: Works) -> list[Sample]:
 
 
 def _of_turns(works: Works) -> list[Sample]:
-    return [Sample({"turn": float(work.turns)}, spent["other"]) for work, spent in works if work.turns]
+    """Beside turns, which hang on what arrives, there are heartbeats, which come whatever happens, and are no cost of a
+    load."""
+    return [
+        Sample({"turn": float(work.turns), "second": seconds}, spent["other"])
+        for work, spent, seconds in works
+        if spent["other"] > 0
+    ]
 
 
 def _of_server(simulations: Iterable[Simulation], runs: Iterable[LiveRun]) -> list[Sample]:

@@ -164,6 +164,8 @@ class SimulatedInstance:
     # ---- what arrives
 
     def deliver(self, message: AnyMessage) -> None:
+        if self._gone:
+            return
         if not isinstance(message, Load):
             self._hear(message)
         elif self._busy or self._row is not None or self._costs.turn:
@@ -172,7 +174,7 @@ class SimulatedInstance:
                 self._news()
         else:  # nor does anything else that could begin now
             self.near.take_load(message)
-            self._report(busy=False)
+            self._report(busy=self._decode_wait_s() > 0)
 
     def settled(self, pull: Pull, error: InstanceError | None = None) -> None:
         """A pull of this instance is over. Said twice, it was over before."""
@@ -201,12 +203,12 @@ class SimulatedInstance:
         if not self._gone:
             action(*arguments)
 
-    def _compute(self, seconds: float, done: Callable[..., None], *arguments: Any) -> None:
-        """So many seconds of a core, or of a device of its own."""
+    def _compute(self, seconds: float, done: Callable[..., None], *arguments: Any, threads: int | None = None) -> None:
+        """So long, on as many cores as it has threads, or on a device of its own."""
         if self._host is None:
             self._later(seconds, done, *arguments)
         else:
-            threads = self._costs.threads  # the system is fair to threads
+            threads = threads or self._costs.threads  # the system is fair to threads
             self._job = self._host.run(
                 seconds * threads, self._weight * threads, self._unless_gone, done, arguments, threads=threads
             )
@@ -345,7 +347,7 @@ class SimulatedInstance:
         self.work.turns += 1
         seconds = self._costs.turn + self._take_owed_s()
         if seconds:
-            self._compute(seconds, self._rest, False)
+            self._compute(seconds, self._rest, False, threads=1)
         else:
             self._rest(busy)
 

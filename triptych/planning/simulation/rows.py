@@ -40,7 +40,7 @@ class DecodeRow:
     def steps_s(self) -> list[float]:
         """Of each one: every sequence looks at one token more than in the one before."""
         number = len(self.chunks)
-        fixed = self.costs.decode_step + number * self.costs.decode_sequence
+        fixed = self.costs.decode_fixed_s(number)
         contexts = range(self.context, self.context + number * self.num_steps, number)
         return [fixed + context * self.costs.decode_context for context in contexts]
 

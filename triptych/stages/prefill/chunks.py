@@ -36,7 +36,7 @@ class Chunks:
         sequence, spans = job.sequence, job.sequence.spans
         if not sequence.block_table:
             return 0
-        complete = self._intake.is_complete(job)
+        complete = self._intake.catch_up(job)
         if not complete and not self._streamed:
             return 0
         ready_end = len(sequence.token_ids) if complete else spans[job.num_ready_spans].start

@@ -86,8 +86,9 @@ class Intake:
         coming = set().union(*(other.coming for other in self._jobs.started.values()))
         self._ask(job, [unit for unit in job.needed if unit not in coming and self._is_nowhere(unit)])
 
-    def is_complete(self, job: PrefillJob) -> bool:
-        """Whether all embeddings that a started request needs are here. Once here, they stay: it refers to them."""
+    def catch_up(self, job: PrefillJob) -> bool:
+        """Counts what is here now of what a started request needs, asks anew for what nobody brings, and says whether
+        all is here. Once here, it stays: the request refers to it."""
         sequence, spans = job.sequence, job.sequence.spans
         while job.num_ready_spans < len(spans):
             unit = sequence.units[spans[job.num_ready_spans].unit].hash

@@ -41,7 +41,7 @@ class PromptBlocks:
         for job in list(self._jobs.started.values()):
             if job.sequence.block_table or job.sequence.status is Status.WAITING:  # reset for an older one just now
                 continue
-            complete = self._intake.is_complete(job)
+            complete = self._intake.catch_up(job)
             if (complete or self._streamed) and not self._try_to_take(job, complete) and complete:
                 break
 
@@ -60,7 +60,7 @@ class PromptBlocks:
     def _is_short(self) -> bool:
         """Whether a started request waits for blocks and nothing else: younger ones must not take them."""
         started = self._jobs.started.values()
-        return any(not job.sequence.block_table and self._intake.is_complete(job) for job in started)
+        return any(not job.sequence.block_table and self._intake.catch_up(job) for job in started)
 
     def _preempt(self, older: PrefillJob | None = None) -> bool:
         """Takes the KV of the youngest request that waits for embeddings; with `older`, of one younger than that. It is
@@ -68,7 +68,7 @@ class PromptBlocks:
         for job in reversed(self._jobs.started.values()):
             if job is older:
                 return False
-            if job.sequence.block_table and not self._intake.is_complete(job):
+            if job.sequence.block_table and not self._intake.catch_up(job):
                 self._reset(job)
                 return True
         return False
