@@ -45,6 +45,7 @@ LIVE = replace(
     client_request=3e-4,
     client_token=1e-5,
 )
+HEARTBEATS = 1e-3  # CPU seconds of a second, in every instance
 SIZES = dict.fromkeys(Role, Sizes(prefix_caching=True))
 KINDS = [
     Phase(40, 24, text_tokens=60),
@@ -70,7 +71,7 @@ def live(placement: str, kind: Phase, seed: int, noise: float = 0.0) -> LiveRun:
             "encode": work.encode_s + work.wakes[Stage.ENCODE] * LIVE.wake,
             "prefill": work.prefill_s + work.riding_s + work.wakes[Stage.PREFILL] * LIVE.wake,
             "decode": work.decode_s + work.wakes[Stage.DECODE] * LIVE.wake,
-            "other": work.turns * LIVE.turn,
+            "other": work.turns * LIVE.turn + demands[-1].at_s * HEARTBEATS,
         }
         return {what: measured(of_one) for what, of_one in seconds.items()}
 

@@ -292,6 +292,18 @@ def test_an_instance_that_ended_uses_no_cores():
     assert min(one.finished_s, other.finished_s) == pytest.approx(1.0 + 3.5)
 
 
+def test_an_instance_that_ended_says_nothing_to_those_who_do_not_know_yet():
+    """Decode tells both that prefill how busy it is, again and again."""
+    options = Options(failures=(Failure(1.0, 2, found_s=5.0),))
+    simulation, heard = Simulation(Placement.parse("1e2p1d"), PLAIN, WHOLE, options), []
+    for at_s in (1.1, 4.0):
+        simulation.clock.at(at_s, lambda: heard.append(simulation.loads.get(InstanceId("i2"))))
+    simulation.run([Demand(0.0, output_tokens=5000)])
+    before, after = heard
+    assert before is not None
+    assert before is after
+
+
 def test_kv_that_goes_to_host_memory_and_back_takes_time():
     small = replace(WHOLE, num_kv_blocks=14)
     asked = [Demand(0.0, text_tokens=10, output_tokens=100)] * 4

@@ -98,11 +98,15 @@ def test_no_difference_is_shown_where_one_that_is_behind_keeps_up_with_any_seed(
     split, whole = make_row("2e1pd", 4.0), make_row("3epd", 3.0)
     assert verdict([split, whole], goal, question, 12, rival=Rival(whole, 4.0, [1])) == (
         "No difference is shown, of the 12 placements looked at: 2e1pd keeps the SLO at 4 req/s in every run, the best "
-        "aggregated one, 3epd, at 3, but with the seed 1 at 4 too."
+        "aggregated one for no more money, 3epd, at 3, but with the seed 1 at 4 too."
+    )
+    assert verdict([split, whole], goal, question, 12, rival=Rival(whole, 4.0, [0, 1, 2])).endswith(
+        "3epd, at 3, and at 4 too when tried there."
     )
     split, whole = make_row("2e1pd", 3.0), make_row("3epd", 4.0)
     assert verdict([whole, split], goal, question, 12, rival=Rival(split, 4.0, [0, 2])).endswith(
-        "the best split one, 2e1pd, at 3, but with the seeds 0, 2 at 4 too. Disaggregation is not needed."
+        "the best split one for no more money, 2e1pd, at 3, but with the seeds 0, 2 at 4 too. Disaggregation is not "
+        "needed."
     )
 
 
@@ -125,6 +129,8 @@ def test_it_is_told_how_sure_the_first_rate_is_and_that_of_the_best_of_the_other
     sure = [f"How sure: 2e1pd at 4 req/s: {runs}", f"How sure: 3epd at 3 req/s: {runs}"]
     assert certainties(rows, replace(question, usual_requests=40)) == sure
     assert certainties(rows[:2], replace(question, usual_requests=40)) == sure[:1]
+    dearer, rival = make_row("4epd", 3.5, cost=8.0), Rival(rows[2], 4.0, [0, 1])
+    assert certainties([rows[0], dearer, rows[2]], replace(question, usual_requests=40), rival) == sure
 
 
 def test_runs_that_are_shorter_than_usual_are_said_to_be_a_matter_of_luck(question: Question):

@@ -36,7 +36,7 @@ WORDS = {  # what a cost is of, where its name does not say it
     "decode_few": "decode: a sequence, more for each of the first 8",
     "decode_context": "decode: a token of its context",
     "turn": "an instance that takes messages and computes nothing",
-    "wake": "the first step after a rest",
+    "wake": "the first step after a rest, or after one of another stage",
     "arrival": "a request, until it is dispatched",
     "message": "a message from process to process",
     "transfer": "a transfer, beside its bytes",

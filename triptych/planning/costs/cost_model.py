@@ -33,7 +33,7 @@ class Costs:
     decode_few: float = 0.0  # more, of each of the first few sequences
     decode_context: float = 0.0  # for each token of context of each sequence
     turn: float = 0.0  # of an instance that takes messages and computes nothing; in steps it is included
-    wake: float = 0.0  # more of the first step after a rest: what ran meanwhile has filled the caches
+    wake: float = 0.0  # more of the first step after a rest, or after another stage: other things fill the caches
     arrival: float = 0.0  # before a request is dispatched: HTTP, fetching media, preprocessing
     message: float = 0.0005
     transfer: float = 0.001  # of a pull without its bytes

@@ -45,7 +45,7 @@ class Answer:
         """What stands under the rows; `repeat` is the command that repeats the first."""
         if not self.rows:
             return [self.verdict]
-        lines = [self.verdict, *certainties(self.rows, self.question)]
+        lines = [self.verdict, *certainties(self.rows, self.question, self.rival)]
         if repeat is not None:
             lines.append(f"The first row again: {repeat}")
         best = self.rows[0].candidate

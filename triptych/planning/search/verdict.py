@@ -40,7 +40,11 @@ def verdict(
     if only:
         return f"{_told(best)}.{only}"
     if rival is not None:
-        return f"No difference is shown, {looked}: {_told(best)} in every run, {_by_luck(rival)}"
+        every = len(question.runs.seeds) > 1
+        return (
+            f"No difference is shown, {looked}: {_told(best)}{' in every run' if every else ''}, "
+            f"{_keeps_up(rival, question)}"
+        )
     head, sentence = _compared([row for row in rows if reaches(row, goal)], rows, goal, question)
     if len(question.runs.seeds) == 1 and _is_short(best, question):
         head = UNSURE.get(head, head)
@@ -81,13 +85,14 @@ def _by_cost(split: Row, whole: Row, *, split_is_first: bool, question: Question
     return (PAYS, f"{told}{more}.") if split_is_first else (WINS, f"{told}{more}. {NOT_NEEDED}")
 
 
-def _by_luck(rival: Rival) -> str:
+def _keeps_up(rival: Rival, question: Question) -> str:
     row, number = rival.row, len(rival.seeds)
     name, end = ("aggregated", "") if row.candidate.is_aggregated else ("split", f" {NOT_NEEDED}")
+    told = f"the best {name} one for no more money, {row.candidate}, at {row.rate:.3g}"
+    if number == len(question.runs.seeds):  # its own rate was found to so much only
+        return f"{told}, and at {rival.rate:.3g} too when tried there.{end}"
     seeds = f"seed{'s' * (number > 1)} {', '.join(map(str, rival.seeds))}"
-    return (
-        f"the best {name} one, {row.candidate}, at {row.rate:.3g}, but with the {seeds} at {rival.rate:.3g} too.{end}"
-    )
+    return f"{told}, but with the {seeds} at {rival.rate:.3g} too.{end}"
 
 
 def _told(row: Row) -> str:
@@ -113,8 +118,9 @@ def _cost(row: Row, question: Question) -> str:
 # ---- how sure that is
 
 
-def certainties(rows: Sequence[Row], question: Question) -> list[str]:
-    """Of the first row and of the best one of the other kind, with which it is compared."""
+def certainties(rows: Sequence[Row], question: Question, rival: Rival | None = None) -> list[str]:
+    """Of the first row and of the one with which the verdict compares it: `rival`, or the best one of the other
+    kind."""
     first = rows[0]
     number, usual = first.figures.num_requests, question.usual_requests
     luck = "the verdict may hang on luck"
@@ -124,6 +130,7 @@ def certainties(rows: Sequence[Row], question: Question) -> list[str]:
             f"Not confirmed: rates are those that one run of {number:,} requests kept; longer ones may keep less{end}."
         ]
     others = [row for row in rows if row.candidate.is_aggregated != first.candidate.is_aggregated]
+    others = others if rival is None else [rival.row]
     told = [_certainty(row, question) for row in (first, *others[:1])]
     if _is_short(first, question):
         told.append(f"Few requests: runs of {number:,} confirm this, {usual:,} are usual here: {luck}.")

@@ -19,7 +19,7 @@ from triptych.planning.workloads.demand import Demand
 
 SERVER = ("request", "prompt_token", "item", "media_byte", "step", "token", "report")
 CLIENT = ("request", "token")
-ROUNDS = 3  # slower steps are fewer and larger ones: after three rounds the batches are those of the live server
+ROUNDS = 6  # slower steps are fewer and larger ones: after so many rounds the batches are those of the live server
 CAPACITY_REQUESTS = 200
 
 Works = Sequence[tuple[Work, Mapping[str, float], float]]

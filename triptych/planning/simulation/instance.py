@@ -62,7 +62,7 @@ class Settled:
 @dataclass(slots=True)
 class Work:
     """What an instance has done: seconds that the steps of each stage should take, how many of them were the first
-    after a rest, and turns that computed nothing."""
+    after a rest or a step of another stage, and turns that computed nothing."""
 
     encode_s: float = 0.0
     prefill_s: float = 0.0
@@ -97,9 +97,9 @@ class SimulatedInstance:
         self._gone = False
         self._job: Job | None = None  # the last one on the host
         self._working_on: list[RequestId] = []  # in the step that is under way
-        self._owed_s = 0.0  # what a rest, and KV that went to host memory and back, take of the next step
+        self._owed_s = 0.0  # what cold caches, and KV that went to host memory and back, take of the next step
         self.work = Work()
-        self._has_rested = True  # since its last step
+        self._warm_for: Stage | None = None  # that of its last step, unless it has rested since
         self._leave: Leave | None = None
         self._row: DecodeRow | None = None
         self._wake: Event | None = None
@@ -352,15 +352,16 @@ class SimulatedInstance:
             self._rest(busy)
 
     def _wake_up(self, stage: Stage) -> None:
-        if self._has_rested:
-            self._has_rested = False
+        if self._warm_for is not stage:
+            self._warm_for = stage
             self.work.wakes[stage] += 1
             self._owed_s += self._costs.wake
 
     def _rest(self, busy: bool) -> None:
         self._flush()
         self._busy = busy or bool(self._inbox)
-        self._has_rested |= not self._busy
+        if not self._busy:
+            self._warm_for = None
         wait_s = self._decode_wait_s()
         self._report(busy=busy or wait_s > 0)
         if self._leave is not None and self.is_drained and not self._inbox:
