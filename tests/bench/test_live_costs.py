@@ -55,7 +55,8 @@ def test_the_demands_are_the_requests_that_the_server_got(live: LiveServer, prof
 
 
 def test_the_simulator_foretells_a_load_that_it_was_not_calibrated_with(live: LiveServer) -> None:
-    """A short form of benchmarks/truth.py, with bounds that hold on a machine that does other things as well."""
+    """A short form of benchmarks/truth.py. What else the machine does only makes a server slower: the fastest of three
+    loads counts, with bounds that leave room for more."""
     names = [name for name in StageCosts.__struct_fields__ if name.startswith(("encode_", "prefill_", "decode_"))]
     guessed = make_profile(cores=2, **{name: getattr(BUILT_IN_COSTS, name) for name in names})
     runs = [
@@ -64,11 +65,11 @@ def test_the_simulator_foretells_a_load_that_it_was_not_calibrated_with(live: Li
     ]
     found = calibrate(guessed.costs(), [run for run in runs if run is not None])
     ask = Ask(60, 16, images=1, side=448)
-    served = live.serve(ask, rate=8.0, requests=32)
-    demands = demands_of(served.requests, ask, PICTURES)
-    simulated = Simulation(PLACEMENT, found.costs, guessed.as_served(PLACEMENT)).run(demands)
-    live_ttft_s = median(record.ttft_s or 0.0 for record in served.requests)
-    live_tpot_s = median(record.tpot_s or 0.0 for record in served.requests)
+    loads = [live.serve(ask, rate=8.0, requests=24).requests for _ in range(3)]
+    served = min(loads, key=lambda records: median(record.ttft_s or 0.0 for record in records))
+    simulated = Simulation(PLACEMENT, found.costs, guessed.as_served(PLACEMENT)).run(demands_of(served, ask, PICTURES))
+    live_ttft_s = median(record.ttft_s or 0.0 for record in served)
+    live_tpot_s = median(record.tpot_s or 0.0 for record in served)
     assert 0.4 < median(record.ttft_s for record in simulated) / live_ttft_s < 2.5
     assert 0.4 < median(record.tpot_s or 0.0 for record in simulated) / live_tpot_s < 2.5
 
