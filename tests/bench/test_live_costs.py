@@ -65,7 +65,7 @@ def test_the_simulator_foretells_a_load_that_it_was_not_calibrated_with(live: Li
     ]
     found = calibrate(guessed.costs(), [run for run in runs if run is not None])
     ask = Ask(60, 16, images=1, side=448)
-    loads = [live.serve(ask, rate=8.0, requests=24).requests for _ in range(3)]
+    loads = [live.serve(ask, rate=10.0, requests=18).requests for _ in range(3)]
     served = min(loads, key=lambda records: median(record.ttft_s or 0.0 for record in records))
     simulated = Simulation(PLACEMENT, found.costs, guessed.as_served(PLACEMENT)).run(demands_of(served, ask, PICTURES))
     live_ttft_s = median(record.ttft_s or 0.0 for record in served)

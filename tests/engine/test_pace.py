@@ -26,6 +26,20 @@ def test_steps_count_by_what_is_in_them():
     assert pace.of(Stage.ENCODE) == pytest.approx(0.02 / 64, rel=0.05)
 
 
+@given(st.integers(1, 60), st.integers(1, 64), st.floats(0.001, 0.1), st.floats(0, 0.01), st.booleans())
+def test_a_row_of_steps_counts_as_single_ones(
+    num_steps: int, num_tokens: int, first_s: float, more_s: float, has_begun: bool
+):
+    row, single = Pace(), Pace()
+    for pace in (row, single) if has_begun else ():
+        pace.observe(Stage.DECODE, 7, 0.02)
+    row.observe_row(Stage.DECODE, num_tokens, num_steps, first_s, more_s)
+    for number in range(num_steps):
+        single.observe(Stage.DECODE, num_tokens, first_s + number * more_s)
+    assert row.of(Stage.DECODE) == pytest.approx(single.of(Stage.DECODE))
+    assert row.counters == pytest.approx(single.counters)
+
+
 def test_totals_of_each_stage_are_kept():
     pace = Pace()
     pace.observe(Stage.DECODE, 4, 2.0)

@@ -1,16 +1,23 @@
 """Measuring the engine: every stage gets samples, and they say what was in its steps."""
 
+import multiprocessing
+import os
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.checkpoints import make_checkpoint
-from triptych.config import ModelConfig
-from triptych.engine import profiling
+from triptych.config import InstanceConfig, ModelConfig
+from triptych.engine import neighbour, profiling
 from triptych.engine.profiling import FITTED, Effort, Measured, Profiler
 from triptych.errors import InstanceError
+from triptych.planning.costs.cost_model import STAGES
 from triptych.planning.costs.fit import fit
 
 LEAST = Effort(
@@ -23,6 +30,7 @@ LEAST = Effort(
     most_context=200,
     switches=1,
     pings=8,
+    comparisons=1,
 )
 
 
@@ -73,6 +81,13 @@ def test_messages_and_switches_are_timed(measured: Measured) -> None:
     assert all(seconds > 0 for seconds in measured.seconds.values())
 
 
+def test_steps_are_compared_with_those_beside_another_engine_where_there_is_a_core_for_it(measured: Measured) -> None:
+    is_room = len(os.sched_getaffinity(0)) > 1
+    assert measured.crowding.keys() == ({f"{stage}_crowding" for stage in STAGES} if is_room else set())
+    assert all(0 <= share < 10 for share in measured.crowding.values())
+    assert not measured.notes
+
+
 def test_memory_is_that_of_the_checkpoint(measured: Measured) -> None:
     memory = measured.memory
     assert memory is not None
@@ -84,6 +99,74 @@ def test_memory_is_that_of_the_checkpoint(measured: Measured) -> None:
 
 def test_progress_is_told_step_by_step(measured: Measured, done: Counter[str]) -> None:
     assert done["steps"] == Profiler.steps
+
+
+def ends_at_once(connection: Connection, config: InstanceConfig) -> None:
+    pass
+
+
+def has_no_room(connection: Connection, config: InstanceConfig) -> None:
+    connection.send("no memory for it")
+
+
+def ends_while_it_works(connection: Connection, config: InstanceConfig) -> None:
+    connection.send(None)
+    connection.recv()
+    connection.send(None)
+
+
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [(ends_at_once, "ended"), (has_no_room, "no memory for it"), (ends_while_it_works, "ended")],
+)
+def test_a_machine_without_room_for_a_second_engine_is_told_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    beside: Callable[[Connection, InstanceConfig], None],
+    told: str,
+) -> None:
+    monkeypatch.setattr(neighbour, "work_beside", beside)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    model = ModelConfig(path=str(make_checkpoint("qwen2_vl", tmp_path)), name="tiny", max_model_len=256)
+    profiler = Profiler(model, threads=1, transfer="shm", effort=LEAST, sides=(224,), done=lambda: None)
+    found = profiler.run()
+    assert not found.crowding
+    assert [note for note in found.notes if "beside" in note and told in note]
+    assert found.stages["decode"]
+    assert not multiprocessing.active_children()
+
+
+class Working:
+    """A neighbour that says whether it works."""
+
+    is_working = False
+
+    def __init__(self, config: object) -> None:
+        pass
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        Working.is_working = True
+        yield
+        Working.is_working = False
+
+    def close(self) -> None:
+        assert not Working.is_working
+
+
+@pytest.mark.parametrize(("threads", "comparisons"), [(1, 1), (1, 6), (2, 7)])
+def test_what_steps_take_longer_beside_another_engine_counts_for_each_of_its_cores(
+    monkeypatch: pytest.MonkeyPatch, threads: int, comparisons: int
+) -> None:
+    monkeypatch.setattr(neighbour, "Neighbour", Working)
+    monkeypatch.setattr(
+        neighbour,
+        "usual_steps",
+        lambda rig, config: {"encode": 0.02, "decode": 0.012 if Working.is_working else 0.01},
+    )
+    beside = SimpleNamespace(threads=threads)
+    found = neighbour.crowding(None, beside, comparisons)  # type: ignore[arg-type]
+    assert found == {"encode_crowding": 0.0, "decode_crowding": pytest.approx(0.2 / threads)}
 
 
 def never_answers(there: str, back: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from triptych.core import Placement, Role, Stage
 from triptych.planning.costs.cost_model import STAGES, Costs
 from triptych.planning.costs.sizes import Sizes
-from triptych.planning.simulation.calibration import SERVER, LiveRun, calibrate, capacity
+from triptych.planning.simulation.calibration import PARTS, SERVER, LiveRun, calibrate, capacity
 from triptych.planning.simulation.instance import Work
 from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand, Item, Phase, poisson
@@ -25,12 +25,14 @@ ALONE = Costs(
     decode_sequence=5e-5,
     decode_context=7e-7,
     turn=3e-5,
+    encode_crowding=0.05,
+    decode_crowding=0.2,
     message=5e-5,
     cores=2.0,
 )
 LIVE = replace(
     ALONE,
-    **{name: getattr(ALONE, name) * 0.9 for name in STAGES["encode"]},
+    **{name: getattr(ALONE, name) * 0.9 for name in PARTS["encode"]},
     **{name: getattr(ALONE, name) * 1.3 for name in STAGES["prefill"]},
     **{name: getattr(ALONE, name) * 1.1 for name in STAGES["decode"]},
     turn=2.5e-4,
@@ -67,12 +69,8 @@ def live(placement: str, kind: Phase, seed: int, noise: float = 0.0) -> LiveRun:
         return seconds * rng.uniform(1 - noise, 1 + noise)
 
     def taken(work: Work) -> dict[str, float]:
-        seconds = {
-            "encode": work.encode_s + work.wakes[Stage.ENCODE] * LIVE.wake,
-            "prefill": work.prefill_s + work.riding_s + work.wakes[Stage.PREFILL] * LIVE.wake,
-            "decode": work.decode_s + work.wakes[Stage.DECODE] * LIVE.wake,
-            "other": work.turns * LIVE.turn + demands[-1].at_s * HEARTBEATS,
-        }
+        seconds = {stage.name.lower(): work.steps_s[stage] + work.wakes[stage] * LIVE.wake for stage in Stage}
+        seconds["other"] = work.turns * LIVE.turn + demands[-1].at_s * HEARTBEATS
         return {what: measured(of_one) for what, of_one in seconds.items()}
 
     heard = simulation.frontend.heard
@@ -94,8 +92,9 @@ def runs(noise: float) -> list[LiveRun]:
 
 def test_costs_are_found_again_from_what_the_processes_took() -> None:
     found = calibrate(ALONE, runs(noise=0.0))
-    assert found.stages == {
+    assert found.scales == {
         "encode": pytest.approx(0.9, rel=0.03),
+        "pixels": pytest.approx(1.0, rel=0.03),
         "prefill": pytest.approx(1.3, rel=0.03),
         "decode": pytest.approx(1.1, rel=0.03),
     }
@@ -107,9 +106,22 @@ def test_costs_are_found_again_from_what_the_processes_took() -> None:
 
 def test_what_was_measured_badly_is_found_roughly_and_the_residuals_say_so() -> None:
     found = calibrate(ALONE, runs(noise=0.1))
-    for stage, scale in {"encode": 0.9, "prefill": 1.3, "decode": 1.1}.items():
-        assert found.stages[stage] == pytest.approx(scale, rel=0.15)
+    for part, scale in {"encode": 0.9, "pixels": 1.0, "prefill": 1.3, "decode": 1.1}.items():
+        assert found.scales[part] == pytest.approx(scale, rel=0.15)
     assert 0.02 < found.residuals["steps"].worst < 0.2
+
+
+def test_pictures_of_one_size_leave_one_scale_for_reading_and_encoding() -> None:
+    """What is told is what steps with such pictures take altogether."""
+    one_size = [live(placement, KINDS[4], seed, noise=0.05) for placement in ("1epd", "1e1p1d") for seed in range(3)]
+    found = calibrate(ALONE, one_size)
+    item = KINDS[4].media[0]
+
+    def seconds(costs: Costs) -> float:
+        return costs.encode_step + costs.encode_item + item.pixels * costs.encode_pixel
+
+    assert seconds(found.costs) == pytest.approx(seconds(LIVE), rel=0.1)
+    assert 0.5 <= found.scales["encode"] / found.scales["pixels"] <= 2
 
 
 def test_steps_keep_their_costs_where_the_cpu_says_nothing_of_them() -> None:
@@ -120,7 +132,7 @@ def test_steps_keep_their_costs_where_the_cpu_says_nothing_of_them() -> None:
 
 def test_a_stage_that_no_run_had_keeps_its_costs() -> None:
     found = calibrate(ALONE, [live(placement, KINDS[0], 3) for placement in ("1epd", "1e1p1d")])
-    assert found.stages["encode"] == 1.0
+    assert found.scales["encode"] == found.scales["pixels"] == 1.0
 
 
 def _serving(costs: Costs) -> dict[str, Any]:

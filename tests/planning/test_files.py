@@ -141,6 +141,7 @@ def test_what_only_the_struct_knows_to_be_impossible_is_told_in_its_words(path: 
     [
         ({"slo": []}, "slo: expected object, got []"),
         ({"weight": "x"}, 'weight: expected float, got "x"'),
+        ({"count": "x"}, 'count: expected int | null, got "x"; a whole number of at least 1 is needed'),
         ({"size": [1, "x"]}, 'size[1]: expected int, got "x"'),
         ({"size": [1, 2, 3]}, "size: expected array of length 2, got [1, 2, 3]"),
         ({"arrivals": "steady"}, 'arrivals: expected object, got "steady"'),

@@ -45,7 +45,7 @@ class Run:
 
     def _look(self) -> bool:
         running = [job for number, job in self.jobs.items() if number not in self.ends]
-        used = sum(job.rate for job in running)
+        used = sum(job.cores for job in running)
         self.most_cores = max(self.most_cores, used)
         self.idle_while_wanted |= used < min(self._cores, sum(job.threads for job in running)) * (1 - 1e-9)
         return False
@@ -93,27 +93,54 @@ def test_a_nice_job_gets_its_share_beside_an_important_one() -> None:
     assert run.ends[1] == pytest.approx(2.0)
 
 
-def test_a_job_that_is_cut_short_ends_when_it_has_had_the_rest() -> None:
+@given(st.integers(1, 6), st.floats(0.1, 5), st.floats(0, 1))
+def test_work_takes_longer_beside_a_core_that_works_and_more_of_them_count_as_one(
+    number: int, seconds: float, crowding: float
+) -> None:
+    clock, ends = Clock(), []
+    host = Host(clock, number)
+    jobs = [host.run(seconds, 1.0, lambda: ends.append(clock.now), crowding=crowding) for _ in range(number)]
+    clock.run(until=lambda: False)
+    longer = seconds * crowding * (number > 1)
+    assert ends == [pytest.approx(seconds + longer)] * number
+    assert [job.crowded_s for job in jobs] == [pytest.approx(longer, abs=1e-9)] * number
+    assert host.busy_s == pytest.approx(number * (seconds + longer))
+
+
+def test_as_many_cores_slow_work_as_it_has_threads() -> None:
+    clock, ends = Clock(), dict[str, float]()
+    host = Host(clock, 8)
+    host.run(4.0, 2.0, lambda: ends.update(wide=clock.now), threads=2.0, crowding=0.1)
+    for _ in range(4):
+        host.run(10.0, 1.0, lambda: None)
+    clock.run(until=lambda: False)
+    assert ends == {"wide": pytest.approx(2.0 * 1.2)}
+
+
+def test_those_who_wait_for_a_core_crowd_nobody() -> None:
     clock, ends = Clock(), []
     host = Host(clock, 1)
-    job = host.run(10.0, 1.0, lambda: ends.append(clock.now))
-    clock.at(3.0, lambda: host.resize(job, 4.0))
+    for _ in range(3):
+        host.run(1.0, 1.0, lambda: ends.append(clock.now), crowding=0.5)
     clock.run(until=lambda: False)
-    assert ends == [pytest.approx(4.0)]
+    assert ends == [pytest.approx(3.0)] * 3
 
 
-def test_a_job_that_had_more_than_it_is_cut_to_ends_at_once() -> None:
+def test_the_threads_of_one_job_do_not_crowd_each_other() -> None:
     clock, ends = Clock(), []
-    host = Host(clock, 1)
-    job = host.run(10.0, 1.0, lambda: ends.append(clock.now))
-
-    def cut() -> None:
-        assert host.used_s(job) == pytest.approx(3.0)
-        host.resize(job, 1.0)
-
-    clock.at(3.0, cut)
+    host = Host(clock, 4)
+    host.run(4.0, 4.0, lambda: ends.append(clock.now), threads=4.0, crowding=0.5)
     clock.run(until=lambda: False)
-    assert ends == [pytest.approx(3.0)]
+    assert ends == [pytest.approx(1.0)]
+
+
+def test_work_that_does_not_mind_others_slows_those_that_do() -> None:
+    clock, ends = Clock(), dict[str, float]()
+    host = Host(clock, 2)
+    host.run(1.0, 1.0, lambda: ends.update(robust=clock.now))
+    host.run(1.0, 1.0, lambda: ends.update(crowded=clock.now), crowding=1.0)
+    clock.run(until=lambda: False)
+    assert ends == {"robust": pytest.approx(1.0), "crowded": pytest.approx(1.5)}
 
 
 def test_a_callback_may_bring_the_next_job() -> None:

@@ -37,6 +37,9 @@ WORDS = {  # what a cost is of, where its name does not say it
     "decode_context": "decode: a token of its context",
     "turn": "an instance that takes messages and computes nothing",
     "wake": "the first step after a rest, or after one of another stage",
+    "encode_crowding": "encode: more time of a step, for each other core at work",
+    "prefill_crowding": "prefill: the same",
+    "decode_crowding": "decode: the same",
     "arrival": "a request, until it is dispatched",
     "message": "a message from process to process",
     "transfer": "a transfer, beside its bytes",
@@ -198,13 +201,14 @@ def _calibrated(alone: "Profile", live: "Live") -> "Profile":
 
     from triptych.planning.simulation.calibration import calibrate
 
-    costs, notes, residuals = replace(alone.costs(), arrival=live.arrival_s), list(live.notes), dict(alone.residuals)
+    costs, residuals = replace(alone.costs(), arrival=live.arrival_s), dict(alone.residuals)
+    notes = [*alone.made.notes, *live.notes]
     if live.runs:
         of_steps = alone.made.device == "cpu" and alone.made.threads == 1
         found = calibrate(costs, live.runs, steps=of_steps)
         costs, residuals = found.costs, residuals | dict(found.residuals)
         if of_steps:
-            times = ", ".join(f"{stage} {scale:.2f}" for stage, scale in found.stages.items())
+            times = ", ".join(f"{part} {scale:.2f}" for part, scale in found.scales.items())
             notes.append(f"in a live server steps take so many times what they take alone: {times}")
     made = replaced(alone.made, notes=tuple(notes))
     return replaced(alone.with_costs(costs), residuals=residuals, made=made)
@@ -213,6 +217,8 @@ def _calibrated(alone: "Profile", live: "Live") -> "Profile":
 def _assembled(model: "ModelConfig", hardware: str, made: "Made", measured: "Measured") -> "Profile":
     """Costs of the engine alone, each fitted to the samples of its stage."""
     import os
+
+    from msgspec.structs import replace
 
     from triptych.engine.profiling import FITTED
     from triptych.planning.costs.fit import fit
@@ -224,7 +230,7 @@ def _assembled(model: "ModelConfig", hardware: str, made: "Made", measured: "Mea
     byte_s = costs.pop("byte")
     costs |= measured.seconds
     residuals = {stage: of.residual for stage, of in fits.items()}
-    seconds: dict[str, Any] = {name: Seconds(value) for name, value in costs.items()}
+    fields: dict[str, Any] = {name: Seconds(value) for name, value in costs.items()} | measured.crowding
     if measured.stages["mixed"]:
         residuals["mixed"] = _mixed_residual(measured, costs)
     assert measured.memory is not None
@@ -233,13 +239,13 @@ def _assembled(model: "ModelConfig", hardware: str, made: "Made", measured: "Mea
         hardware=hardware,
         kind="measured",
         costs_of_steps=StageCosts(
-            **seconds,
+            **fields,
             bytes_per_second=BytesPerSecond(1 / max(byte_s, 1e-15)),
             cores=len(os.sched_getaffinity(0)) if model.device == "cpu" else None,
         ),
         memory=measured.memory,
         residuals=residuals,
-        made=made,
+        made=replace(made, notes=tuple(measured.notes)),
     )
 
 
@@ -294,4 +300,6 @@ def _short(value: object) -> str:
 
     if not value:
         return "-"
-    return value.short() if isinstance(value, Quantity) else str(value)
+    if isinstance(value, Quantity):
+        return value.short()
+    return f"{value:.1%}" if isinstance(value, float) else str(value)

@@ -28,18 +28,17 @@ class Pace:
         self._counters: dict[str, float] = {}
 
     def observe(self, stage: Stage, num_tokens: int, seconds: float) -> None:
-        self.observe_each(stage, num_tokens, (seconds,))
+        self.observe_row(stage, num_tokens, 1, seconds, 0.0)
 
-    def observe_each(self, stage: Stage, num_tokens: int, steps_s: Iterable[float]) -> None:
-        """Steps of so many tokens each, one after the other."""
-        usual, num_steps, busy_s = self._usual.get(stage), 0, 0.0
-        for seconds in steps_s:
-            if usual is None:
-                usual = self._usual[stage] = _Usual(seconds, num_tokens)
-            usual.seconds += WEIGHT * (seconds - usual.seconds)
-            usual.tokens += WEIGHT * (num_tokens - usual.tokens)
-            num_steps += 1
-            busy_s += seconds
+    def observe_row(self, stage: Stage, num_tokens: int, num_steps: int, first_s: float, more_s: float) -> None:
+        """Steps of so many tokens each, one after the other, each of which takes `more_s` longer than the one before.
+        The averages are those of `num_steps` single observations, as geometric series."""
+        usual = self._usual.setdefault(stage, _Usual(first_s, num_tokens))
+        kept = (1.0 - WEIGHT) ** num_steps
+        usual.seconds = kept * usual.seconds + (1.0 - kept) * first_s
+        usual.seconds += more_s * (num_steps - (1.0 - kept) / WEIGHT)
+        usual.tokens = kept * usual.tokens + (1.0 - kept) * num_tokens
+        busy_s = num_steps * (first_s + 0.5 * (num_steps - 1) * more_s)
         for name, amount in zip(_COUNTED[stage], (num_steps, num_steps * num_tokens, busy_s), strict=True):
             self._counters[name] = self._counters.get(name, 0.0) + amount
 

@@ -35,6 +35,7 @@ from triptych.config import (
 from triptych.core import InstanceId, LeaseId, Role
 from triptych.engine.fitting import Fitter, Weights
 from triptych.engine.heap import keep_large_blocks
+from triptych.engine.neighbour import crowding
 from triptych.engine.pools import Layouts, fitting_model_len
 from triptych.engine.rig import Rig, Turn
 from triptych.engine.sockets import Inbox, Post
@@ -68,10 +69,11 @@ class Effort:
     most_context: int  # tokens of all sequences that decode together
     switches: int
     pings: int
+    comparisons: int  # of steps alone with steps beside another engine
 
 
-FULL = Effort(6, 3, (224, 448, 896, 1344, 2016), (2, 3, 5), (1, 2, 4, 8, 16, 32, 64), 12, 24_000, 3, 400)
-QUICK = Effort(3, 1, (224, 672, 1344), (2, 4), (1, 4, 16, 48), 6, 8_000, 1, 150)
+FULL = Effort(6, 3, (224, 448, 896, 1344, 2016), (2, 3, 5), (1, 2, 4, 8, 16, 32, 64), 12, 24_000, 3, 400, 30)
+QUICK = Effort(3, 1, (224, 672, 1344), (2, 4), (1, 4, 16, 48), 6, 8_000, 1, 150, 8)
 
 
 @dataclass(slots=True)
@@ -80,6 +82,10 @@ class Measured:
 
     stages: dict[str, list[Sample]] = field(default_factory=dict)  # encode, prefill, decode, mixed, transfer
     seconds: dict[str, float] = field(default_factory=dict)  # turn, message, switch_weights, switch_books
+    # How much longer steps take for each core that works beside them, as a share of their time: encode_crowding,
+    # prefill_crowding, decode_crowding; empty on a GPU, and where there is no room for a second engine.
+    crowding: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what could not be measured
     memory: Memory | None = None
     rows: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of square pictures, by their side in pixels
     lead_tokens: int = 0  # of a prompt, before its first picture
@@ -88,7 +94,7 @@ class Measured:
 class Profiler:
     """Everything that is measured without a server. `steps` says how often `done` is called on the way."""
 
-    steps = 6
+    steps = 7
 
     def __init__(
         self,
@@ -134,6 +140,7 @@ class Profiler:
             try:
                 peaks = self._steps(rig)
                 self._measured.memory = self._memory(fitter.weights, runtime, *peaks)
+                self._crowding(rig, config)
             finally:
                 rig.close()
             self._messages(Path(folder))
@@ -235,6 +242,28 @@ class Profiler:
                 pure += _middle([turn for turn, of in zip(turns, kinds, strict=True) if of == {True}], batch)
                 mixed += [mixed_sample(turn) for turn, of in zip(turns, kinds, strict=True) if len(of) == 2]
         self._measured.stages["decode"], self._measured.stages["mixed"] = pure, mixed
+
+    def _crowding(self, rig: Rig, config: InstanceConfig) -> None:
+        """What cannot be measured is noted, not missed."""
+        if config.model.device == "cpu" and len(os.sched_getaffinity(0)) > self._threads:
+            beside = {name: f"{getattr(config, name)}-beside" for name in ("inbox", "frontend")}
+            try:
+                self._check_room()
+                other = replace(config, id=InstanceId("beside"), role=Role.EPD, **beside)
+                self._measured.crowding = crowding(rig, other, self._effort.comparisons)
+            except InstanceError as error:
+                self._measured.notes.append(f"not measured how much slower instances are beside each other: {error}")
+        self._done()
+
+    def _check_room(self) -> None:
+        """Raises InstanceError where a second engine has no cores, or no memory, of its own."""
+        cores, memory = len(os.sched_getaffinity(0)), self._measured.memory
+        if cores < 2 * self._threads:
+            raise InstanceError(f"two of {self._threads} threads do not fit on {cores} cores")
+        assert memory is not None
+        needed, available = memory.used(Role.EPD), available_bytes()
+        if needed > available:
+            raise InstanceError(f"a second one needs {Bytes(needed).short()}, {Bytes(available).short()} are free")
 
     @property
     def _longest(self) -> int:

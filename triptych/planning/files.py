@@ -216,7 +216,7 @@ class _Place:
             return f"{shown} is not valid; {self.range}"
         if message.startswith("Expected "):
             expected = message.removeprefix("Expected ").partition(", got")[0].replace("`", "")
-            return f"expected {expected}, got {shown}"
+            return f"expected {expected}, got {shown}" + (f"; {self.range}" if self.range else "")
         return message if message != "Number out of range" else f"{shown} is out of range; {FINITE}"
 
 

@@ -59,13 +59,13 @@ class StageGroup:
             self._add_prefill(role, pools, scheduling, whole_spans)
         if Stage.DECODE in role.stages:
             self._add_decode(pools, scheduling)
+        self.by_stage = self._served()  # in the order of the data
 
     def __iter__(self) -> Iterator[EncodeStage | PrefillStage | DecodeStage]:
         """Those that are served."""
         return iter(self.by_stage.values())
 
-    @property
-    def by_stage(self) -> dict[Stage, EncodeStage | PrefillStage | DecodeStage]:
+    def _served(self) -> dict[Stage, EncodeStage | PrefillStage | DecodeStage]:
         machines = {Stage.ENCODE: self.encode, Stage.PREFILL: self.prefill, Stage.DECODE: self.decode}
         return {stage: machine for stage, machine in machines.items() if machine is not None}
 

@@ -1,10 +1,10 @@
 """How long things take on one instance, as few coefficients: what stands in for `runner.run` and for the links."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from triptych.core import Chunk, EncodeWork, Role
+from triptych.core import Chunk, EncodeWork, Role, Stage
 from triptych.planning.workloads.demand import Demand, Item
 
 # The costs that a step of each stage pays.
@@ -34,6 +34,9 @@ class Costs:
     decode_context: float = 0.0  # for each token of context of each sequence
     turn: float = 0.0  # of an instance that takes messages and computes nothing; in steps it is included
     wake: float = 0.0  # more of the first step after a rest, or after another stage: other things fill the caches
+    encode_crowding: float = 0.0  # more of a step, as a share of it, for each core of another instance that works
+    prefill_crowding: float = 0.0
+    decode_crowding: float = 0.0
     arrival: float = 0.0  # before a request is dispatched: HTTP, fetching media, preprocessing
     message: float = 0.0005
     transfer: float = 0.001  # of a pull without its bytes
@@ -66,11 +69,15 @@ class Costs:
         seconds += sum(item.nbytes for item in demand.media) * self.server_media_byte
         return seconds + num_instances * self.server_peer
 
-    def encode_s(self, works: list[EncodeWork], read: Iterable[Item]) -> float:
+    def encode_s(self, works: list[EncodeWork], read: Sequence[Item]) -> float:
         """`read`: items that are read for this step; those that were read for an earlier one are still there."""
         rows = sum(work.unit.num_tokens for work in works)
         seconds = self.encode_step + len(works) * self.encode_unit + rows * self.encode_row
-        return seconds + sum(self.encode_item + item.pixels * self.encode_pixel for item in read)
+        return seconds + len(read) * self.encode_item + self.pixels_s(read)
+
+    def pixels_s(self, read: Sequence[Item]) -> float:
+        """Of it, what hangs on the size of sources."""
+        return sum(item.pixels for item in read) * self.encode_pixel
 
     def language_s(self, decodes: list[Chunk], chunks: list[Chunk]) -> float:
         """A forward over chunks of prompts and the decodes that ride along: the larger of the fixed parts, and the sum
@@ -90,10 +97,22 @@ class Costs:
         looked_at = num_steps * context + num_sequences * num_steps * (num_steps - 1) // 2
         return num_steps * self.decode_fixed_s(num_sequences) + looked_at * self.decode_context
 
+    def decode_growth_s(self, num_sequences: int) -> float:
+        """More of a decode step than of the one before it: every sequence looks at one token more."""
+        return num_sequences * self.decode_context
+
     def decode_fixed_s(self, num_sequences: float) -> float:
         """What a decode step takes beside its context."""
         few = min(num_sequences, FEW)
         return self.decode_step + num_sequences * self.decode_sequence + few * self.decode_few
+
+    def crowding(self, stage: Stage) -> float:
+        """Of a step of that stage; one that prefills as well is prefill's."""
+        return {
+            Stage.ENCODE: self.encode_crowding,
+            Stage.PREFILL: self.prefill_crowding,
+            Stage.DECODE: self.decode_crowding,
+        }[stage]
 
     def pull_s(self, region: str, num_tokens: int) -> float:
         token_bytes = self.kv_token_bytes if region == "kv" else self.embedding_row_bytes

@@ -40,6 +40,9 @@ class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     decode_context: Seconds = Seconds(0)
     turn: Seconds = Seconds(0)
     wake: Seconds = Seconds(0)
+    encode_crowding: Amount = 0.0
+    prefill_crowding: Amount = 0.0
+    decode_crowding: Amount = 0.0
     arrival: Seconds = Seconds(0)
     message: Seconds = Seconds(0)
     transfer: Seconds = Seconds(0)

@@ -73,7 +73,7 @@ def work(demand: Demand, candidate: Candidate, costs: Costs, objectives: Objecti
     units = [rows for item in new for rows in item.rows]
     encode_s = len(units) * costs.encode_unit + sum(units) * costs.encode_row
     encode_s += costs.encode_step * sum(min(1.0, rows / candidate.max_encode_tokens) for rows in units)
-    encode_s += len(new) * costs.encode_item + sum(item.pixels for item in new) * costs.encode_pixel
+    encode_s += len(new) * costs.encode_item + costs.pixels_s(new)
     tokens = demand.prompt_tokens if not demand.prefix else 1
     prefill_s = costs.prefill_sequence + tokens * costs.prefill_token + 0.5 * tokens**2 * costs.prefill_pair
     step_s = max(0.0, costs.prefill_step - costs.decode_step) if rides(candidate) else costs.prefill_step

@@ -18,9 +18,17 @@ from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand
 
 SERVER = ("request", "prompt_token", "item", "media_byte", "step", "token", "report")
+# What steps cost scales by these parts: reading a source minds other processes less than what comes after it.
+PARTS = {
+    "encode": tuple(name for name in STAGES["encode"] if name != "encode_pixel"),
+    "pixels": ("encode_pixel",),
+    "prefill": STAGES["prefill"],
+    "decode": STAGES["decode"],
+}
 CLIENT = ("request", "token")
 ROUNDS = 6  # slower steps are fewer and larger ones: after so many rounds the batches are those of the live server
 CAPACITY_REQUESTS = 200
+MOST_APART = 2.0  # times as much as another part of the same steps: what is further apart is a fit's invention
 
 Works = Sequence[tuple[Work, Mapping[str, float], float]]
 
@@ -43,26 +51,23 @@ class Calibration:
     """`costs` with which simulated instances take what live ones took, and how well they do, by what was done."""
 
     costs: Costs
-    stages: Mapping[str, float]  # how many times what was measured without a server a step takes
+    scales: Mapping[str, float]  # how many times what was measured without a server each of PARTS takes
     residuals: Mapping[str, Residual]
 
 
 def calibrate(costs: Costs, runs: Sequence[LiveRun], *, steps: bool = True) -> Calibration:
     """`costs`: as they were measured without a server. `steps`: whether instances compute with one thread of the CPU,
     so that their CPU time is that of their steps."""
-    scales, residuals = dict.fromkeys(STAGES, 1.0), dict[str, Residual]()
+    scales, residuals = dict.fromkeys(PARTS, 1.0), dict[str, Residual]()
     for _ in range(ROUNDS):
         simulations = [_simulated(costs, run) for run in runs]
         fits = {"server": fit(_of_server(simulations, runs), SERVER), "client": fit(_of_client(runs), CLIENT)}
         works = _works(simulations, runs) if steps else []
         if works:
-            fits |= {
-                "steps": fit(_of_steps(works), (*STAGES, "wake")),
-                "turns": fit(_of_turns(works), ("turn", "second")),
-            }
+            fits |= {"steps": _fit_of_steps(works, scales), "turns": fit(_of_turns(works), ("turn", "second"))}
             # 0: no run had that stage, or it cannot be told from the rests before it.
-            factors = {stage: fits["steps"].costs[stage] or 1.0 for stage in STAGES}
-            scales = {stage: scale * factors[stage] for stage, scale in scales.items()}
+            factors = {part: fits["steps"].costs[part] or 1.0 for part in PARTS}
+            scales = {part: scale * factors[part] for part, scale in scales.items()}
             costs = replace(_scaled(costs, factors), wake=fits["steps"].costs["wake"], turn=fits["turns"].costs["turn"])
         costs = replace(costs, **_named("server", fits["server"]), **_named("client", fits["client"]))
         residuals = {name: one.residual for name, one in fits.items()}
@@ -92,14 +97,32 @@ def _works(simulations: Iterable[Simulation], runs: Iterable[LiveRun]) -> Works:
     ]
 
 
+def _fit_of_steps(works: Works, scales: Mapping[str, float]) -> Fit:
+    """One scale for both parts of encoding where they cannot be told apart: pictures of one size, or encoders whose
+    work grows with the pixels. `scales`: of the costs with which this work was simulated."""
+    samples = _of_steps(works)
+    found = fit(samples, (*PARTS, "wake"))
+    apart = [scales[part] * found.costs[part] for part in ("encode", "pixels")]
+    if max(apart) > MOST_APART * min(apart):
+        samples = [replace(sample, amounts=_together(sample.amounts)) for sample in samples]
+        found = fit(samples, (*STAGES, "wake"))
+        found = replace(found, costs={**found.costs, "pixels": found.costs["encode"]})
+    return found
+
+
+def _together(amounts: Mapping[str, float]) -> dict[str, float]:
+    others = {name: amount for name, amount in amounts.items() if name != "pixels"}
+    return others | ({"encode": amounts["encode"] + amounts["pixels"]} if "pixels" in amounts else {})
+
+
 def _of_steps(works: Works) -> list[Sample]:
     """What an instance took for the steps of each stage. Those that decode and prefill count as prefill."""
     samples = []
     for work, spent, _ in works:
         seconds = {
-            Stage.ENCODE: {"encode": work.encode_s},
-            Stage.PREFILL: {"prefill": work.prefill_s, "decode": work.riding_s},
-            Stage.DECODE: {"decode": work.decode_s},
+            Stage.ENCODE: {"encode": work.steps_s[Stage.ENCODE] - work.pixels_s, "pixels": work.pixels_s},
+            Stage.PREFILL: {"prefill": work.steps_s[Stage.PREFILL] - work.riding_s, "decode": work.riding_s},
+            Stage.DECODE: {"decode": work.steps_s[Stage.DECODE]},
         }
         for stage, amounts in seconds.items():
             live_s = spent[stage.name.lower()]
@@ -149,7 +172,7 @@ def _of_client(runs: Iterable[LiveRun]) -> list[Sample]:
 
 
 def _scaled(costs: Costs, factors: Mapping[str, float]) -> Costs:
-    fields = {name: getattr(costs, name) * factors[stage] for stage, names in STAGES.items() for name in names}
+    fields = {name: getattr(costs, name) * factors[part] for part, names in PARTS.items() for name in names}
     return replace(costs, **fields)
 
 

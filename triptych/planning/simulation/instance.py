@@ -61,13 +61,13 @@ class Settled:
 
 @dataclass(slots=True)
 class Work:
-    """What an instance has done: seconds that the steps of each stage should take, how many of them were the first
-    after a rest or a step of another stage, and turns that computed nothing."""
+    """What an instance has done: CPU seconds of each of its threads in the steps of each stage, with what crowding
+    added, without waking; how many of them were the first after a rest or a step of another stage; and turns that
+    computed nothing."""
 
-    encode_s: float = 0.0
-    prefill_s: float = 0.0
-    riding_s: float = 0.0  # of decodes in steps that prefill as well
-    decode_s: float = 0.0
+    steps_s: dict[Stage, float] = field(default_factory=lambda: dict.fromkeys(Stage, 0.0))
+    pixels_s: float = 0.0  # of those that encode, what hangs on the size of sources, without crowding
+    riding_s: float = 0.0  # of those that prefill, what decodes add to them, without crowding
     wakes: dict[Stage, int] = field(default_factory=lambda: dict.fromkeys(Stage, 0))
     turns: int = 0
 
@@ -203,15 +203,37 @@ class SimulatedInstance:
         if not self._gone:
             action(*arguments)
 
-    def _compute(self, seconds: float, done: Callable[..., None], *arguments: Any, threads: int | None = None) -> None:
+    def _compute(
+        self,
+        seconds: float,
+        done: Callable[..., None],
+        *arguments: Any,
+        threads: int | None = None,
+        crowding: float = 0.0,
+    ) -> None:
         """So long, on as many cores as it has threads, or on a device of its own."""
         if self._host is None:
             self._later(seconds, done, *arguments)
-        else:
-            threads = threads or self._costs.threads  # the system is fair to threads
-            self._job = self._host.run(
-                seconds * threads, self._weight * threads, self._unless_gone, done, arguments, threads=threads
-            )
+            return
+        threads = threads or self._costs.threads  # the system is fair to threads
+        weight = self._weight * threads
+        self._job = self._host.run(
+            seconds * threads, weight, self._unless_gone, done, arguments, threads=threads, crowding=crowding
+        )
+
+    def _step(self, stage: Stage, seconds: float, done: Callable[..., None], *arguments: Any) -> None:
+        """Computes a step, with what it owes, what cold caches add to it, and others that work beside it. `done` gets
+        the arguments, and when it began."""
+        self._wake_up(stage)
+        self.work.steps_s[stage] += seconds
+        seconds += self._take_owed_s()
+        crowding = self._costs.crowding(stage)
+        self._compute(seconds, self._stepped, stage, done, *arguments, self._clock.now, crowding=crowding)
+
+    def _stepped(self, stage: Stage, done: Callable[..., None], *arguments: Any) -> None:
+        if self._job is not None:
+            self.work.steps_s[stage] += self._job.crowded_s / self._job.threads
+        done(*arguments)
 
     def _receive(self) -> None:
         if not self._inbox:
@@ -258,10 +280,9 @@ class SimulatedInstance:
             self._flush()
             assert self.stages.encode is not None
             self._working_on = list(self.stages.encode.running_requests)
-            seconds = self._costs.encode_s(works, self._read(works))
-            self._wake_up(Stage.ENCODE)
-            self.work.encode_s += seconds
-            self._compute(seconds + self._take_owed_s(), self._encoded, works, self._clock.now)
+            read = self._read(works)
+            self.work.pixels_s += self._costs.pixels_s(read)
+            self._step(Stage.ENCODE, self._costs.encode_s(works, read), self._encoded, works)
         else:
             self._speak(encoded=False)
 
@@ -295,12 +316,8 @@ class SimulatedInstance:
             self._flush()
             self._working_on = [chunk.sequence.request_id for chunk in [*decodes, *chunks]]
         if chunks:
-            seconds = self._costs.language_s(decodes, chunks)
-            self._wake_up(Stage.PREFILL)
-            riding_s = self._costs.sequences_s(decodes)
-            self.work.riding_s += riding_s
-            self.work.prefill_s += seconds - riding_s
-            self._compute(seconds + self._take_owed_s(), self._spoken, decodes, chunks, self._clock.now)
+            self.work.riding_s += self._costs.sequences_s(decodes)
+            self._step(Stage.PREFILL, self._costs.language_s(decodes, chunks), self._spoken, decodes, chunks)
         elif decodes:
             self._begin_decodes(decodes)
         else:
@@ -383,15 +400,14 @@ class SimulatedInstance:
     # ---- decode steps in a row
 
     def _begin_decodes(self, chunks: list[Chunk]) -> None:
-        self._wake_up(Stage.DECODE)
         context = sum(chunk.start for chunk in chunks)
+        if self._host is not None:  # one step after the other: others change how long it takes
+            self._step(Stage.DECODE, self._costs.decodes_s(len(chunks), context, 1), self._decoded_once, chunks)
+            return
+        self._wake_up(Stage.DECODE)
         owed_s = self._take_owed_s()
         num_steps = 1 if owed_s else self._num_equal_steps(chunks, context)
         seconds = self._costs.decodes_s(len(chunks), context, num_steps)
-        if self._host is not None:
-            self.work.decode_s += seconds
-            self._compute(seconds + owed_s, self._decoded_once, chunks, self._clock.now)
-            return
         end = self._later(seconds + owed_s, self._decoded)
         self._row = DecodeRow(self._costs, self._clock.now + owed_s, chunks, context, num_steps, end)
 
@@ -408,7 +424,7 @@ class SimulatedInstance:
         has to report before the last of them."""
         assert self.pools.kv is not None
         others_idle = all(stage is None or stage.is_empty for stage in (self.stages.encode, self.stages.prefill))
-        if not others_idle or self._leave is not None or self._host is not None or self._costs.server_token:
+        if not others_idle or self._leave is not None or self._costs.server_token:
             return 1  # among others where tokens keep the server busy, one step after the other
         until_report = self._reported_at + self.sizes.heartbeat_s - self._clock.now
         if until_report <= self._costs.decodes_s(len(chunks), context, 1):
@@ -434,7 +450,8 @@ class SimulatedInstance:
         row, self._row = self._row, None
         assert row is not None
         self._network.computed(self, "decode", row.began_s, len(row.chunks))
-        self.pace.observe_each(Stage.DECODE, len(row.chunks), row.steps_s())
+        growth_s = self._costs.decode_growth_s(len(row.chunks))
+        self.pace.observe_row(Stage.DECODE, len(row.chunks), row.num_steps, row.seconds(1), growth_s)
         self._make(row, row.num_steps)
         self._end_turn(busy=True)
 
@@ -446,7 +463,7 @@ class SimulatedInstance:
 
     def _make(self, row: DecodeRow, num_steps: int) -> None:
         assert self.stages.decode is not None and self.pools.kv is not None
-        self.work.decode_s += row.seconds(num_steps)
+        self.work.steps_s[Stage.DECODE] += row.seconds(num_steps)
         row.catch_up(self.pools.kv, num_steps - 1)
         self.stages.decode.commit(row.chunks, [TOKEN] * len(row.chunks))
         self._flush()

@@ -1,6 +1,7 @@
 """Decode steps in a row over the same sequences: made in one event, with the outcome of single ones."""
 
 from dataclasses import dataclass
+from math import ceil, sqrt
 
 from triptych.core import Chunk, SampledToken
 from triptych.memory.kv_cache import KVCache
@@ -12,14 +13,17 @@ TOKEN = SampledToken(1)
 
 def first_step_after(costs: Costs, seconds: float, num_sequences: int, context: int, most: int) -> int:
     """The least number of steps that take so long, of at most `most`. `context`: tokens of all, before the first."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high) // 2
-        if costs.decodes_s(num_sequences, context, middle) >= seconds:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    seconds = max(0.0, seconds)
+    more_s = costs.decode_growth_s(num_sequences)
+    linear_s = costs.decodes_s(num_sequences, context, 1) - 0.5 * more_s
+    # Where linear_s * steps + more_s * steps ** 2 / 2 == seconds, without a difference of large numbers:
+    twice_s = linear_s + sqrt(linear_s * linear_s + 2.0 * more_s * seconds)
+    number = most if most * twice_s <= 2.0 * seconds else max(1, ceil(2.0 * seconds / twice_s))
+    while number > 1 and costs.decodes_s(num_sequences, context, number - 1) >= seconds:  # by rounding
+        number -= 1
+    while number < most and costs.decodes_s(num_sequences, context, number) < seconds:
+        number += 1
+    return number
 
 
 @dataclass(slots=True, eq=False)
@@ -36,13 +40,6 @@ class DecodeRow:
     def seconds(self, num_steps: int) -> float:
         """Of the first ones."""
         return self.costs.decodes_s(len(self.chunks), self.context, num_steps)
-
-    def steps_s(self) -> list[float]:
-        """Of each one: every sequence looks at one token more than in the one before."""
-        number = len(self.chunks)
-        fixed = self.costs.decode_fixed_s(number)
-        contexts = range(self.context, self.context + number * self.num_steps, number)
-        return [fixed + context * self.costs.decode_context for context in contexts]
 
     def num_begun(self, elapsed_s: float) -> int:
         """The step that runs then is the last of so many."""
