@@ -29,9 +29,9 @@ from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.hardware import find_device
 from triptych.planning.costs.profile import Profile
 from triptych.planning.costs.reference import PAPER_COSTS
-from triptych.planning.costs.shapes import find_shape
 from triptych.planning.costs.sizes import Sizes
 from triptych.planning.model.shape import ModelShape
+from triptych.planning.model.shapes import find_shape
 from triptych.planning.search.evaluation import MAX_QUEUE_S, Evaluator
 from triptych.planning.search.load import Load
 from triptych.planning.search.machines import FixedMachines, Machines, ProfiledMachines, Reach

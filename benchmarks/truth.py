@@ -13,7 +13,7 @@ is not the simulator's to foresee.
 
 Nor is it that a virtual machine computes at one speed now and at another a minute later. So the steps of an engine that
 is alone are timed before and after the profile is measured, and before and after every run. A run in which they took
-another time is not steady, and counts only where there is no other.
+another time is not steady, and counts only where fewer than three are.
 """
 
 import argparse
@@ -67,6 +67,7 @@ LOOK_S = 1.0
 NOT_STEADY = "NOT STEADY"
 LEAST_CORES = 0.1
 PLAYS = {"encode": 12, "prefill": 16, "decode": 4}  # of requests by which steps are timed
+ENOUGH_STEADY = 3  # runs: the median of fewer is luck
 STEADY = 0.15  # by how much steps may take another time than when the profile was measured
 
 
@@ -160,8 +161,10 @@ class Speed:
 
 def main() -> None:
     options = _options()
-    speed, profiles = Speed(), list[Profile]()
     cases = [case for case in (QUICK_CASES if options.quick else CASES) if options.only in case.name]
+    if not cases:
+        sys.exit(f"--only: no workload has {options.only!r} in its name")
+    speed, profiles = Speed(), list[Profile]()
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     for number in range(1 if options.quick else options.rounds):
         if options.profile is None or number == 0:
@@ -307,7 +310,8 @@ def _simulated(records: Sequence[Record]) -> dict[str, float]:
 
 def _row(case: Case, all_runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     quiet = [run for run in all_runs if run["note"] in ("", NOT_STEADY)] or all_runs
-    steady = [run for run in quiet if not run["note"]] or quiet
+    steady = [run for run in quiet if not run["note"]]
+    steady = steady if len(steady) >= ENOUGH_STEADY else quiet
     ratios = {figure: median(run["simulated"][figure] / run["live"][figure] for run in steady) for figure in FIGURES}
     found = {
         "workload": case.name,

@@ -13,7 +13,7 @@ from triptych.errors import ConfigError
 from triptych.planning.costs.analytic import analytic_profile
 from triptych.planning.costs.hardware import find_device
 from triptych.planning.costs.profile import Profile
-from triptych.planning.costs.shapes import CHECKPOINTS, PRESETS, preset
+from triptych.planning.model.shapes import CHECKPOINTS, PRESETS, preset
 from triptych.planning.quantities import Bytes
 
 H200 = find_device("H200")

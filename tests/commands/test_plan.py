@@ -90,7 +90,7 @@ def answer(asked: tuple[str | Path, ...]) -> dict[str, Any]:
 def test_a_plan_is_told_written_and_drawn(planned: Planned):
     result, folder, _ = planned
     assert result.exit_code == 0, result.output
-    for word in ("req/s", "met", "TTFT s", "USD/1,000", "idle %", "triptych serve --placement"):
+    for word in ("req/s", "met", "TTFT s", "USD/1,000", "idle %", "triptych serve Qwen/Qwen2.5-VL-7B-Instruct --placement"):
         assert word in result.output
     assert "placements looked at" in result.output
     assert sorted(path.name for path in folder.iterdir()) == ["plan.png", "plan.vllm.sh", "plan.yaml"]
@@ -183,6 +183,7 @@ def test_the_least_cost_is_told_for_a_rate(workload: Path):
         (("--gpus", "2", "--png", "plan.gif"), "--png: plan.gif does not end in .png"),
         (("--gpus", "2", "--attainment", "1.5"), "--attainment: 1.5 is not above 0 and at most 1"),
         (("--gpus", "2", "--trials", "0"), "--trials: 0 is not between 1 and"),
+        (("--gpus", "2", "--requests", "1"), "--requests: 1 is not between 2 and"),
         (("--gpus", "2", "--slo-ttft", "2"), "--slo-ttft: '2' has no unit; use h, min, s, ms"),
         (("--gpus", "2", "--slo-tpot", "-5 ms"), "--slo-tpot: '-5 ms' is out of range"),
         (("--gpus", "2", "--slo-ttft", "0 s"), "--slo-ttft: '0 s' is out of range"),
@@ -334,11 +335,57 @@ def test_a_plan_for_a_cpu_is_served_with_the_threads_that_were_measured(workload
     arguments = ("--gpus", 3, "--profile", profile, "--workload", workload, *SMALL, "-o", output)
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
-    assert "\ntriptych serve --threads 2 --placement " in result.stdout
+    (command,) = re.findall("^triptych serve (.*)$", result.stdout, re.M)
+    assert "--threads 2 " in command
     assert read(output, _serve_flags())["threads"] == 2
     (again,) = re.findall("^The first row again: triptych simulate (.*)$", result.stdout, re.M)
     figures = json.loads(CliRunner().invoke(simulator, [*shlex.split(again), "--json"]).stdout)["runs"][0]["figures"]
     assert f" req/s: {figures['slo_attainment']:.1%}, " in result.stdout.partition("How sure: ")[2]
+
+
+def test_the_line_that_serves_the_best_says_the_same_as_the_file(workload: Path, tmp_path: Path):
+    output = tmp_path / "plan.yaml"
+    result = run("--gpus", 1, "--workload", workload, *TINY, "-o", output)
+    (command,) = re.findall("^triptych serve (.*)$", result.stdout, re.M)
+    model, *words = shlex.split(command)
+    assert model == "Qwen/Qwen2.5-VL-7B-Instruct"
+    flags = {name: value for name, value in read(output, _serve_flags()).items() if name != "model"}
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        assert (
+            (f"--{'' if value else 'no-'}{flag}" in words)
+            if isinstance(value, bool)
+            else (words[words.index(f"--{flag}") + 1] == str(value))
+        )
+    assert sum(word.startswith("--") for word in words) == len(flags)
+
+
+def test_a_model_may_be_given_by_its_name_on_the_hub(workload: Path):
+    asked = ("--gpus", 1, "--workload", workload, *TINY)
+    assert (
+        run(*asked, model="Qwen/Qwen2.5-VL-7B-Instruct").stdout.splitlines()[1:]
+        == run(*asked).stdout.replace("simulate qwen2.5-vl-7b", "simulate Qwen/Qwen2.5-VL-7B-Instruct").splitlines()[1:]
+    )
+
+
+@pytest.mark.parametrize("flags", [("-o", "plan.yaml"), ("--export", "vllm")])
+def test_a_config_without_a_checkpoint_can_be_planned_and_not_served(
+    workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_bytes((checkpoint_path() / "config.json").read_bytes())
+    asked = ("--gpus", 1, "--workload", workload, *TINY)
+    assert run(*asked, model="mine.json").exit_code == 0
+    assert "mine.json is a config without a checkpoint" in refusal(*asked, *flags, model="mine.json")
+
+
+def test_an_slo_that_no_request_lives_to_keep_is_refused(workload: Path, tmp_path: Path):
+    found = json.loads(workload.read_text())
+    found["kinds"]["photos"] |= {"timeout": "1 ms"}
+    path = tmp_path / "hurried.json"
+    path.write_text(json.dumps(found))
+    said = refusal("--gpus", 2, "--workload", path, *SMALL, "--attainment", 0.995)
+    assert "hurried.json: slo: no idle server keeps all of it for 99.5% of these requests" in said
 
 
 # ---- how it is told

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from tests.planning.test_profile import make_profile
-from triptych.commands.profile import profile, tell
+from triptych.commands.profile import described, profile, tell
 from triptych.errors import ConfigError
 from triptych.planning.costs.profile import Residual
 
@@ -21,9 +21,10 @@ app.command()(profile)
     [
         (["--threads", "0"], "--threads: 0 is not between 1 and"),
         (["--threads", "100000"], "--threads: 100000 is not between 1 and"),
-        (["--output", "/nowhere/profile.json"], "--output: there is no folder /nowhere"),
+        (["--output", "/nowhere/profile.json"], "--output: /nowhere/profile.json: there is no folder /nowhere"),
         (["--output", "/tmp"], "--output: /tmp is a folder"),
         (["--device", "tpu"], "--device: 'tpu' is none of cpu, cuda"),
+        (["--device", "cuda:99"], "--device: cuda:99: this host has "),
         (["--transfer", "pigeon"], "--transfer: 'pigeon' is none of auto, shm, nixl"),
         (["--price", "1.29"], "--price: '1.29' has no unit; use USD/h"),
         (["--price", "-1 USD/h"], "--price: '-1 USD/h' is out of range"),
@@ -50,6 +51,12 @@ def test_costs_are_told_in_words_and_what_is_unknown_by_a_dash(capsys: pytest.Ca
     assert said["KV of a token"] == "57.3 kB"
     assert "_" not in "".join(said) and "None" not in output
     assert output.endswith("next: triptych simulate './my model' --profile profile.json\n")
+
+
+def test_what_is_simulated_next_is_a_folder_of_this_machine(tmp_path: Path) -> None:
+    assert described(None, "/hub/snapshot") is None
+    assert described(str(tmp_path), "/elsewhere") == str(tmp_path)
+    assert described("Qwen/Qwen2.5-VL-3B-Instruct", "/hub/snapshot") == "/hub/snapshot"
 
 
 def test_a_fit_that_is_far_off_is_said_with_what_helps(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,9 @@ def test_instances_that_fail_are_told_and_cost_time() -> None:
     well, ill = answer(*load), answer(*load, "--fail", "i0@10s", "--fail", "i0@0.5 min")
     assert [loss["at_s"] for loss in ill["runs"][0]["losses"]] == [10.0, 30.0]
     assert ill["runs"][0]["figures"]["ttft_ms"]["p99"] > well["runs"][0]["figures"]["ttft_ms"]["p99"]
-    assert "i0 was lost at 10.0 s" in call(*load, "--fail", "i0@10s")
+    told = call(*load, "--fail", "i0@10s", "--fail", "i0@10h")
+    assert "i0 was lost at 10.0 s" in told
+    assert "i0 was not lost: all was answered before 36000 s" in told
 
 
 def test_roles_follow_the_load() -> None:
@@ -158,7 +160,7 @@ def test_several_rates_are_columns_and_the_highest_that_keeps_the_slo_is_told() 
 
 
 def test_an_slo_that_is_missed_at_every_rate_is_said() -> None:
-    assert "Kept rate: none; at none of these rates" in call(*PAPER, "--rates", "2,4", "--requests", "40")
+    assert "Kept rate: none; at 2 req/s already fewer than 90%" in call(*PAPER, "--rates", "2,4", "--requests", "40")
 
 
 # ---- files

@@ -14,8 +14,10 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from triptych.config import InstanceConfig, ModelConfig
+from triptych.core import EncodeUnit, EncodeWork, Media, UnitHash
 from triptych.engine import neighbour, profiling
-from triptych.engine.profiling import FITTED, Effort, Measured, Profiler
+from triptych.engine.profiling import ENCODE, FITTED, Effort, Measured, Profiler, encode_samples
+from triptych.engine.rig import Turn
 from triptych.errors import InstanceError
 from triptych.planning.costs.cost_model import STAGES
 from triptych.planning.costs.fit import fit
@@ -68,12 +70,27 @@ def test_costs_can_be_fitted_to_every_stage(measured: Measured) -> None:
 
 
 def test_steps_say_what_was_in_them(measured: Measured) -> None:
-    pictures = {sample.amounts["encode_item"] for sample in measured.stages["encode"]}
-    pixels = {sample.amounts["encode_pixel"] / sample.amounts["encode_item"] for sample in measured.stages["encode"]}
+    encoded = [sample.amounts for sample in measured.stages["encode"]]
+    pictures = {amounts["encode_item"] for amounts in encoded}
+    pixels = {amounts["encode_pixel"] / amounts["encode_item"] for amounts in encoded if amounts["encode_item"]}
     assert 1.0 in pictures
     assert pixels == {56.0 * 56, 112.0 * 112}
     assert {sample.amounts["decode_sequence"] for sample in measured.stages["decode"]} >= {1.0, 4.0}
     assert {8.0, 16.0, 32.0, 64.0, 128.0} <= {sample.amounts["prefill_token"] for sample in measured.stages["prefill"]}
+
+
+def test_a_picture_is_read_by_the_first_step_with_a_unit_of_it() -> None:
+    def work(picture: bytes, index: int) -> EncodeWork:
+        unit = EncodeUnit(UnitHash(picture + bytes([index])), "image", 9, index)
+        return EncodeWork(unit, Media(picture, "image", b""), [])
+
+    steps = [[work(b"a", 0), work(b"a", 1)], [], [work(b"a", 2), work(b"b", 0)], [work(b"b", 1)]]
+    samples = encode_samples([Turn(0.1, works=works) for works in steps], pixels=100)
+    assert [[sample.amounts[name] for name in ENCODE] for sample in samples] == [
+        [1.0, 1.0, 100.0, 2.0, 18.0],
+        [1.0, 1.0, 100.0, 2.0, 18.0],
+        [1.0, 0.0, 0.0, 1.0, 9.0],
+    ]
 
 
 def test_messages_and_switches_are_timed(measured: Measured) -> None:

@@ -10,7 +10,7 @@ import transformers
 from tests.checkpoints import make_checkpoint
 from triptych.model.families import Modality, Parts, family_for
 from triptych.model.loading import load_config
-from triptych.planning.costs.shapes import ModelShape, find_shape
+from triptych.planning.model.shapes import ModelShape, find_shape
 
 
 @cache

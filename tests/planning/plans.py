@@ -5,7 +5,7 @@ from typing import Any
 from tests.planning.places import make_candidate
 from triptych.planning.costs.analytic import analytic_profile
 from triptych.planning.costs.hardware import find_device
-from triptych.planning.costs.shapes import find_shape
+from triptych.planning.model.shapes import find_shape
 from triptych.planning.quantities import PerSecond, Seconds
 from triptych.planning.search.goals import Goal, HighestRate
 from triptych.planning.search.plan import Question, Row

@@ -11,7 +11,7 @@ from triptych.planning.costs.analytic import PARTS, Efficiency, analytic_profile
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.hardware import find_device, known_devices
 from triptych.planning.costs.profile import Profile, StageCosts
-from triptych.planning.costs.shapes import PRESETS, preset, shape_of
+from triptych.planning.model.shapes import PRESETS, preset, shape_of
 
 A100 = find_device("A100-80G")
 AUDIO = {"model_type": "qwen2_audio"}
@@ -116,7 +116,7 @@ def test_models_that_only_hear_have_profiles() -> None:
 
 def test_memory_of_a_profile_gives_pools() -> None:
     profile = analytic_profile(preset("internvl2-8b"), A100)
-    sizes = {role: profile.sizes(Role(role), kv_fraction=0.8, max_num_seqs=1000) for role in ("e", "p", "d", "epd")}
+    sizes = {role: profile.sizes(Role(role), max_num_seqs=1000) for role in ("e", "p", "d", "epd")}
     assert sizes["e"].num_kv_blocks == 0
     assert sizes["d"].num_kv_blocks > sizes["epd"].num_kv_blocks > 10_000
 

@@ -26,8 +26,8 @@ from triptych.planning.costs.capacity import (
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.embedding_room import blocks_of, least_blocks
 from triptych.planning.costs.hardware import find_device
-from triptych.planning.costs.shapes import PRESETS, preset
 from triptych.planning.costs.sizes import Sizes
+from triptych.planning.model.shapes import PRESETS, preset
 from triptych.planning.search.machines import Reach, require_room
 from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand, Item

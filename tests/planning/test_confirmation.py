@@ -15,8 +15,8 @@ from triptych.planning.quantities import Seconds
 from triptych.planning.search.confirmation import At, different_seeds, enough_requests, kept, kept_rate
 from triptych.planning.search.goals import HighestRate
 from triptych.planning.search.plan import rows
+from triptych.planning.search.scenario import Scenario
 from triptych.planning.search.search import Found, processes
-from triptych.planning.simulation.scenario import Scenario
 from triptych.planning.workloads.traces import Trace
 from triptych.planning.workloads.workload import Period, Slo
 
@@ -95,7 +95,10 @@ def test_runs_have_seeds_of_their_own_and_phases_come_at_the_rate_that_is_asked_
     workload = make_workload(seed=7)
     assert different_seeds(workload, 3) == (7, 8, 9)
     phased = make_workload(num_requests=None, phases=[Period(num_requests=5), Period(num_requests=6, rate_factor=2.0)])
-    assert math.isclose(make_question(phased).runs.evaluator(2.0, 0).load.rate, 2.0)
+    question = make_question(phased)
+    assert math.isclose(question.runs.evaluator(2.0, 0).load.rate, 2.0)
+    searched, confirmed = question.load.at(3.0), question.runs.demands(3.0, question.runs.seeds[0])
+    assert [one.at_s for one in searched] == pytest.approx([one.at_s for one in confirmed])
 
 
 def test_a_trace_is_confirmed_only_by_more_of_it_than_was_searched_with(tmp_path: Path):

@@ -248,6 +248,25 @@ def test_a_written_file_has_the_permissions_that_the_user_gives_to_new_files(pat
     assert path.stat().st_mode == other.stat().st_mode
 
 
+def test_what_a_link_names_is_written_and_the_link_stays(path: Path) -> None:
+    link = path.with_name("link.json")
+    path.write_text("old")
+    link.symlink_to(path.name)
+    files.write_bytes(link, b"new")
+    assert link.is_symlink() and path.read_bytes() == b"new"
+
+
+def test_a_pipe_is_written_to_and_stays_one(path: Path) -> None:
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        files.write_bytes(path, b"through it")
+        assert os.read(reader, 100) == b"through it"
+    finally:
+        os.close(reader)
+    assert path.is_fifo()
+
+
 def test_every_quantity_can_be_a_field() -> None:
     for kind in Quantity.__subclasses__():
         struct = msgspec.defstruct("Any", [("value", kind)])

@@ -12,7 +12,7 @@ from tests.planning.described import checkpoint, modalities, shape
 from tests.recipes import RECIPES
 from triptych.errors import ConfigError
 from triptych.model.headers import AudioHeader, ImageHeader, VideoHeader
-from triptych.planning.costs.shapes import shape_of
+from triptych.planning.model.shapes import shape_of
 
 SIDES = st.integers(1, 700)
 

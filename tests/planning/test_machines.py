@@ -9,8 +9,8 @@ from triptych.core import Role
 from triptych.errors import ConfigError
 from triptych.planning.costs.analytic import analytic_profile
 from triptych.planning.costs.hardware import find_device
-from triptych.planning.costs.shapes import find_shape
 from triptych.planning.costs.sizes import Sizes
+from triptych.planning.model.shapes import find_shape
 from triptych.planning.quantities import Bytes
 from triptych.planning.search.machines import ProfiledMachines, Reach, require_room
 from triptych.planning.workloads.demand import Demand, Item

@@ -123,34 +123,50 @@ def test_a_role_has_the_weights_of_the_halves_that_it_uses() -> None:
 
 def test_only_roles_with_a_language_model_have_kv_blocks() -> None:
     profile = make_profile()
-    assert profile.sizes(Role.E, kv_fraction=0.8).num_kv_blocks == 0
-    assert profile.sizes(Role.D, kv_fraction=0.8).num_embedding_blocks == 0
+    assert profile.sizes(Role.E).num_kv_blocks == 0
+    assert profile.sizes(Role.D).num_embedding_blocks == 0
     sizes = profile.sizes(Role.PD, kv_bytes=2e9)
     assert sizes.num_kv_blocks == int(2e9 / (16 * 57344))
     assert sizes.num_embedding_blocks == (1 << 28) // (16 * 7168)
 
 
-def test_a_share_for_kv_is_of_what_weights_leave() -> None:
-    profile = make_profile()
-    free = 80e9 - profile.memory.used(Role.P)
-    blocks = profile.sizes(Role.P, kv_fraction=0.5, max_num_seqs=1024).num_kv_blocks
-    assert blocks == int(0.5 * free / (16 * 57344))
+def test_kv_gets_what_weights_activations_and_embeddings_leave_of_nine_tenths() -> None:
+    profile = make_profile(device=40e9)
+    left = 0.9 * 40e9 - profile.memory.used(Role.P) - (1 << 28)
+    assert profile.sizes(Role.P, max_num_seqs=1024).num_kv_blocks == int(left / (16 * 57344))
+
+
+def test_larger_steps_leave_less_for_kv() -> None:
+    """Activations are 2 GB of 1,024 rows, and 1 GB of 2,048 tokens."""
+
+    def kv_bytes(**bounds: int) -> float:
+        return make_profile(device=40e9).sizes(Role.EPD, max_num_seqs=1024, **bounds).num_kv_blocks * 16 * 57344
+
+    block = 16 * 57344
+    assert kv_bytes() - kv_bytes(max_encode_tokens=4096) == pytest.approx(6e9, abs=block)
+    assert kv_bytes() - kv_bytes(max_num_batched_tokens=8192) == pytest.approx(2e9, abs=block)
+    assert kv_bytes(max_encode_tokens=512) == kv_bytes()
+
+
+def test_a_server_that_is_not_told_has_a_gibibyte_for_kv_on_a_cpu_and_what_is_left_of_a_device() -> None:
+    on_cpu = make_profile()
+    on_gpu = structs.replace(on_cpu, made=structs.replace(on_cpu.made, device="cuda:0"))
+    one = Placement.parse("1epd")
+    assert on_cpu.as_served(one)[Role.EPD].num_kv_blocks == (1 << 30) // (16 * 57344)
+    assert on_gpu.as_served(one)[Role.EPD].num_kv_blocks == 64 * 257
 
 
 def test_no_more_blocks_than_a_full_batch_could_fill() -> None:
-    assert make_profile().sizes(Role.P, kv_fraction=0.8, max_num_seqs=2).num_kv_blocks == 2 * 257
+    assert make_profile().sizes(Role.P, max_num_seqs=2).num_kv_blocks == 2 * 257
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--profile: 10 GB of a GPU cannot hold what p of small needs: 17.5 GB"):
-        make_profile(device=10e9).sizes(Role.P, kv_fraction=0.8)
-    with pytest.raises(ConfigError, match=r"memory.context_len: one request of 4096 tokens needs"):
-        make_profile(device=17.6e9).sizes(Role.P, kv_fraction=0.8)
-
-
-def test_a_share_for_kv_above_all_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"kv_fraction: 1\.5 is not above 0"):
-        make_profile().sizes(Role.P, kv_fraction=1.5)
+        make_profile(device=10e9).sizes(Role.P)
+    with pytest.raises(
+        ConfigError, match=r"p of small on a GPU: a request of 4096 tokens needs 236 MB .* 0 B are free"
+    ):
+        make_profile(device=17.6e9).sizes(Role.P)
 
 
 def test_prices_may_be_missing() -> None:

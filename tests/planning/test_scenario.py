@@ -9,7 +9,7 @@ from triptych.config import SHARED_DECODE_INTERVAL_MS
 from triptych.core import Role
 from triptych.latency import Objectives
 from triptych.planning.costs.sizes import Sizes
-from triptych.planning.simulation.scenario import Scenario
+from triptych.planning.search.scenario import Scenario
 from triptych.planning.workloads.kinds import SharedPrefix
 
 

@@ -17,8 +17,8 @@ from triptych.config import EMBEDDING_BLOCK_TOKENS, KV_BLOCK_TOKENS
 from triptych.errors import ConfigError
 from triptych.model.loading import Half, load_config, meta_half
 from triptych.model.probe import embedding_layout, kv_layout
-from triptych.planning.costs.shapes import PRESETS, find_shape, preset, shape_of
 from triptych.planning.model.families import FAMILIES as KNOWN
+from triptych.planning.model.shapes import PRESETS, find_shape, preset, shape_of
 
 
 def num_parameters(config: Any, half: Half) -> int:

@@ -340,6 +340,24 @@ def test_an_idle_instance_switches_in_the_time_that_its_weights_take():
     assert str(simulation.placement()) == "1e1p2d"
 
 
+def test_an_instance_that_ends_while_it_takes_its_role_keeps_the_old_one():
+    told: list[dict[str, float] | None] = []
+    failure = Failure(1.0 + 0.9 * PLAIN.switch_weights, instance=1, found_s=0.2 * PLAIN.switch_weights)
+    simulation = Simulation(Placement.parse("2e1p1d"), PLAIN, WHOLE, Options(failures=(failure,)))
+    simulation.clock.at(1.0, simulation.switch_role, InstanceId("i1"), Role.D, told.append)
+    simulation.run([Demand(0.0, output_tokens=8000)])
+    assert told == [None]
+    assert not simulation.switches
+    assert str(simulation.placement()) == "2e1p1d"
+
+
+def test_an_instance_that_would_end_after_the_last_answer_is_told_apart():
+    failure = Failure(1000.0, instance=0)
+    simulation = Simulation(Placement.parse("1epd"), PLAIN, WHOLE, Options(failures=(failure,)))
+    simulation.run([TEXT])
+    assert (simulation.losses, simulation.unseen) == ([], [failure])
+
+
 def test_prefill_and_decode_keep_their_weights():
     simulation = switched("1e2p1d", "i1", Role.D, [Demand(0.0, output_tokens=5000)], at_s=1.0)
     assert simulation.switches[0].steps_s["switch"] == pytest.approx(PLAIN.switch_books)

@@ -121,6 +121,11 @@ def test_another_rate_stretches_the_times(steady: Path) -> None:
     assert len(times) / times[-1] == pytest.approx(0.5)
 
 
+def test_a_rate_is_that_of_the_part_that_is_played_whatever_ends_it(steady: Path) -> None:
+    assert played(steady, duration_s=50.0, max_requests=5, rate=PerSecond(5)) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert played(steady, duration_s=50.0, max_requests=60, rate=PerSecond(2))[-1] == pytest.approx(24.5)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_rate_at_which_requests_never_come_is_refused(steady: Path) -> None:
     with pytest.raises(ConfigError, match="rate: 1e-310 req/s is too slow for the last request ever to come"):

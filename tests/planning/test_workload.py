@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.planning.rows import SimpleRows
 from triptych.errors import ConfigError
 from triptych.planning import files
-from triptych.planning.costs.shapes import preset
+from triptych.planning.model.shapes import preset
 from triptych.planning.quantities import PerSecond, Seconds
 from triptych.planning.workloads.arrivals import AllAtOnce, Gamma, Poisson, Uniform, Weibull
 from triptych.planning.workloads.demand import Demand

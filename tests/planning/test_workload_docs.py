@@ -10,8 +10,8 @@ import pytest
 
 from tests.planning.rows import SimpleRows
 from triptych.planning import files, quantities
-from triptych.planning.costs.shapes import PRESETS as MODELS
-from triptych.planning.costs.shapes import preset
+from triptych.planning.model.shapes import PRESETS as MODELS
+from triptych.planning.model.shapes import preset
 from triptych.planning.workloads import arrivals, distributions, kinds
 from triptych.planning.workloads.distributions import Distribution, Sizes
 from triptych.planning.workloads.presets import PRESETS, load

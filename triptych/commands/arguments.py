@@ -20,6 +20,10 @@ Unit = TypeVar("Unit", bound="Quantity")
 
 BUILT_IN = "triptych-demo"  # what the built-in model is called
 USUAL_GPU = "A100-80G"
+KNOWN_GPUS = (
+    "A100-40G, A100-80G, H100, H200, L40S, RTX-4090, MI300X, Ascend-910B, or a hardware file (FILE:NAME where it has "
+    "several)."
+)
 
 DescribedModel = Annotated[
     str | None,
@@ -29,9 +33,7 @@ DescribedModel = Annotated[
         "qwen3-vl-8b; the built-in model if left out.",
     ),
 ]
-DescribedGPU = Annotated[
-    str | None, typer.Option(help="As of `triptych capacity`; not beside --profile.", show_default=USUAL_GPU)
-]
+DescribedGPU = Annotated[str | None, typer.Option(help=f"{KNOWN_GPUS} Not beside --profile.", show_default=USUAL_GPU)]
 
 
 def check_range(flag: str, number: int | None, low: int, high: int) -> None:
@@ -77,7 +79,7 @@ def served_names(model: str | None) -> list[str]:
 def find_checkpoint(model: str | None, revision: str) -> Path:
     """A folder, or what the hub has under this name. Raises ConfigError, also for the names of presets."""
     from triptych.model.loading import resolve_checkpoint
-    from triptych.planning.costs.shapes import CHECKPOINTS
+    from triptych.planning.model.shapes import CHECKPOINTS
 
     if model is None:
         return checkpoint_path()
@@ -92,7 +94,7 @@ def find_model(model: str | None) -> "ModelShape":
     """What the config of a model says; the built-in one if left out."""
     from dataclasses import replace
 
-    from triptych.planning.costs.shapes import find_shape
+    from triptych.planning.model.shapes import find_shape
 
     shape = find_shape(str(checkpoint_path()) if model is None else model)
     path = None if model is None else os.path.dirname(model) if os.path.isfile(model) else model

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from triptych.commands.arguments import BUILT_IN, USUAL_GPU, DescribedModel, find_model, quantity
+from triptych.commands.arguments import BUILT_IN, KNOWN_GPUS, USUAL_GPU, DescribedModel, find_model, quantity
 from triptych.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 def capacity(
     model: DescribedModel = None,
-    gpu: Annotated[
-        str,
-        typer.Option(
-            help="A100-40G, A100-80G, H100, H200, L40S, RTX-4090, MI300X, Ascend-910B, or a hardware file (FILE:NAME "
-            "where it has several)."
-        ),
-    ] = USUAL_GPU,
+    gpu: Annotated[str, typer.Option(help=KNOWN_GPUS)] = USUAL_GPU,
     image: Annotated[str, typer.Option(help="Width and height of every picture.")] = "4032x3024",
     images_per_request: Annotated[int, typer.Option(help="Pictures of one request, for the largest batch.")] = 1,
     kv_fraction: Annotated[float, typer.Option(help="Share of the free memory for the KV cache.")] = 0.8,

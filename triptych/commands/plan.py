@@ -106,7 +106,7 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for `triptych serve --config` (YAML).")
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Picture of SLO attainment and cost over the request rate.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Picture of goodput and cost over the request rate.")] = None,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Say which placement keeps the SLO of a load at the highest rate, what it costs, and whether splitting pays.
@@ -126,6 +126,7 @@ def plan(
     from triptych.planning.workloads import presets
 
     shape = find_model(model)
+    _check_checkpoint(model, {"--output": output, "--export": export})
     asked = presets.load(workload)
     said = f"{asked.name} has phases, which say how many requests come"
     require(requests is None or not asked.phases, "--requests", said)
@@ -162,7 +163,7 @@ def plan(
         stdout = texts["export"].content if output is None and "export" in texts else None
     console = _console(to_stderr=stdout is not None)
     if not json:
-        _tell(answer, title, lines, console)
+        _tell(answer, title, lines, _served(model), console)
     _say(console, [*_notes(texts, output, engine), *told])
     if stdout is not None:
         typer.echo(stdout.rstrip("\n"))
@@ -184,7 +185,7 @@ def _check_numbers(
 ) -> None:
     for flag, number, low, high in (
         ("--gpus", gpus, 1, MOST_GPUS),
-        ("--requests", requests, 1, 10_000_000),
+        ("--requests", requests, 2, 10_000_000),
         ("--confirm", confirm, 0, 10_000_000),
         ("--trials", trials, 1, 100_000),
         ("--seed", seed, 0, 2**32 - 1),
@@ -205,6 +206,14 @@ def _check_objective(objective: str, beta: float | None, rate: float | None) -> 
     require(beta is None or not by_cost, "--beta, --objective", "the least cost is not weighed; leave --beta out")
     only = "the highest rate is looked for; leave --rate out, or give --objective cost"
     require(rate is None or by_cost, "--rate, --objective", only)
+
+
+def _check_checkpoint(model: str | None, files: Mapping[str, object]) -> None:
+    """What is written for an engine names a checkpoint."""
+    path = Path(model or "").expanduser()
+    for flag, value in files.items():
+        valid = value is None or not path.is_file() or path.name == "config.json"
+        require(valid, flag, f"{path} is a config without a checkpoint; give the folder of one, or its config.json")
 
 
 def _check_suffix(flag: str, path: Path | None, *suffixes: str) -> None:
@@ -325,10 +334,10 @@ def _title(shape: "ModelShape", question: "Question", profiles: "dict[int, Profi
 
 def _served(model: str | None) -> dict[str, Any]:
     """What `triptych serve` is told of the model: a folder by a path that is valid everywhere, and a name."""
-    from triptych.planning.costs.shapes import CHECKPOINTS
+    from triptych.planning.model.shapes import CHECKPOINTS
 
-    if model in CHECKPOINTS and not Path(model).exists():
-        return {"model": CHECKPOINTS[model]}
+    if model in {*CHECKPOINTS, *CHECKPOINTS.values()} and not Path(model).exists():
+        return {"model": CHECKPOINTS.get(model, model)}
     path = Path(checkpoint_path() if model is None else model).expanduser().resolve()
     folder = path.parent if path.is_file() else path
     return {} if is_built_in(str(folder)) else {"model": str(folder), "served_model_name": [folder.name]}
@@ -389,7 +398,9 @@ def _console(*, to_stderr: bool) -> "Console":
     return Console(stderr=to_stderr)
 
 
-def _tell(answer: "Answer", title: str, lines: "Sequence[str | None]", console: "Console") -> None:
+def _tell(
+    answer: "Answer", title: str, lines: "Sequence[str | None]", served: Mapping[str, Any], console: "Console"
+) -> None:
     from triptych.planning.search.tables import plan_lines, plan_table
 
     fits = [f"{number} x does not fit: {reason}" for reason, number in answer.outcome.rejected.items()]
@@ -403,7 +414,7 @@ def _tell(answer: "Answer", title: str, lines: "Sequence[str | None]", console: 
     else:
         for line in plan_lines(answer.rows, unit):
             console.print(line, markup=False, highlight=False)
-    _say(console, answer.said(lines[0] if lines else None))
+    _say(console, answer.said(lines[0] if lines else None, served))
 
 
 def _say(console: "Console", lines: Sequence[str]) -> None:

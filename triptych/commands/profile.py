@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from triptych.commands.arguments import BUILT_IN, find_checkpoint, is_built_in, quantity
+from triptych.commands.arguments import BUILT_IN, check_folders, find_checkpoint, is_built_in, quantity
 from triptych.commands.progress import progress
 from triptych.config import require
 from triptych.config_file import naming_flags
@@ -54,7 +54,6 @@ WORDS = {  # what a cost is of, where its name does not say it
     "server_media_byte": "server: a byte of it",
     "server_step": "server: what a step of an instance sampled",
     "server_token": "server: a token of an answer",
-    "server_peer": "server: a request, for each instance that there is",
     "server_report": "server: anything else that an instance says",
     "client_request": "load generator: a request",
     "client_token": "load generator: a token of an answer",
@@ -123,7 +122,7 @@ def profile(
     made = Made(
         date=datetime.now(UTC).date().isoformat(),
         version=__version__,
-        command=" ".join(["triptych", *sys.argv[1:]]),
+        command=shlex.join(["triptych", *sys.argv[1:]]),
         device=config.device,
         dtype=str(resolve_dtype(config, load_config(config.path))).removeprefix("torch."),
         threads=threads,
@@ -131,7 +130,12 @@ def profile(
     result = _measured(config, hardware or _hardware(config.device), made, transfer, quick, arguments)
     result = replace(result, price=cost_per_hour)
     result.save(output)
-    tell(result, output, model, quick=quick)
+    tell(result, output, described(model, config.path), quick=quick)
+
+
+def described(model: str | None, folder: str) -> str | None:
+    """What `triptych simulate` calls the model: what is on the hub has a folder here."""
+    return None if model is None else model if Path(model).expanduser().is_dir() else folder
 
 
 def _check(output: Path, threads: int, transfer: str) -> None:
@@ -141,8 +145,7 @@ def _check(output: Path, threads: int, transfer: str) -> None:
     cores = len(os.sched_getaffinity(0))
     require(1 <= threads <= cores, "--threads", f"{threads} is not between 1 and the {cores} cores of this machine")
     require(transfer in ("auto", "shm", "nixl"), "--transfer", f"{transfer!r} is none of auto, shm, nixl")
-    require(output.parent.is_dir(), "--output", f"there is no folder {output.parent}")
-    require(not output.is_dir(), "--output", f"{output} is a folder")
+    check_folders({"--output": output})
 
 
 def _price(text: str | None) -> "DollarsPerHour | None":
@@ -156,8 +159,11 @@ def _device(device: str) -> str:
 
     is_cuda = device == "cuda" or device.startswith("cuda:")
     require(device == "cpu" or is_cuda, "--device", f"{device!r} is none of cpu, cuda, cuda:N")
-    require(not is_cuda or torch.cuda.is_available(), "--device", f"{device}: this host has no CUDA device")
-    return "cuda:0" if device == "cuda" else device
+    number, most = device.removeprefix("cuda").removeprefix(":") or "0", torch.cuda.device_count()
+    there = "no CUDA device" if not most else f"cuda:0 to cuda:{most - 1}"
+    known = not is_cuda or (number.isdecimal() and int(number) < most)
+    require(known, "--device", f"{device}: this host has {there}")
+    return f"cuda:{int(number)}" if is_cuda else device
 
 
 def _hardware(device: str) -> str:
@@ -264,7 +270,8 @@ def _mixed_residual(measured: "Measured", costs: dict[str, float]) -> "Residual"
 
 
 def tell(profile: "Profile", output: Path, model: str | None, *, quick: bool) -> None:
-    """What was measured and written to this file; how it becomes better, and what it is for."""
+    """What was measured and written to this file; how it becomes better, and what it is for. `model`: as it was named,
+    or its folder."""
     from rich.console import Console
 
     _show(Console(), profile)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from triptych.latency import Objectives
     from triptych.planning.costs.profile import Profile
     from triptych.planning.model.shape import ModelShape
+    from triptych.planning.search.scenario import Run
     from triptych.planning.simulation.failures import Failure
-    from triptych.planning.simulation.scenario import Run
     from triptych.planning.workloads.workload import Workload
 
 MOST_RATES = 100
@@ -114,8 +114,8 @@ def simulate(
     failures = _failures(fail or [], placed)
 
     from triptych.planning.search import outcome
+    from triptych.planning.search.scenario import Scenario
     from triptych.planning.search.space import Candidate
-    from triptych.planning.simulation.scenario import Scenario
     from triptych.planning.workloads import presets
 
     shape = find_model(model)
@@ -250,13 +250,13 @@ def _profile(shape: "ModelShape", gpu: str | None, path: Path | None) -> "Profil
 
 def _terms(workload: "Workload", runs: "Sequence[Run]", objectives: "Objectives", target: float) -> Iterator[str]:
     """How fast requests are sent, and what they are held against."""
-    from triptych.planning.quantities import Seconds
+    from triptych.planning.quantities import Seconds, percent
 
     if len(runs) == 1:
         yield f"Sent: {_pace(workload, runs[0].rate)}{_came(workload, runs[0])}"
     limits = {"TTFT": objectives.ttft_ms, "TPOT": objectives.tpot_ms, "E2E": objectives.e2e_ms}
     kept = [f"{name} at most {Seconds(limit / 1e3).short()}" for name, limit in limits.items() if limit is not None]
-    yield f"SLO: {', '.join(kept)}, for {100 * target:.4g}% of the requests" if kept else "SLO: none"
+    yield f"SLO: {', '.join(kept)}, for {percent(target)} of the requests" if kept else "SLO: none"
 
 
 def _pace(workload: "Workload", rate: float | None) -> str:

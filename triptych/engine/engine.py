@@ -22,14 +22,10 @@ from triptych.errors import InstanceError
 from triptych.messages import (
     FRONTEND,
     AnyMessage,
-    Embedded,
     Evicted,
     Failed,
     Load,
     Peer,
-    Prefilled,
-    Prefilling,
-    Share,
     Shutdown,
     Step,
     Steps,
@@ -38,7 +34,6 @@ from triptych.messages import (
     Table,
     Tokens,
     Unreachable,
-    Wanted,
 )
 from triptych.routing import RoutingTable
 from triptych.stages.base import Surroundings
@@ -209,12 +204,8 @@ class Engine:
             self._post.send(self._addresses[to], message, self._near.table.version)
         else:
             logger.warning("%s: %s is gone, dropped a %s", self._near.instance, to, type(message).__name__)
-            if isinstance(message, Prefilled):
-                self._pools.leases.decline(message.ticket.lease)
-            elif isinstance(message, (Embedded, Prefilling)):
-                self._pools.leases.release(message.ticket.lease)
-            elif isinstance(message, Share):
-                self._send(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))
+            for other, instead in self._stages.undelivered(message):
+                self._send(other, instead)
 
     def _complain(self) -> None:
         for complaint in self._transfers.complaints():

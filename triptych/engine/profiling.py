@@ -219,7 +219,7 @@ class Profiler:
 
     def _pictures(self, rig: Rig, side: int, batch: int) -> list[Sample]:
         turns = rig.play([rig.pictures(side, side, 1) for _ in range(batch)])
-        return [encode_sample(turn, side * side) for turn in turns if turn.works]
+        return encode_samples(turns, side * side)
 
     def _prefill(self, rig: Rig) -> None:
         longest = self._longest - 1
@@ -342,12 +342,18 @@ class Profiler:
         )
 
 
-def encode_sample(turn: Turn, pixels: int) -> Sample:
-    """`pixels`: of each item."""
-    items = len({work.media.hash for work in turn.works})
-    rows = sum(work.unit.num_tokens for work in turn.works)
-    amounts = (1.0, float(items), float(items * pixels), float(len(turn.works)), float(rows))
-    return Sample(dict(zip(ENCODE, amounts, strict=True)), turn.encode_s)
+def encode_samples(turns: Sequence[Turn], pixels: int) -> list[Sample]:
+    """Of those that encode. `pixels`: of each item, which the first step with a unit of it reads, and no other."""
+    samples: list[Sample] = []
+    read: set[bytes] = set()
+    for turn in turns:
+        if turn.works:
+            items = {work.media.hash for work in turn.works} - read
+            read |= items
+            rows = sum(work.unit.num_tokens for work in turn.works)
+            amounts = (1, len(items), len(items) * pixels, len(turn.works), rows)
+            samples.append(Sample(dict(zip(ENCODE, map(float, amounts), strict=True)), turn.encode_s))
+    return samples
 
 
 def prefill_sample(turn: Turn) -> Sample:

@@ -70,13 +70,19 @@ def write(path: str | Path, value: Any) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Beside its place first, so that whoever reads it never sees a part, also if this process is killed.
+    """Beside its place first, so that whoever reads it never sees a part, also if this process is killed. What a link
+    names is replaced, and not the link; a pipe or a device, such as /dev/stdout, is written to.
 
     Raises ConfigError if it cannot be written; what was there is then untouched.
     """
     path = Path(path)
     beside = None
     try:
+        if path.exists() and not path.is_file():
+            with path.open("wb") as stream:
+                stream.write(content)
+            return
+        path = Path(os.path.realpath(path))
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             beside = file.name
             file.write(content)

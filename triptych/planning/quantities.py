@@ -159,6 +159,11 @@ class DollarsPerHour(Quantity):
     __slots__ = ()
 
 
+def percent(share: float) -> str:
+    """As exact as people give shares: 99.5%, which is not 100%."""
+    return f"{100 * share:.4g}%"
+
+
 PixelSize = str  # "WIDTHxHEIGHT". Whoever has one checks it: msgspec 0.22 may crash on patterns (its issue 717)
 
 

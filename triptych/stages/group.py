@@ -8,6 +8,7 @@ from triptych.errors import InstanceError
 from triptych.memory.embedding_cache import EmbeddingShare
 from triptych.memory.pools import Pools
 from triptych.messages import (
+    FRONTEND,
     Abort,
     AnyMessage,
     Declined,
@@ -107,6 +108,16 @@ class StageGroup:
         else:
             assert self.decode is not None, f"KV of {key} was pulled, and nobody decodes here"
             self.decode.pulled(key, error)  # type: ignore[arg-type]
+
+    def undelivered(self, message: AnyMessage) -> list[tuple[InstanceId, AnyMessage]]:
+        """Whom it was for is gone: what it promised is free again. Returns what is to be sent instead."""
+        if isinstance(message, Prefilled):
+            self._leases.decline(message.ticket.lease)
+        elif isinstance(message, (Embedded, Prefilling)):
+            self._leases.release(message.ticket.lease)
+        elif isinstance(message, Share):
+            return [(FRONTEND, Wanted(message.request_id, (message.unit.hash,)))]
+        return []
 
     def lost(self, instance: InstanceId) -> None:
         """It is gone. Say this once the new table is here: what was its goes to somebody of that one."""

@@ -146,7 +146,7 @@ class _Machine:
             message=Seconds(efficiency.message),
             transfer=Seconds(efficiency.transfer),
             bytes_per_second=BytesPerSecond(self._link_rate * self._degree),
-            host_bytes_per_second=BytesPerSecond(self._device.host_link * self._efficiency.link * self._degree),
+            host_bytes_per_second=BytesPerSecond(host_rate),
             switch_weights=Seconds(efficiency.switch_books + halves / host_rate),
             switch_books=Seconds(efficiency.switch_books),
         )

@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from triptych.config import EMBEDDING_BLOCK_TOKENS, GIB, KV_BLOCK_TOKENS, decode_interval_ms, require
+from triptych.config import (
+    EMBEDDING_BLOCK_TOKENS,
+    GIB,
+    KV_BLOCK_TOKENS,
+    SchedulingConfig,
+    decode_interval_ms,
+    require,
+)
 from triptych.core import Placement, Role, Stage
 from triptych.errors import ConfigError
 from triptych.planning import files
@@ -16,13 +23,15 @@ from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.sizes import Sizes
 from triptych.planning.quantities import Bytes, BytesPerSecond, DollarsPerHour, Quantity, Seconds
 
+USUAL = SchedulingConfig()
+UTILIZATION = 0.9  # of the memory of a device, by an engine that is not told
 Count = Annotated[int, Meta(ge=1)]
 Number = Annotated[int, Meta(ge=0)]
 Amount = Annotated[float, Meta(ge=0)]
 
 
 class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields of `Costs`, which says what each is. A step takes its fixed part and so much for each of what is in
+    """Fields of `Costs`, which says what each is. A step takes its fixed part and so much for each of what is in
     it; a part that is left out costs nothing."""
 
     encode_step: Seconds = Seconds(0)
@@ -57,7 +66,6 @@ class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     server_media_byte: Seconds = Seconds(0)
     server_step: Seconds = Seconds(0)
     server_token: Seconds = Seconds(0)
-    server_peer: Seconds = Seconds(0)
     server_report: Seconds = Seconds(0)
     client_request: Seconds = Seconds(0)
     client_token: Seconds = Seconds(0)
@@ -69,7 +77,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     device: Bytes  # all that it has
     encoder_weights: Bytes
     language_weights: Bytes
-    encode_activations: Bytes = Bytes(0)  # at most, beside weights and pools
+    encode_activations: Bytes = Bytes(0)  # at most, beside weights and pools, of steps as large as they usually may be
     language_activations: Bytes = Bytes(0)
     runtime: Bytes = Bytes(0)  # before any weight is loaded
     kv_token: Bytes
@@ -78,6 +86,16 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kv_block_tokens: Count = KV_BLOCK_TOKENS
     embedding_block_tokens: Count = EMBEDDING_BLOCK_TOKENS
     context_len: Count  # prompt and answer of one request, at most
+
+    def of_steps(self, encode_tokens: int, language_tokens: int) -> "Memory":
+        """With the activations of steps of at most so many rows, and so many tokens; smaller steps save nothing."""
+        return msgspec.structs.replace(
+            self,
+            encode_activations=Bytes(self.encode_activations * max(1.0, encode_tokens / USUAL.max_encode_tokens)),
+            language_activations=Bytes(
+                self.language_activations * max(1.0, language_tokens / USUAL.max_num_batched_tokens)
+            ),
+        )
 
     def used(self, role: Role) -> float:
         """Bytes that are no pool."""
@@ -150,18 +168,18 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         role: Role,
         *,
         kv_bytes: float | None = None,
-        kv_fraction: float | None = None,
         embedding_bytes: float = GIB // 4,
         max_num_seqs: int = 64,
+        max_num_batched_tokens: int = USUAL.max_num_batched_tokens,
+        max_encode_tokens: int = USUAL.max_encode_tokens,
         **bounds: Any,
     ) -> Sizes:
         """Pools and bounds of an instance of this role; `bounds` are further fields of `Sizes`.
 
-        `kv_fraction`: of what weights and activations leave of the device, as the paper counts; without it and without
-        `kv_bytes` the KV cache gets what an engine gives it that may fill 90% of the device.
+        Without `kv_bytes` the KV cache gets what an engine gives it that may fill 90% of the device.
         Raises ConfigError where the model, or the longest request, does not fit.
         """
-        memory = self.memory
+        memory = self.memory.of_steps(max_encode_tokens, max_num_batched_tokens)
         prefills = Stage.PREFILL in role.stages
         embedding_block = memory.embedding_row * memory.embedding_block_tokens
         num_embedding_blocks = int(embedding_bytes / embedding_block) if role.encodes or prefills else 0
@@ -174,23 +192,31 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         num_kv_blocks = 0
         if role.has_language_model:
             if kv_bytes is None:
-                kv_bytes = self._kv_bytes(role, kv_fraction, embedding_bytes)
+                kv_bytes = memory.free(role) - (1 - UTILIZATION) * memory.device - embedding_bytes
             num_kv_blocks = self._num_kv_blocks(role, kv_bytes, max_num_seqs)
         return Sizes(
             num_kv_blocks=num_kv_blocks,
             num_embedding_blocks=num_embedding_blocks,
             max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_encode_tokens=max_encode_tokens,
             **bounds,
         )
 
     def as_served(self, placement: Placement) -> dict[Role, Sizes]:
-        """Of each role of a placement, what `triptych serve` gives it on a CPU that is told no more than the threads:
-        1 GiB of KV, prefix caching, and answers that slow down for pictures where cores are shared."""
-        interval_ms = self.decode_interval_ms(len(placement.roles))
+        """Of each role of a placement, what `triptych serve` gives it that is told no more than the device and the
+        threads: on a CPU 1 GiB of KV, prefix caching, and answers that slow down for pictures where cores are
+        shared."""
+        interval_ms, kv_bytes = self.decode_interval_ms(len(placement.roles)), self.usual_kv_bytes
         return {
-            role: self.sizes(role, kv_bytes=GIB, prefix_caching=True, decode_interval_ms=interval_ms)
+            role: self.sizes(role, kv_bytes=kv_bytes, prefix_caching=True, decode_interval_ms=interval_ms)
             for role in set(placement.roles)
         }
+
+    @property
+    def usual_kv_bytes(self) -> float | None:
+        """Of an engine that is not told: 1 GiB on a CPU. None: what is left of a device."""
+        return GIB if self.made.device == "cpu" else None
 
     def decode_interval_ms(self, num_instances: int) -> float:
         """To which answers slow down in a server of so many instances with the threads that were measured."""
@@ -205,13 +231,6 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         }
         return msgspec.structs.replace(self, costs_of_steps=msgspec.structs.replace(self.costs_of_steps, **fields))
 
-    def _kv_bytes(self, role: Role, fraction: float | None, embedding_bytes: float) -> float:
-        if fraction is None:
-            utilization = 0.9  # the engine's default
-            return self.memory.free(role) - (1 - utilization) * self.memory.device - embedding_bytes
-        require(0 < fraction <= 1, "kv_fraction", f"{fraction} is not above 0 and at most 1")
-        return fraction * self.memory.free(role)
-
     def _num_kv_blocks(self, role: Role, kv_bytes: float, max_num_seqs: int) -> int:
         """As many as fit; more than all sequences of a full batch could ever fill are of no use."""
         memory = self.memory
@@ -222,8 +241,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         num_blocks = min(int(kv_bytes / block_bytes), longest * max_num_seqs)
         if num_blocks < longest:
             raise ConfigError(
-                f"memory.context_len: one request of {memory.context_len} tokens needs "
-                f"{Bytes(longest * block_bytes).short()} for its KV, and {role} of {self.model} has "
-                f"{Bytes(max(0.0, kv_bytes)).short()}: lower the context length"
+                f"{role} of {self.model} on {self.hardware}: a request of {memory.context_len} tokens needs "
+                f"{Bytes(longest * block_bytes).short()} for its KV, {Bytes(max(0.0, kv_bytes)).short()} are free"
             )
         return num_blocks

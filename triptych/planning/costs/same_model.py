@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from triptych.planning.costs.profile import Profile
-from triptych.planning.costs.shapes import CHECKPOINTS
 from triptych.planning.model.shape import ModelShape
+from triptych.planning.model.shapes import CHECKPOINTS
 
 TOLERANCE = 1.25  # of encoder to language weights: engines keep copies of matrices, and of tables none
 TOLERANCE_BY_NAME = 2 * TOLERANCE  # where one half may be all matrices, and the other all tables

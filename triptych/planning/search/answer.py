@@ -41,15 +41,16 @@ class Answer:
     def verdict(self) -> str:
         return verdict(self.rows, self.goal, self.question, self.outcome.num_placements, self.limit, self.rival)
 
-    def said(self, repeat: str | None) -> list[str]:
-        """What stands under the rows; `repeat` is the command that repeats the first."""
+    def said(self, repeat: str | None, served: Mapping[str, Any]) -> list[str]:
+        """What stands under the rows; `repeat` is the command that repeats the first, `served` what `triptych serve` is
+        told of the model."""
         if not self.rows:
             return [self.verdict]
         lines = [self.verdict, *certainties(self.rows, self.question, self.rival)]
         if repeat is not None:
             lines.append(f"The first row again: {repeat}")
-        best = self.rows[0].candidate
-        return [*lines, serve_line(best, self.question.machines.profiles[1])] if is_servable(best) else lines
+        best = self.rows[0]
+        return [*lines, serve_line(serve_config(best, self.question, served))] if is_servable(best.candidate) else lines
 
     def simulate_lines(self, asked: Sequence[str]) -> list[str | None]:
         """Of every row."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from triptych.planning import files
+from triptych.planning.quantities import percent
 from triptych.planning.search.plan import Curve
 from triptych.planning.simulation.figures import Figures
 
@@ -34,7 +35,7 @@ def plan_chart(path: str | Path, curves: Sequence[Curve], target: float, title: 
     _stars(served, curves)
     _label(served, "goodput: of these within the SLO (req/s)")
     served.plot([0, end], [0, end], color="#999999", linewidth=0.8, zorder=0, label="all of them")
-    wanted = f"{100 * target:.4g}% of them"
+    wanted = f"{percent(target)} of them"
     served.plot([0, end], [0, target * end], color="#777777", linewidth=1.0, linestyle="--", zorder=0, label=wanted)
     served.set_ylim(0, None)
     served.legend(frameon=False, fontsize=9)
@@ -55,7 +56,7 @@ def attainment_chart(path: str | Path, curves: Sequence[Curve], target: float, t
     attained.set_ylim(0, 103)
     attained.axhline(100 * target, color="#777777", linewidth=1.0, linestyle="--")
     attained.annotate(
-        f"target {100 * target:.4g}%", (0.02, 100 * target - 4.5), xycoords=("axes fraction", "data"), fontsize=8
+        f"target {percent(target)}", (0.02, 100 * target - 4.5), xycoords=("axes fraction", "data"), fontsize=8
     )
     attained.legend(frameon=False, fontsize=9)
     _lines(ttft, curves, lambda figures: None if figures.ttft_ms is None else figures.ttft_ms.p50 / 1e3)

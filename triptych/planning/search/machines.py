@@ -128,10 +128,9 @@ class ProfiledMachines:
         return sizes
 
     def _sizes_with(self, profile: Profile, role: Role, candidate: Candidate) -> Sizes:
-        on_cpu = profile.made.device == "cpu"
         return profile.sizes(
             role,
-            kv_bytes=GIB if on_cpu else None,  # as an engine that is not told
+            kv_bytes=profile.usual_kv_bytes,
             embedding_bytes=self.embedding_bytes(),
             max_num_seqs=candidate.max_num_seqs,
             max_num_batched_tokens=candidate.max_num_batched_tokens,

@@ -10,13 +10,14 @@ import msgspec
 
 from triptych.latency import Percentiles
 from triptych.planning import files
+from triptych.planning.quantities import percent
 from triptych.planning.search.charts import attainment_chart
 from triptych.planning.search.plan import Curve
+from triptych.planning.search.scenario import Run, Scenario
 from triptych.planning.search.tables import figures_lines, figures_table
 from triptych.planning.simulation import history
 from triptych.planning.simulation.figures import Figures
 from triptych.planning.simulation.metrics import tell
-from triptych.planning.simulation.scenario import Run, Scenario
 from triptych.planning.simulation.simulator import Simulation
 from triptych.telemetry import Telemetry
 from triptych.timeline import Timeline
@@ -47,7 +48,8 @@ def run_lines(run: Run) -> list[str]:
     simulation = run.simulation
     lines = figures_lines(run.figures)
     lines += [f"{s.instance} became {s.after} instead of {s.before} at {s.at_s:.1f} s" for s in simulation.switches]
-    return lines + [f"{loss.instance} was lost at {loss.at_s:.1f} s" for loss in simulation.losses]
+    lines += [f"{loss.instance} was lost at {loss.at_s:.1f} s" for loss in simulation.losses]
+    return lines + [f"{one.id} was not lost: all was answered before {one.at_s:g} s" for one in simulation.unseen]
 
 
 def rates_table(runs: Sequence[Run]) -> "Table":
@@ -105,8 +107,9 @@ def kept_rate_line(runs: Sequence[Run], target: float) -> str | None:
         return None
     met = kept_rate(runs, target)
     if met is None:
-        return f"Kept rate: none; at none of these rates do {target:.0%} of the requests meet the SLO"
-    return f"Kept rate: {met:.3g} req/s, the highest of these at which {target:.0%} of the requests meet the SLO"
+        lowest = _rate(_sent(runs[0]))
+        return f"Kept rate: none; at {lowest} req/s already fewer than {percent(target)} of the requests meet the SLO"
+    return f"Kept rate: {met:.3g} req/s, the highest of these at which {percent(target)} of the requests meet the SLO"
 
 
 def tables(runs: Sequence[Run], target: float) -> "tuple[list[Table], list[str]]":

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from triptych.config import require
 from triptych.core import Placement
 from triptych.errors import ConfigError
 from triptych.latency import Objectives
@@ -69,12 +70,13 @@ class Question:
     ) -> "Question":
         """A search looks at `num_requests`, each run that confirms has `num_confirming`: None is as many as the rate
         needs, with 0 there is but one run, of the requests of the search. Rates of the search are those at which the
-        demands come, whatever was meant: a few hundred of them are always faster or slower.
+        demands come, whatever was meant: a few hundred of them are always faster or slower. Where there are phases, all
+        rates are those of a factor of 1.
 
         Raises ConfigError where they have no rate, and for a request that the model cannot take.
         """
         demands = workload.with_requests(num_requests).demands(rows_of, where)
-        load, reach = Load(demands, _rate(demands, where)), Reach.of(demands)
+        load, reach = Load(demands, _rate(workload, demands, where)), Reach.of(demands)
         _checked(where, profiles, reach)
         objectives = Objectives(
             *(None if limit is None else float(limit) * 1e3 for limit in (slo.ttft, slo.tpot, slo.e2e))
@@ -110,7 +112,10 @@ def _checked(where: str, profiles: Mapping[int, Profile], reach: Reach) -> Profi
     return machines
 
 
-def _rate(demands: Sequence[Demand], where: str) -> float:
+def _rate(workload: Workload, demands: Sequence[Demand], where: str) -> float:
+    if workload.phases and workload.rate is not None:
+        return workload.rate
+    require(len(demands) > 1, where, "one request has no rate; a plan needs at least 2 of them")
     span_s = demands[-1].at_s - demands[0].at_s
     if span_s <= 0:
         raise ConfigError(f"{where}: arrivals: requests that come all at once have no rate; a plan needs one")

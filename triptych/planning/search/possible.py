@@ -1,5 +1,6 @@
 """What no placement can do: an SLO that is missed, or all but missed, by requests that meet no others."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import msgspec
 from triptych.core import Stage
 from triptych.errors import ConfigError
 from triptych.latency import percentile
+from triptych.planning.quantities import percent
 from triptych.planning.search.confirmation import At, Runs
 from triptych.planning.search.evaluation import Evaluator
 from triptych.planning.search.load import Load
@@ -27,7 +29,7 @@ class Alone(msgspec.Struct, frozen=True):
     """How a candidate does while it is almost idle: nothing serves these requests better."""
 
     attainment: float
-    ttft_ms: float  # that a share of the requests keeps
+    ttft_ms: float  # that a share of the requests keeps; infinite where none is answered
     tpot_ms: float
 
 
@@ -49,10 +51,10 @@ def require_possible(question: Question, ask: Asking[Evaluator]) -> None:
     found = ask(_alone, [_Lone(heads[number], evaluator.target) for number in ranked[:MOST_ALONE]])
     if not found or any(one.attainment >= evaluator.target for one in found):
         return
-    objectives, share = evaluator.objectives, f"{evaluator.target:.0%}"
+    objectives, share = evaluator.objectives, percent(evaluator.target)
     for name, limit_ms in (("ttft", objectives.ttft_ms), ("tpot", objectives.tpot_ms)):
         least_ms = min(getattr(one, f"{name}_ms") for one in found)
-        if limit_ms is not None and least_ms > limit_ms:
+        if limit_ms is not None and limit_ms < least_ms < math.inf:
             raise ConfigError(
                 f"{question.where}: slo.{name}: {limit_ms:g} ms cannot be kept within {question.size}: "
                 f"on an idle server {share} of these requests need {least_ms:.4g} ms; at least that is valid"
@@ -74,16 +76,21 @@ def limit_note(question: Question, found: Sequence[Found], best: Sequence[Row], 
     (alone,) = ask(_alone_in_runs, [_Lone(top.candidate, more)])
     if alone.attainment >= 1 - MARGIN * (1 - evaluator.target):
         return None
-    return (
+    note = (
         f"Even alone on an idle {top.candidate} only {alone.attainment:.1%} of these requests keep the SLO, and "
-        f"{evaluator.target:.0%} must: there is little room for load. {more:.0%} of them would keep a TTFT of "
-        f"{alone.ttft_ms:.0f} ms and a TPOT of {alone.tpot_ms:.3g} ms."
+        f"{percent(evaluator.target)} must: there is little room for load."
     )
+    if math.isinf(alone.ttft_ms):
+        return note
+    limits = f"a TTFT of {alone.ttft_ms:.0f} ms and a TPOT of {alone.tpot_ms:.3g} ms"
+    return f"{note} {percent(more)} of them would keep {limits}."
 
 
 def _alone(evaluator: Evaluator, one: _Lone) -> Alone:
     records = evaluator.run(one.candidate, None, short=one.short).records
     good = [record for record in records if record.error is None]
+    if not good:
+        return Alone(0.0, math.inf, math.inf)
     num_met = sum(meets(record, evaluator.objectives) for record in good)
     return Alone(
         num_met / len(records),

@@ -14,10 +14,11 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from triptych.core import Placement
 from triptych.errors import ConfigError
 from triptych.planning.search.evaluation import Evaluator
 from triptych.planning.search.goals import Goal
-from triptych.planning.search.space import Candidate, Space
+from triptych.planning.search.space import Candidate, Degrees, Space
 
 if TYPE_CHECKING:
     import optuna
@@ -34,6 +35,7 @@ Held = TypeVar("Held")
 Held_co = TypeVar("Held_co", covariant=True)
 Answer = TypeVar("Answer")
 Question = TypeVar("Question")
+_Rejected = dict[str, set[tuple[Placement, Degrees]]]  # placements that cannot be, by the reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def enumerate_all(
     advance: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Every candidate with the whole load: what a search is measured by. Raises ConfigError where none fits."""
-    rejected: dict[str, int] = {}
+    rejected: _Rejected = {}
     fitting = [one for one in space.candidates() if _fits(evaluator, one, rejected)]
     _require_some(fitting, rejected)
     found: list[Found] = []
@@ -138,7 +140,7 @@ def enumerate_all(
         found += [_found(evaluator, goal, *pair) for pair in zip(batch, rates, strict=True)]
         for _ in batch:
             advance()
-    return Outcome(_ranked(found), rejected, 0, 0, len(found), _num_placements(fitting))
+    return Outcome(_ranked(found), _numbers(rejected), 0, 0, len(found), _num_placements(fitting))
 
 
 # ---- the better ones
@@ -169,7 +171,7 @@ class _Search:
     advance: Callable[[], None]
     short: dict[Candidate, float] = field(default_factory=dict)  # rates with a short load
     full: dict[Candidate, Found] = field(default_factory=dict)
-    rejected: dict[str, int] = field(default_factory=dict)
+    rejected: _Rejected = field(default_factory=dict)
     skipped: set[Candidate] = field(default_factory=set)
     rest: list[Candidate] = field(default_factory=list)  # all placements, the best guess first
     told: set[Candidate] = field(default_factory=set)  # that the study has been told to try
@@ -190,7 +192,10 @@ class _Search:
             done += number
         numbers = len(self.skipped), len(self.short), len(self.full)
         return Outcome(
-            _ranked(self.full.values()), self.rejected, *numbers, _num_placements([*self.skipped, *self.short])
+            _ranked(self.full.values()),
+            _numbers(self.rejected),
+            *numbers,
+            _num_placements([*self.skipped, *self.short]),
         )
 
     def _study(self) -> "optuna.Study":
@@ -348,18 +353,22 @@ class _Search:
         return found | {name: CategoricalDistribution(values) for name, values in space.options.items()}
 
 
-def _fits(evaluator: Evaluator, candidate: Candidate, rejected: dict[str, int]) -> bool:
-    """If not, the reason is counted."""
+def _fits(evaluator: Evaluator, candidate: Candidate, rejected: _Rejected) -> bool:
+    """If not, it is noted with the reason."""
     reason = evaluator.misfit(candidate)
     if reason is not None:
-        rejected[reason] = rejected.get(reason, 0) + 1
+        rejected.setdefault(reason, set()).add((candidate.placement, candidate.degrees))
     return reason is None
 
 
-def _require_some(fitting: Sequence[Candidate], rejected: dict[str, int]) -> None:
+def _require_some(fitting: Sequence[Candidate], rejected: _Rejected) -> None:
     if not fitting:
-        reasons = sorted(rejected, key=lambda reason: -rejected[reason])
+        reasons = sorted(rejected, key=lambda reason: -len(rejected[reason]))
         raise ConfigError("nothing fits: " + reasons[0] if reasons else "--gpus: too few for any placement")
+
+
+def _numbers(rejected: _Rejected) -> dict[str, int]:
+    return {reason: len(placements) for reason, placements in rejected.items()}
 
 
 def _found(evaluator: Evaluator, goal: Goal, candidate: Candidate, rate: float) -> Found:

@@ -39,10 +39,17 @@ def settings(candidate: Candidate) -> str:
     return f"--placement {candidate.placement} {' '.join(flags)}"
 
 
-def serve_line(candidate: Candidate, profile: Profile) -> str:
-    """The command that serves a candidate of the built-in model."""
-    threads = [f"--{name} {number}" for name, number in _threads(profile).items()]
-    return " ".join(["triptych serve", *threads, settings(candidate)])
+def serve_line(config: Mapping[str, Any]) -> str:
+    """The command for what `serve_config` gives."""
+    words = ["triptych", "serve", *([config["model"]] if "model" in config else [])]
+    for name, value in config.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{flag}")
+        elif name != "model":
+            values = value if isinstance(value, list) else [value]
+            words += [word for one in values for word in (f"--{flag}", str(one))]
+    return shlex.join(words)
 
 
 def simulate_line(row: Row, question: Question, asked: Sequence[str]) -> str | None:
@@ -56,7 +63,7 @@ def simulate_line(row: Row, question: Question, asked: Sequence[str]) -> str | N
     return f"triptych simulate {shlex.join([*asked, *load])} {settings(row.candidate)}"
 
 
-def serve_config(row: Row, question: Question, model: Mapping[str, str]) -> dict[str, Any]:
+def serve_config(row: Row, question: Question, model: Mapping[str, Any]) -> dict[str, Any]:
     """The flags of `triptych serve` for a candidate, by their names with underscores; those of the `model` as given."""
     candidate, machines, objectives = row.candidate, question.machines, question.evaluator.objectives
     profile = machines.profiles[1]

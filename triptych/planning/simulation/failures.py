@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from triptych.core import InstanceId
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -12,3 +14,7 @@ class Failure:
     instance: int
     found_s: float = 0.025
     restart_s: float = 2.0
+
+    @property
+    def id(self) -> InstanceId:
+        return InstanceId(f"i{self.instance}")

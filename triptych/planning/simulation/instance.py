@@ -424,7 +424,8 @@ class SimulatedInstance:
         has to report before the last of them."""
         assert self.pools.kv is not None
         others_idle = all(stage is None or stage.is_empty for stage in (self.stages.encode, self.stages.prefill))
-        if not others_idle or self._leave is not None or self._costs.server_token:
+        tokens_take_time = self._costs.server_step or self._costs.server_token
+        if not others_idle or self._leave is not None or tokens_take_time:
             return 1  # among others where tokens keep the server busy, one step after the other
         until_report = self._reported_at + self.sizes.heartbeat_s - self._clock.now
         if until_report <= self._costs.decodes_s(len(chunks), context, 1):
@@ -481,8 +482,10 @@ class SimulatedInstance:
             for to, message in messages:
                 if to == self.id:
                     self._inbox.append(message)
-                else:
+                elif to == FRONTEND or to in self.near.table.peers:
                     mail.append((to, message))
+                else:
+                    mail += self.stages.undelivered(message)
         if mail:
             self._network.send(mail)
         if out.pulls:
@@ -494,9 +497,11 @@ class SimulatedInstance:
     def _report(self, *, busy: bool) -> None:
         """Once a heartbeat, and at once when the last work is done."""
         fell_idle, self._was_busy = self._was_busy and not busy, busy
-        if not fell_idle and self._clock.now - self._reported_at < self.sizes.heartbeat_s:
+        due = self._clock.now - self._reported_at >= self.sizes.heartbeat_s
+        if not fell_idle and not due:
             return
-        self._reported_at = self._clock.now
+        if due:
+            self._reported_at = self._clock.now
         load = self.load()
         mail: Mail = [(FRONTEND, load)]
         evicted = Evicted(self.id, self.pools.take_evicted_units(), self.pools.take_evicted_blocks())

@@ -96,6 +96,7 @@ class Simulation:
         self.records: list[Record] = []
         self.switches: list[Switch] = []
         self.losses: list[Loss] = []
+        self.unseen: list[Failure] = []  # those after the last answer
         self.stints: list[Stint] | None = None  # a list, and every step is written there
         self.busy_s: dict[Role, float] = dict.fromkeys(Role, 0.0)  # computed, by all instances while they had the role
         self.table = RoutingTable()
@@ -197,7 +198,7 @@ class Simulation:
         self.clock.after(self.costs.switch_s(instance.role, order.role), self._switched, instance)
 
     def _switched(self, instance: SimulatedInstance) -> None:
-        if instance is not self.instances[instance.id]:
+        if instance.id in self._lost or instance is not self.instances[instance.id]:
             return  # it ended on the way
         order = self._orders.pop(instance.id)
         before = instance.role
@@ -215,8 +216,10 @@ class Simulation:
         self.instances[id] = SimulatedInstance(id, epoch, role, self.costs, sizes, self.clock, self, self._host)
 
     def _fail(self, failure: Failure) -> None:
-        id = InstanceId(f"i{failure.instance}")
-        if id not in self._lost:
+        id = failure.id
+        if self.is_finished:
+            self.unseen.append(failure)
+        elif id not in self._lost:
             self._lost.add(id)
             self.losses.append(Loss(id, self.clock.now))
             suspects = self.instances[id].kill()

@@ -69,6 +69,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ConfigError(f"{self.path}: no request in the part that is played, from {self.start} on")
         if self.rate is None or is_pool:
             return demands
+        if duration_s is None or len(demands) == max_requests:  # it was cut by their number before that
+            duration_s = demands[-1].at_s
         return _stretched(demands, duration_s, self.rate, self.path)
 
     def _stream(self, rows_of: Rows) -> Stream:
@@ -155,8 +157,7 @@ def _cut(stream: Stream, start_s: float, duration_s: float | None, max_requests:
             return
 
 
-def _stretched(demands: list[Demand], duration_s: float | None, rate: float, path: str) -> list[Demand]:
-    lasts_s = demands[-1].at_s if duration_s is None else duration_s
+def _stretched(demands: list[Demand], lasts_s: float, rate: float, path: str) -> list[Demand]:
     if lasts_s <= 0:
         raise ConfigError(f"{path}: rate: all requests that are played come at one moment, which is no rate to change")
     factor = len(demands) / lasts_s / rate

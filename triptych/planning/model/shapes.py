@@ -60,8 +60,8 @@ def _weight_bytes(config: Fields) -> int:
 
 
 def find_shape(model: str) -> ModelShape:
-    """Of a checkpoint's folder, a config file, or one of PRESETS. A config.json is that of its folder, and what the
-    processor is told stands beside it; a config under any other name stands alone.
+    """Of a checkpoint's folder, a config file, or one of PRESETS, also by its name on the hub. A config.json is that of
+    its folder, and what the processor is told stands beside it; a config under any other name stands alone.
 
     Raises ConfigError naming what there is.
     """
@@ -72,8 +72,9 @@ def find_shape(model: str) -> ModelShape:
         return _read(path, path.resolve().parent.name, _processor(path.parent))
     if os.path.isfile(path):
         return _read(path, path.stem, None)
-    if model in PRESETS:
-        return preset(model)
+    names = {of: name for name, of in CHECKPOINTS.items()}
+    if model in PRESETS or model in names:
+        return preset(names.get(model, model))
     raise ConfigError(f"model {model!r}: neither a folder, nor a config file, nor one of {', '.join(PRESETS)}")
 
 
