@@ -1,6 +1,7 @@
 """Scale on paper: simulated kept rates from 8 to 1,024 instances, and what ends it: the one router, messages, links.
 
     python benchmarks/scale.py
+    python benchmarks/scale.py --server benchmarks/results/scale-2026-11-23.json   # the server as measured then
 
 Instances, requests and links are modelled: with what the paper's engine took on an A100 (`planning/costs/reference`),
 and by the roofline of an H100 (`planning/costs/analytic`), which is many times as fast. The server is measured on this
@@ -9,11 +10,13 @@ engine and the server. docs/scale.md says what came of it.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -188,7 +191,7 @@ def cases(*, quick: bool) -> tuple[Case, Case]:
 
 def main() -> None:
     options = _options()
-    router = measured(quick=options.quick)
+    router = measured(quick=options.quick) if options.server is None else _as_measured(options.server)
     both = cases(quick=options.quick)
     found: dict[str, Any] = {}
     with ProcessPoolExecutor(2) as pool:
@@ -239,7 +242,12 @@ def _told(case: Case) -> dict[str, Any]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_result_options(parser)
+    parser.add_argument("--server", type=Path, help="result of an earlier run, whose measured server is simulated")
     return parser.parse_args()
+
+
+def _as_measured(result: Path) -> ServerCosts:
+    return msgspec.convert(json.loads(result.read_text())["server"], ServerCosts, str_keys=True)
 
 
 # ---- what a request is, and what it costs the server
