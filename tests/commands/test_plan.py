@@ -90,7 +90,8 @@ def answer(asked: tuple[str | Path, ...]) -> dict[str, Any]:
 def test_a_plan_is_told_written_and_drawn(planned: Planned):
     result, folder, _ = planned
     assert result.exit_code == 0, result.output
-    for word in ("req/s", "met", "TTFT s", "USD/1,000", "idle %", "triptych serve Qwen/Qwen2.5-VL-7B-Instruct --placement"):
+    command = "triptych serve Qwen/Qwen2.5-VL-7B-Instruct --placement"
+    for word in ("req/s", "met", "TTFT s", "USD/1,000", "idle %", command):
         assert word in result.output
     assert "placements looked at" in result.output
     assert sorted(path.name for path in folder.iterdir()) == ["plan.png", "plan.vllm.sh", "plan.yaml"]
