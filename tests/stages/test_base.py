@@ -1,11 +1,13 @@
 """Surroundings: when a sequence ends, and which tickets are worth pulling."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from tests.builders import make_near, make_sampling, make_ticket
 from triptych.core import FinishReason, RequestId, Sequence
-from triptych.stages.base import Gone
+from triptych.stages.base import USUAL_ANSWER_TOKENS, Gone, foreseen
 
 EOS, STOP_TOKEN, WORD = 0, 7, 5
 
@@ -47,6 +49,20 @@ def test_max_tokens_and_the_length_of_the_model_end_a_sequence():
 
 def test_a_stop_on_the_last_possible_token_counts_as_stop():
     assert finish(EOS, num_output=4) is FinishReason.STOP
+
+
+@pytest.mark.parametrize(
+    ("sampling", "num_output", "expected"),
+    [
+        ({"max_tokens": 100}, 30, 70),
+        ({"max_tokens": 4000}, 30, USUAL_ANSWER_TOKENS),  # hardly anybody uses all that is allowed
+        ({"max_tokens": 4000, "min_tokens": 1000}, 30, 970),
+        ({"max_tokens": 4000, "ignore_eos": True}, 30, 3970),
+        ({"max_tokens": 4000, "ignore_eos": True, "stop_token_ids": (7,)}, 30, USUAL_ANSWER_TOKENS),
+    ],
+)
+def test_a_usual_answer_is_foreseen_unless_more_is_certain(sampling: dict[str, Any], num_output: int, expected: int):
+    assert foreseen(msgspec.structs.replace(make_sampling(), **sampling), num_output) == expected
 
 
 def test_a_ticket_of_an_earlier_incarnation_is_stale():

@@ -15,7 +15,7 @@ from triptych.router.directory import Directory
 from triptych.router.generation import PreparedPrompt
 from triptych.router.waiting import Work
 from triptych.routing import RoutingTable, assign_units, pick
-from triptych.stages.base import USUAL_ANSWER_TOKENS
+from triptych.stages.base import foreseen
 
 UNKNOWN_PACE_S = 1e-4  # per token or row, of an instance that has not reported its own yet
 
@@ -142,7 +142,7 @@ class Dispatcher:
         work = Work(
             num_rows * self._usual_pace_s(Stage.ENCODE),
             max(task.num_tokens - num_cached, 1) * self._usual_pace_s(Stage.PREFILL, prefill),
-            num_sequences * self._foreseen_tokens(task) * self._usual_pace_s(Stage.DECODE),
+            num_sequences * foreseen(task.output.sampling, task.output.num_tokens) * self._usual_pace_s(Stage.DECODE),
         )
         return Route(prefill, num_cached, needed, missing, held, work)
 
@@ -274,9 +274,6 @@ class Dispatcher:
             return self._pace_s(instance, stage)
         paces = [self._pace_s(peer.id, stage) for peer in self.table.serving(stage)]
         return sum(paces) / len(paces) if paces else UNKNOWN_PACE_S
-
-    def _foreseen_tokens(self, task: Task) -> int:
-        return min(task.output.sampling.max_tokens - task.output.num_tokens, USUAL_ANSWER_TOKENS)
 
     def _add_work(self, instance: InstanceId, stage: Stage, num_tokens: int) -> None:
         seconds = num_tokens * self._pace_s(instance, stage)

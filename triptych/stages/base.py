@@ -9,6 +9,7 @@ from triptych.core import (
     InstanceId,
     LeaseId,
     RequestId,
+    SamplingParams,
     Sequence,
     Stage,
     TokenLogprobs,
@@ -175,9 +176,13 @@ def reader_lost(near: Surroundings, leases: Leases, reader: InstanceId) -> None:
 
 
 def foreseen_tokens(sequence: Sequence) -> int:
-    """Tokens that a sequence is expected to decode: what it may, but never more than a usual answer, because most
-    requests leave `max_tokens` at the rest of the model's length and stop long before. What is certain counts."""
-    sampling, num_output = sequence.sampling, sequence.num_output_tokens
+    return foreseen(sequence.sampling, sequence.num_output_tokens)
+
+
+def foreseen(sampling: SamplingParams, num_output: int) -> int:
+    """Tokens that are expected behind the first `num_output`: as many as may be, but never more than a usual answer,
+    because most requests leave `max_tokens` at the rest of the model's length and stop long before. What is certain
+    counts."""
     allowed = sampling.max_tokens - num_output
     if sampling.ignore_eos and not sampling.stop_token_ids:
         return allowed
