@@ -56,7 +56,7 @@ class LiveServer:
 
     def __init__(self, url: str, pid: int) -> None:
         self._url = url
-        self._pid = pid
+        self.pid = pid
 
     def serve(self, ask: Ask, *, rate: float, requests: int) -> Served:
         """Poisson arrivals of equal requests, so many a second. Raises InstanceError if one is refused."""
@@ -73,8 +73,8 @@ class LiveServer:
             warmup=0,
         )
         before, before_s = self._instances(), list[float]()
-        measurement = measure(options, begins=lambda: before_s.append(cpu_s(self._pid)))
-        server_s = cpu_s(self._pid) - before_s[0]
+        measurement = measure(options, begins=lambda: before_s.append(cpu_s(self.pid)))
+        server_s = cpu_s(self.pid) - before_s[0]
         if measurement.summary.num_failed:
             raise InstanceError(f"the server to be measured refused requests: {measurement.summary.errors}")
         spent = [
@@ -91,10 +91,10 @@ class LiveServer:
             request = client.request("GET", "/v1/models")
             for _ in range(PINGS):
                 await asyncio.sleep(0.001)
-                before_s, began = cpu_s(self._pid) + time.process_time(), time.perf_counter()
+                before_s, began = cpu_s(self.pid) + time.process_time(), time.perf_counter()
                 await client.send(request)
                 elapsed = time.perf_counter() - began
-                waits.append(max(0.0, elapsed - (cpu_s(self._pid) + time.process_time() - before_s)))
+                waits.append(max(0.0, elapsed - (cpu_s(self.pid) + time.process_time() - before_s)))
             client.close()
             return waits
 
