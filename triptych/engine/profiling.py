@@ -50,7 +50,7 @@ from triptych.transfer.select import Transfers
 from triptych.transfer.slab import Slab, available_bytes
 
 FITTED = STAGES | {"transfer": ("transfer", "byte")}  # what the samples of each kind pay
-WIDEST_CHUNK = 2048  # tokens: longer prompts are prefilled in parts, which look back at those before them
+WIDEST_CHUNK = SchedulingConfig().max_num_batched_tokens  # longer prompts come in parts that look back at earlier ones
 MOST_PULLED_BYTES = 16 << 20
 WARM_UP_PICTURES = 30
 ECHO_LIMIT_MS = 60_000  # of one message and its answer: the other process has to start before the first

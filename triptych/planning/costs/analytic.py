@@ -22,15 +22,15 @@ from triptych.errors import ConfigError
 from triptych.planning.costs.capacity import encode_bytes, token_bytes
 from triptych.planning.costs.cost_model import DECODE, PREFILL
 from triptych.planning.costs.hardware import Device
-from triptych.planning.costs.profile import Made, Memory, Profile, StageCosts
+from triptych.planning.costs.profile import USUAL, Made, Memory, Profile, StageCosts
 from triptych.planning.model.shape import ModelShape
 from triptych.planning.model.tower import Tower
 from triptych.planning.model.units import Unit, Units
 from triptych.planning.quantities import Bytes, BytesPerSecond, DollarsPerHour, Seconds
 
-FULL_STEP = 2048  # tokens of a prefill step, as the engine bounds them
+FULL_STEP = USUAL.max_num_batched_tokens  # of a prefill step, as the engine bounds them
 FULL_BATCH = 64  # sequences of a decode step
-ROWS_OF_STEP = 1024  # of an encode step, as the engine bounds them
+ROWS_OF_STEP = USUAL.max_encode_tokens  # of an encode step, as the engine bounds them
 SMALL_PICTURE, LARGE_PICTURE = (448, 448), (1344, 1344)  # between them a unit's cost is taken as linear in its rows
 CLIPS = (10.0, 30.0)  # seconds, likewise
 COLLECTIVES_OF_LAYER = 2  # behind attention and behind the MLP

@@ -12,6 +12,7 @@ from triptych.config import (
     EMBEDDING_BLOCK_TOKENS,
     GIB,
     KV_BLOCK_TOKENS,
+    MemoryConfig,
     SchedulingConfig,
     decode_interval_ms,
     require,
@@ -23,8 +24,7 @@ from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.sizes import Sizes
 from triptych.planning.quantities import Bytes, BytesPerSecond, DollarsPerHour, Quantity, Seconds
 
-USUAL = SchedulingConfig()
-UTILIZATION = 0.9  # of the memory of a device, by an engine that is not told
+USUAL, USUAL_MEMORY = SchedulingConfig(), MemoryConfig()  # of an engine that is not told
 Count = Annotated[int, Meta(ge=1)]
 Number = Annotated[int, Meta(ge=0)]
 Amount = Annotated[float, Meta(ge=0)]
@@ -168,15 +168,15 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         role: Role,
         *,
         kv_bytes: float | None = None,
-        embedding_bytes: float = GIB // 4,
-        max_num_seqs: int = 64,
+        embedding_bytes: float = USUAL_MEMORY.embedding_cache_bytes,
+        max_num_seqs: int = USUAL.max_num_seqs,
         max_num_batched_tokens: int = USUAL.max_num_batched_tokens,
         max_encode_tokens: int = USUAL.max_encode_tokens,
         **bounds: Any,
     ) -> Sizes:
         """Pools and bounds of an instance of this role; `bounds` are further fields of `Sizes`.
 
-        Without `kv_bytes` the KV cache gets what an engine gives it that may fill 90% of the device.
+        Without `kv_bytes` the KV cache gets what an engine gives it that is not told how much of the device it may use.
         Raises ConfigError where the model, or the longest request, does not fit.
         """
         memory = self.memory.of_steps(max_encode_tokens, max_num_batched_tokens)
@@ -192,7 +192,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         num_kv_blocks = 0
         if role.has_language_model:
             if kv_bytes is None:
-                kv_bytes = memory.free(role) - (1 - UTILIZATION) * memory.device - embedding_bytes
+                left_bytes = (1 - USUAL_MEMORY.gpu_memory_utilization) * memory.device
+                kv_bytes = memory.free(role) - left_bytes - embedding_bytes
             num_kv_blocks = self._num_kv_blocks(role, kv_bytes, max_num_seqs)
         return Sizes(
             num_kv_blocks=num_kv_blocks,

@@ -15,7 +15,7 @@ from triptych.planning.search.plan import Question, Row
 from triptych.planning.search.search import Outcome
 from triptych.planning.search.space import Candidate
 
-FLAGS = {  # of `triptych serve` and `triptych simulate`, by the name of the option
+FLAGS = {  # of `triptych simulate`, by the name of the option
     "max_num_seqs": "max-num-seqs",
     "max_num_batched_tokens": "max-num-batched-tokens",
     "max_encode_tokens": "max-encode-tokens",
