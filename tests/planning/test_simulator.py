@@ -123,15 +123,8 @@ def demands(draw: st.DrawFn) -> list[Demand]:
     return sorted(draw(st.lists(one, min_size=1, max_size=15)), key=lambda demand: demand.at_s)
 
 
-placements = st.sampled_from("1epd 2epd 1e1pd 1ep1d 1e1p1d 2e1p2d 2e2pd 1e1p1d1epd 1ed1p 2ep1pd".split())
-SMALL = Sizes(num_kv_blocks=30, num_embedding_blocks=40, max_num_seqs=4, max_num_batched_tokens=64, heartbeat_s=0.01)
-
-
-@settings(deadline=None)
-@given(demands(), placements, st.integers(0, 3))
-def test_every_request_is_answered_and_every_block_given_back_while_roles_change(asked, placement, seed):
-    """`run` checks the books of every instance at the end."""
-    simulation = Simulation(Placement.parse(placement), PLAIN, SMALL)
+def change_roles(simulation: Simulation, seed: int) -> None:
+    """Of one instance after the other, at random, ten times a second."""
     rng = random.Random(seed)
 
     def change_a_role() -> None:
@@ -142,6 +135,18 @@ def test_every_request_is_answered_and_every_block_given_back_while_roles_change
             simulation.switch_role(id, role, lambda steps_s: None)
 
     simulation.every(0.1, change_a_role)
+
+
+placements = st.sampled_from("1epd 2epd 1e1pd 1ep1d 1e1p1d 2e1p2d 2e2pd 1e1p1d1epd 1ed1p 2ep1pd".split())
+SMALL = Sizes(num_kv_blocks=30, num_embedding_blocks=40, max_num_seqs=4, max_num_batched_tokens=64, heartbeat_s=0.01)
+
+
+@settings(deadline=None)
+@given(demands(), placements, st.integers(0, 3))
+def test_every_request_is_answered_and_every_block_given_back_while_roles_change(asked, placement, seed):
+    """`run` checks the books of every instance at the end."""
+    simulation = Simulation(Placement.parse(placement), PLAIN, SMALL)
+    change_roles(simulation, seed)
     records = simulation.run(asked)
     assert [record.num_tokens for record in records] == [demand.output_tokens for demand in asked]
     for record in records:
@@ -184,6 +189,21 @@ def test_decode_steps_in_a_row_have_the_outcome_of_single_steps(asked, placement
     for one, other in zip(rows, single, strict=True):
         assert one.first_token_s == pytest.approx(other.first_token_s)
         assert one.finished_s == pytest.approx(other.finished_s)
+
+
+@settings(deadline=None)
+@given(demands(), placements, st.integers(0, 3))
+def test_tokens_that_nobody_needs_to_hear_change_nothing(asked, placement, seed):
+    """All are said where an instance is to end, also if that is after the last answer."""
+    costs, sizes = replace(ODD, switch_weights=0.0513), replace(SMALL, heartbeat_s=0.0317)
+    seen_by = []
+    for ended in ((), (Failure(1e6, 0),)):
+        simulation = Simulation(Placement.parse(placement), costs, sizes, Options(failures=ended))
+        change_roles(simulation, seed)
+        seen_by.append((seen(simulation.run(asked)), simulation.follows_tokens))
+    (silent, follows), (said, follows_all) = seen_by
+    assert (follows, follows_all) == (False, True)
+    assert silent == said
 
 
 def test_a_request_waits_at_the_frontend_while_the_instances_have_enough():

@@ -9,15 +9,20 @@ from triptych.stages.group import StageGroup
 
 def load_of(near: Surroundings, stages: StageGroup, pools: Pools, pace: Pace, counters: dict[str, float]) -> Load:
     """Its queues, pools and predicted seconds of work, and running totals, which are the caller's."""
-    served = stages.by_stage
-    pace_s = {stage.value: pace.of(stage) for stage in served}
+    queues: dict[str, int] = {}
+    work_s: dict[str, float] = {}
+    pace_s: dict[str, float] = {}
+    for stage, machine in stages.by_stage.items():
+        queues |= machine.queues
+        pace_s[stage.value] = token_s = pace.of(stage)
+        work_s[stage.value] = machine.queued_tokens * token_s
+    queues["leases"] = len(pools.leases)
     by_region = {"kv": pools.kv, "embedding": pools.embeddings}
     return Load(
         instance=near.instance,
-        queues={name: n for machine in served.values() for name, n in machine.queues.items()}
-        | {"leases": len(pools.leases)},
+        queues=queues,
         pools={name: pool.usage() for name, pool in by_region.items() if pool is not None},
-        work_s={stage.value: machine.queued_tokens * pace_s[stage.value] for stage, machine in served.items()},
+        work_s=work_s,
         counters=counters,
         pace_s=pace_s,
         epoch=near.epoch,

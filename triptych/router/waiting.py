@@ -40,10 +40,12 @@ class Kind(enum.StrEnum):
     @property
     def stages(self) -> tuple[Stage, ...]:
         """Which have to have an instance. Text needs no encoder."""
-        return (Stage.PREFILL, Stage.DECODE) if self is Kind.TEXT else tuple(Stage)
+        return _OF_TEXT if self is Kind.TEXT else _OF_MEDIA
 
 
 LIGHTEST_FIRST = tuple(reversed(Kind))
+_OF_MEDIA = tuple(Stage)
+_OF_TEXT = (Stage.PREFILL, Stage.DECODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +150,11 @@ class WaitingRoom(Generic[T]):
     def take(self, now: float) -> Waiter[T] | None:
         """The next one that may go to the instances, None if there is none: of the kind that has least with them.
         Each of its sequences counts for the window until `release`, and has its slot until `leave`."""
-        has_slot = self._has_slot
-        for kind in sorted(LIGHTEST_FIRST, key=lambda kind: self._lines[kind].place):
+        waiting = [kind for kind in LIGHTEST_FIRST if self._lines[kind].num_waiting]
+        has_slot = bool(waiting) and self._has_slot
+        for kind in sorted(waiting, key=lambda kind: self._lines[kind].place):
             line = self._lines[kind]
-            if line.num_waiting and (has_slot or line.first.goes_on) and self._has_room(kind, line):
+            if (has_slot or line.first.goes_on) and self._has_room(kind, line):
                 self._tick(kind, now)
                 waiter = line.pop()
                 line.num_out += waiter.num_sequences

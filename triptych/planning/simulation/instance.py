@@ -23,7 +23,7 @@ from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.clock import Clock, Event
 from triptych.planning.simulation.host import Host, Job, weight_of
-from triptych.planning.simulation.rows import TOKEN, DecodeRow, first_step_after
+from triptych.planning.simulation.rows import TOKEN, DecodeRow, first_step_after, num_left
 from triptych.planning.workloads.demand import Item
 from triptych.routing import RoutingTable
 from triptych.stages.base import Pull, Surroundings
@@ -38,6 +38,8 @@ class Network(Protocol):
 
     @property
     def items(self) -> Mapping[bytes, Item]: ...
+    @property
+    def follows_tokens(self) -> bool: ...  # one by one; else later ones may stand for them
     def send(self, mail: Mail, /) -> None: ...
     def pull(self, reader: "SimulatedInstance", pull: Pull, /) -> None: ...
     def computed(self, instance: "SimulatedInstance", what: str, began_s: float, size: int, /) -> None: ...
@@ -102,6 +104,7 @@ class SimulatedInstance:
         self._warm_for: Stage | None = None  # that of its last step, unless it has rested since
         self._leave: Leave | None = None
         self._row: DecodeRow | None = None
+        self._heard_of: frozenset[RequestId] = frozenset()  # of which tokens have said that they are decoded here
         self._wake: Event | None = None
         self._pulls: dict[int, Pull] = {}  # under way, by identity
         self._num_roles = 0
@@ -147,6 +150,7 @@ class SimulatedInstance:
         self._weight = weight_of(ENCODE_NICENESS if role is Role.E else 0)
         self._at_hand: OrderedDict[bytes, None] = OrderedDict()
         self._metronome = Metronome(sizes.decode_interval_ms / 1e3)
+        self._heard_of = frozenset()
 
     @property
     def is_drained(self) -> bool:
@@ -406,10 +410,12 @@ class SimulatedInstance:
             return
         self._wake_up(Stage.DECODE)
         owed_s = self._take_owed_s()
-        num_steps = 1 if owed_s else self._num_equal_steps(chunks, context)
+        left = num_left(chunks)
+        num_steps = 1 if owed_s else self._num_equal_steps(chunks, context, min(left))
         seconds = self._costs.decodes_s(len(chunks), context, num_steps)
         end = self._later(seconds + owed_s, self._decoded)
-        self._row = DecodeRow(self._costs, self._clock.now + owed_s, chunks, context, num_steps, end)
+        silent = self._silent_steps(chunks, left)
+        self._row = DecodeRow(self._costs, self._clock.now + owed_s, chunks, context, num_steps, silent, end)
 
     def _decoded_once(self, chunks: list[Chunk], began_s: float) -> None:
         assert self.stages.decode is not None
@@ -419,9 +425,19 @@ class SimulatedInstance:
         self._flush()
         self._end_turn(busy=True)
 
-    def _num_equal_steps(self, chunks: list[Chunk], context: int) -> int:
-        """How many steps would go as this one unless something arrives: nobody joins, leaves, is short of a block, or
-        has to report before the last of them."""
+    def _silent_steps(self, chunks: list[Chunk], left: list[int]) -> list[int]:
+        """For how many steps nobody has to hear of each of them: until it ends, but for those of which nobody knows yet
+        that they are decoded here, or if tokens are followed."""
+        if self._network.follows_tokens:
+            return [0] * len(chunks)
+        known, ids = self._heard_of, [chunk.sequence.request_id for chunk in chunks]
+        silent = [number - 1 if id in known else 0 for id, number in zip(ids, left, strict=True)]
+        self._heard_of = frozenset(ids)
+        return silent
+
+    def _num_equal_steps(self, chunks: list[Chunk], context: int, most: int) -> int:
+        """How many steps, of at most `most`, would go as this one unless something arrives: nobody joins, leaves, is
+        short of a block, or has to report before the last of them."""
         assert self.pools.kv is not None
         others_idle = all(stage is None or stage.is_empty for stage in (self.stages.encode, self.stages.prefill))
         tokens_take_time = self._costs.server_step or self._costs.server_token
@@ -430,11 +446,9 @@ class SimulatedInstance:
         until_report = self._reported_at + self.sizes.heartbeat_s - self._clock.now
         if until_report <= self._costs.decodes_s(len(chunks), context, 1):
             return 1
-        sequences = [chunk.sequence for chunk in chunks]
-        num_steps = min([s.num_prompt_tokens + s.sampling.max_tokens - len(s.token_ids) for s in sequences])
         usage = self.pools.kv.usage()
-        num_steps = min(num_steps, max(1, (usage.free + usage.cached) // len(chunks) * KV_BLOCK_TOKENS))
-        return first_step_after(self._costs, until_report, len(chunks), context, num_steps)
+        most = min(most, max(1, (usage.free + usage.cached) // len(chunks) * KV_BLOCK_TOKENS))
+        return first_step_after(self._costs, until_report, len(chunks), context, most)
 
     def _cut(self, row: DecodeRow) -> None:
         """Something arrived: the step that runs now is the last one of the row."""
@@ -465,8 +479,8 @@ class SimulatedInstance:
     def _make(self, row: DecodeRow, num_steps: int) -> None:
         assert self.stages.decode is not None and self.pools.kv is not None
         self.work.steps_s[Stage.DECODE] += row.seconds(num_steps)
-        row.catch_up(self.pools.kv, num_steps - 1)
-        self.stages.decode.commit(row.chunks, [TOKEN] * len(row.chunks))
+        said = row.catch_up(self.pools.kv, num_steps)
+        self.stages.decode.commit(said, [TOKEN] * len(said))
         self._flush()
 
     # ---- what leaves

@@ -26,6 +26,12 @@ def first_step_after(costs: Costs, seconds: float, num_sequences: int, context: 
     return number
 
 
+def num_left(chunks: list[Chunk]) -> list[int]:
+    """Steps until each of these sequences ends, which is where it may be no longer."""
+    sequences = [chunk.sequence for chunk in chunks]
+    return [s.num_prompt_tokens + s.sampling.max_tokens - len(s.token_ids) for s in sequences]
+
+
 @dataclass(slots=True, eq=False)
 class DecodeRow:
     """The last of its steps ends with `end`."""
@@ -35,6 +41,7 @@ class DecodeRow:
     chunks: list[Chunk]
     context: int
     num_steps: int
+    silent: list[int]  # steps after which nobody has to hear of a token of each chunk
     end: Event
 
     def seconds(self, num_steps: int) -> float:
@@ -49,12 +56,18 @@ class DecodeRow:
         num_steps = self.num_begun(elapsed_s)
         return num_steps - (self.seconds(num_steps) > elapsed_s)
 
-    def catch_up(self, kv: KVCache, num_steps: int) -> None:
-        """Steps of which the stage is not told, all but the last: only these books change in them."""
-        for chunk in self.chunks if num_steps else ():
-            sequence = chunk.sequence
-            sequence.token_ids += [TOKEN.token_id] * num_steps
-            sequence.num_computed += num_steps
-            if not kv.has_space(sequence):
-                kv.hold(sequence, len(sequence.token_ids))
-            kv.seal(sequence)
+    def catch_up(self, kv: KVCache, num_steps: int) -> list[Chunk]:
+        """Makes so many steps in the books, but for the last one of those chunks that are returned: of these the stage
+        has to hear."""
+        said: list[Chunk] = []
+        for chunk, num_silent in zip(self.chunks, self.silent, strict=True):
+            sequence, made = chunk.sequence, num_steps
+            if num_silent < num_steps:
+                said.append(chunk)
+                made -= 1
+            sequence.token_ids += [TOKEN.token_id] * made
+            sequence.num_computed += made
+            if made:
+                kv.hold(sequence, sequence.num_computed + num_steps - made)
+                kv.seal(sequence)
+        return said

@@ -98,6 +98,7 @@ class Simulation:
         self.losses: list[Loss] = []
         self.unseen: list[Failure] = []  # those after the last answer
         self.stints: list[Stint] | None = None  # a list, and every step is written there
+        self.follows_tokens = True  # each when it is said; `run` knows whether anybody needs that
         self.busy_s: dict[Role, float] = dict.fromkeys(Role, 0.0)  # computed, by all instances while they had the role
         self.table = RoutingTable()
         self._sizes = sizes or Sizes()
@@ -134,6 +135,7 @@ class Simulation:
 
     def run(self, demands: Sequence[Demand]) -> list[Record]:
         """One record per request, in their order. The instances are at rest afterwards, and their books are checked."""
+        self.follows_tokens = self._needs_tokens(demands)
         self.records = [Record(demand) for demand in demands]
         for record in self.records:
             self.frontend.expect(record)
@@ -145,6 +147,13 @@ class Simulation:
             assert self.is_finished, f"{self.frontend.num_open} requests wait for ever"
             self._settle()
         return self.records
+
+    def _needs_tokens(self, demands: Sequence[Demand]) -> bool:
+        """Whether anything hangs on when each token is said: what it costs, what is left of an answer that ends early
+        or has lost its instance, an objective that admission keeps."""
+        ends_early = bool(self._options.failures) or any(demand.timeout_s is not None for demand in demands)
+        costs = self.costs.server_step or self.costs.server_token
+        return bool(costs) or ends_early or self._options.admission.slo_tpot_ms is not None
 
     @property
     def is_finished(self) -> bool:
