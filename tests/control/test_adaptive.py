@@ -18,6 +18,7 @@ from triptych.routing import RoutingTable
 @dataclass
 class Pressure:
     queued_s: dict[Stage, float] = field(default_factory=dict)
+    decode_ahead_s: float = 0.0
     ttft_s: float | None = None
     tpot_s: float | None = None
     ttft_slack_s: float | None = None

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from tests.builders import make_table
 from tests.planning.loads import make_load, make_observation
 from triptych.core import Stage
-from triptych.planning.estimator import LEAST_SAMPLES, Estimate, Estimator
+from triptych.planning.estimator import LEAST_SAMPLES, Estimate, Estimator, Observation
+from triptych.router.pressure import Pressure
 
 
 def play(*observations: object) -> Estimate:
@@ -40,6 +42,20 @@ def test_work_that_goes_from_the_frontend_to_an_instance_arrives_once():
     moved = [make_observation(t, make_load("e0", Stage.ENCODE, queued=100.0 * t)) for t in range(5, 10)]
     estimate = play(*waiting, *moved)
     assert estimate.stages[Stage.ENCODE].demand == pytest.approx(1.0)
+
+
+def test_an_answer_is_work_for_decode_from_when_it_is_asked_for_and_arrives_once():
+    """A hundred tokens are asked for each second; all are on their way for five seconds, and then with decode."""
+    table, observations = make_table(d0="d"), []
+    for t in range(10):
+        ahead_s, queued = (1.0 * t, 0.0) if t < 5 else (0.0, 100.0 * t)
+        load = make_load("d0", Stage.DECODE, queued=queued, done=64.0, num_steps=1.0)
+        pressure = Pressure(dict.fromkeys(Stage, 0.0), ahead_s, {}, {}, None, None, None, None)
+        observations.append(Observation.of(t, table, {load.instance: load}, pressure))
+    assert play(*observations[:5]).stages[Stage.DECODE].demand == pytest.approx(1.0)
+    assert play(*observations[:5]).stages[Stage.DECODE].queued_s == pytest.approx(4.0)
+    assert play(*observations).stages[Stage.DECODE].demand == pytest.approx(1.0)
+    assert play(*observations).stages[Stage.DECODE].queued_s == 0.0
 
 
 def test_a_faster_instance_makes_the_same_tokens_less_work_and_nothing_arrives_by_that():

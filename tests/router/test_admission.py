@@ -377,6 +377,23 @@ def test_pressure_is_what_waits_and_how_fast_answers_come() -> None:
     on_loop(scenario)
 
 
+def test_decodes_of_what_is_prefilled_are_on_their_way_and_then_with_an_instance() -> None:
+    async def scenario() -> None:
+        frontend, wire = make_frontend()
+        assert frontend.pressure().decode_ahead_s == 0.0
+        set_pace(frontend)
+        first = start(frontend, sampling=SamplingParams(max_tokens=50, seed=1))
+        second = start(frontend, sampling=SamplingParams(max_tokens=100, seed=1))
+        each_s = frontend.pressure().decode_ahead_s / 150
+        assert each_s == pytest.approx(SLOW["d"])
+        answer(frontend, wire, second.outputs[0], upto=1)
+        assert frontend.pressure().decode_ahead_s == pytest.approx(50 * each_s)
+        frontend.abort(first)
+        assert frontend.pressure().decode_ahead_s == 0.0
+
+    on_loop(scenario)
+
+
 def test_metrics_show_who_waits() -> None:
     frontend, _ = make_frontend()
     make_busy(frontend)

@@ -31,18 +31,20 @@ class Observation:
     at_s: float
     roles: Mapping[InstanceId, Role]
     loads: Mapping[InstanceId, Load]
-    queued_s: Mapping[Stage, float] = field(default_factory=dict)  # work that waits at the frontend
+    queued_s: Mapping[Stage, float] = field(default_factory=dict)  # work that no instance of the stage has yet
     ttft_slack: float | None = None  # 1 - recent TTFT / SLO: negative where it is violated; None without SLO or news
     tpot_slack: float | None = None
 
     @classmethod
     def of(cls, at_s: float, table: RoutingTable, loads: Mapping[InstanceId, Load], pressure: Pressure) -> Self:
+        """An answer is work for decode from the moment when it is asked for, and arrives once: at the frontend."""
         roles = {peer.id: peer.role for peer in table.peers.values() if not peer.leaving}
+        decode_s = pressure.queued_s.get(Stage.DECODE, 0.0) + pressure.decode_ahead_s
         return cls(
             at_s,
             roles,
             {id: load for id, load in loads.items() if id in roles},
-            pressure.queued_s,
+            {**pressure.queued_s, Stage.DECODE: decode_s},
             _share(pressure.ttft_slack_s, pressure.ttft_s),
             _share(pressure.tpot_slack_s, pressure.tpot_s),
         )
@@ -64,7 +66,7 @@ class StageEstimate(msgspec.Struct, frozen=True, kw_only=True):
 
     demand: float  # work that arrives per second: so many instances it keeps busy
     noise: float  # standard error of the demand
-    queued_s: float  # work that waits at the frontend
+    queued_s: float  # work that no instance of the stage has yet
     held_s: float  # work that instances have, running or waiting
     slack: float | None = None  # to the SLO, as a share of it
 

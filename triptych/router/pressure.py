@@ -13,9 +13,11 @@ _GAP_WEIGHT = 0.005  # about the last two hundred tokens
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """A snapshot. What instances have been given already is in their `Load`s."""
+    """A snapshot. What instances have been given already is in their `Load`s, except for the decodes of what is not
+    prefilled yet: whoever will do them has not heard of them."""
 
     queued_s: Mapping[Stage, float]  # predicted seconds of one instance's work that wait at the frontend
+    decode_ahead_s: float  # the same, of decodes of what is being encoded or prefilled
     waiting: Mapping[Kind, int]  # sequences
     predicted_wait_s: Mapping[Kind, float]
     ttft_s: float | None  # recent mean; None before the first answer

@@ -74,6 +74,7 @@ class Router:
         ttft_slack_s, tpot_slack_s = self.times.slack_s(self._config)
         return Pressure(
             {Stage.ENCODE: queued.encode_s, Stage.PREFILL: queued.prefill_s, Stage.DECODE: queued.decode_s},
+            self.room.ahead().decode_s,
             {kind: self.room.num_waiting(kind) for kind in Kind},
             {kind: self.room.predicted_wait_s(kind, now) for kind in Kind},
             self.times.ttft_s,

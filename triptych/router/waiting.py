@@ -200,6 +200,10 @@ class WaitingRoom(Generic[T]):
         """All that waits, of all kinds."""
         return sum((line.queued for line in self._lines.values()), NO_WORK)
 
+    def ahead(self) -> Work:
+        """All that is with the instances and not past prefill, of all kinds."""
+        return sum((line.ahead for line in self._lines.values()), NO_WORK)
+
     def stalled(self) -> Iterator[tuple[Waiter[T], Stage, float]]:
         """All that wait for a stage that has no instance, that stage, and since when."""
         for kind, line in self._lines.items():
