@@ -1,5 +1,8 @@
 """Roles follow a load that shifts, and leave a steady one alone."""
 
+import random
+from dataclasses import replace
+
 import pytest
 
 from triptych.core import Placement, Role
@@ -30,6 +33,18 @@ def test_the_shifting_load_of_the_paper_is_served_twice_as_fast(seed):
     assert {(decision.switch.before, decision.switch.after) for decision in adaptation.switches} == {(Role.E, Role.D)}
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_shift_is_followed_in_seconds_by_the_first_switch_and_soon_by_all(seed):
+    asked = paper_shifting_load(seed)
+    shift_s = next(demand.at_s for demand in asked if demand.output_tokens == 500)
+    simulation = Simulation(Placement.parse("5e1p2d"), PAPER_COSTS)
+    adaptation = Adaptation(simulation)
+    simulation.run(asked)
+    first, _, third = [decision.at_s - shift_s for decision in adaptation.switches]
+    assert first < 9.0
+    assert third < 30.0
+
+
 @pytest.mark.parametrize(
     ("placement", "rate", "output_tokens"),
     [
@@ -47,6 +62,21 @@ def test_the_shifting_load_of_the_paper_is_served_twice_as_fast(seed):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_steady_load_never_switches(placement, rate, output_tokens, seed):
     asked = poisson([Phase(int(100 * rate), output_tokens, (PICTURE_4K,))], rate, seed)
+    simulation = Simulation(Placement.parse(placement), PAPER_COSTS, QUICK)
+    adaptation = Adaptation(simulation)
+    simulation.run(asked)
+    assert [decision.line() for decision in adaptation.switches] == []
+
+
+@pytest.mark.parametrize(("placement", "rate", "usual_tokens"), [("5e1p2d", 3.0, 100), ("2e1p5d", 2.6, 200)])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_steady_load_of_answers_of_every_length_never_switches(placement, rate, usual_tokens, seed):
+    """A few of them are many times as long as most: that several come in a row is no shift."""
+    rng = random.Random(seed)
+    asked = [
+        replace(demand, output_tokens=2 + int(rng.expovariate(1 / usual_tokens)))
+        for demand in poisson([Phase(int(200 * rate), usual_tokens, (PICTURE_4K,))], rate, seed)
+    ]
     simulation = Simulation(Placement.parse(placement), PAPER_COSTS, QUICK)
     adaptation = Adaptation(simulation)
     simulation.run(asked)

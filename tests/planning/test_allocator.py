@@ -75,6 +75,20 @@ def test_who_may_need_its_instances_soon_keeps_them():
     assert decide(unsure, roles).switch is None
 
 
+def test_errors_of_both_sides_are_not_expected_together_at_their_largest():
+    """Encoders might need 37.5 s then, or decode only 42 s now. Both would be too little gain, and are too unlikely."""
+    estimate = make_estimate({"e": 1.4, "p": 0.1, "d": 4.0}, noise={"e": 0.55, "d": 0.6})
+    switch = decide(estimate, make_roles(e=3, p=1, d=2)).switch
+    assert switch is not None and (switch.now_s, switch.then_s) == pytest.approx((42.0, 28.0))
+
+
+def test_errors_of_both_sides_that_are_smaller_together_than_either_could_be_count():
+    roles, demand = make_roles(e=3, p=1, d=2), {"e": 1.6, "p": 0.1, "d": 4.0}
+    assert decide(make_estimate(demand, noise={"e": 0.9}), roles).switch is not None
+    assert decide(make_estimate(demand, noise={"d": 0.75}), roles).switch is not None
+    assert decide(make_estimate(demand, noise={"e": 0.9, "d": 0.75}), roles).switch is None
+
+
 def test_work_that_instances_have_already_gains_nothing_from_a_new_one():
     decision = decide(make_estimate(held={"d": 200.0}), make_roles(e=4, p=1, d=2))
     assert (decision.switch, decision.reason) == (None, "no switch would help")

@@ -2,8 +2,9 @@
 
 The measure is the time in which a placement would do all that is there and all that comes within a horizon. A placement
 that keeps up needs no longer than the horizon: it is left alone, however uneven it is. Of one that does not, the switch
-that shortens this time most is proposed, if that is worth clearly more than what the switch costs, with demand taken
-as low as noise permits where an instance would go to, and as high where it would come from.
+that shortens this time most is proposed, if that is worth clearly more than what the switch costs, in the worst case
+that noise permits: demand is lower than it seems where an instance would go to, or higher where it would come from, or
+both by less.
 """
 
 import math
@@ -19,6 +20,10 @@ from triptych.planning.estimator import Estimate, Observation
 
 PURE = frozenset({Role.E, Role.P, Role.D})
 SUBSETS = [frozenset(subset) for size in (1, 2, 3) for subset in combinations(Stage, size)]
+# Demand may be higher than it seems for who gives an instance, and lower for who gets it: shares of what noise permits.
+# Both in full are far less likely than one of them; as likely are all errors whose squares have the same sum, and the
+# worst of these decides (Hasofer and Lind, "Exact and Invariant Second-Moment Code Format", 1974).
+ERRORS = [(1.0, 0.0), (math.sqrt(0.5), math.sqrt(0.5)), (0.0, 1.0)]
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,7 +31,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
     horizon_s: float = 30.0
     least_gain: float = 0.2  # share of the horizon that a switch must save beyond its cost
-    sigmas: float = 2.0  # of noise in the demand that must not change the decision
+    sigmas: float = 2.0  # of noise in the demands together that must not change the decision
     reversal: float = 2.0  # so many times the gain, to undo the last switch
     reversal_s: float = 120.0  # until it is no reversal any more
     cool_down_s: float = 3.0  # after a switch
@@ -37,7 +42,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One switch, in seconds until everything is done that is there and that comes within the horizon."""
+    """One switch, in seconds until everything is done that is there and that comes within the horizon, if the demand is
+    as bad for it as noise permits."""
 
     instance: InstanceId
     before: Role
@@ -49,8 +55,12 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     needed_s: float  # the least gain beyond the cost
 
     @property
+    def saved_s(self) -> float:
+        return self.gain_s - self.cost_s
+
+    @property
     def is_worth_it(self) -> bool:
-        return self.gain_s - self.cost_s >= self.needed_s
+        return self.saved_s >= self.needed_s
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +99,7 @@ class Allocator:
         """Whoever makes the switch says how it went."""
         counts = Counter(seen.roles.values())
         is_complete = not unserved(counts)  # else an instance was lost, and is restarted
-        clear_s = self._clear_s(self._work_s(estimate), counts) if is_complete else math.inf
+        clear_s = self._clear_s(self._work_s(estimate, {}), counts) if is_complete else math.inf
         candidates = self._candidates(estimate, seen) if is_complete else []
         best = candidates[0] if candidates else None
         if not is_complete:
@@ -148,15 +158,30 @@ class Allocator:
             instance = min((id for id in roles if roles[id] == before), key=lambda id: _held_s(loads.get(id)))
             for after in self._roles:
                 if after != before and not unserved(_moved(counts, before, after)):
-                    found.append(self._candidate(instance, before, after, estimate, counts, seen.at_s))
-        return sorted(found, key=lambda one: (one.cost_s - one.gain_s, one.before, one.after))
+                    found.append(self._at_worst(instance, before, after, estimate, counts, seen.at_s))
+        return sorted(found, key=lambda one: (-one.saved_s, one.before, one.after))
 
-    def _candidate(
+    def _at_worst(
         self, instance: InstanceId, before: Role, after: Role, estimate: Estimate, counts: Counter[Role], at_s: float
     ) -> Candidate:
-        policy = self._policy
+        """With the demand as bad for it as noise permits."""
         gives, gets = set(before.stages) - set(after.stages), set(after.stages) - set(before.stages)
-        work_s = self._work_s(estimate, gives, gets)
+        cases = [dict.fromkeys(gives, more) | dict.fromkeys(gets, -less) for more, less in ERRORS]
+        found = [self._candidate(instance, before, after, estimate, counts, at_s, errors) for errors in cases]
+        return min(found, key=lambda one: one.saved_s)
+
+    def _candidate(
+        self,
+        instance: InstanceId,
+        before: Role,
+        after: Role,
+        estimate: Estimate,
+        counts: Counter[Role],
+        at_s: float,
+        errors: Mapping[Stage, float],
+    ) -> Candidate:
+        policy = self._policy
+        work_s = self._work_s(estimate, errors)
         then = _moved(counts, before, after)
         now_s = self._clear_s(work_s, counts)
         left_s = self._held_back_s(estimate, counts)
@@ -177,13 +202,12 @@ class Allocator:
             needed_s=policy.least_gain * horizon_s * (policy.reversal if is_reversal else 1.0),
         )
 
-    def _work_s(
-        self, estimate: Estimate, gives: Set[Stage] = frozenset(), gets: Set[Stage] = frozenset()
-    ) -> dict[Stage, float]:
-        """Work within the horizon by stage. A stage that violates its SLO has so much more of it."""
+    def _work_s(self, estimate: Estimate, errors: Mapping[Stage, float]) -> dict[Stage, float]:
+        """Work within the horizon by stage. A stage that violates its SLO has so much more of it. `errors`: by how much
+        the estimates are too low, as shares of what noise permits."""
         work_s = {}
         for stage, of in estimate.stages.items():
-            sigmas = self._policy.sigmas * ((stage in gives) - (stage in gets))
+            sigmas = self._policy.sigmas * errors.get(stage, 0.0)
             demand = max(0.0, of.demand + sigmas * of.noise)
             urgency = 1.0 if of.slack is None else min(2.0, max(1.0, 1.0 - of.slack))
             work_s[stage] = urgency * (of.backlog_s + demand * self._policy.horizon_s)
