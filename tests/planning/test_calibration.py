@@ -10,7 +10,7 @@ from triptych.core import Placement, Role, Stage
 from triptych.planning.costs.cost_model import STAGES, Costs
 from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.calibration import PARTS, SERVER, LiveRun, calibrate, capacity
-from triptych.planning.simulation.instance import Work
+from triptych.planning.simulation.instance import SimulatedInstance
 from triptych.planning.simulation.simulator import Simulation
 from triptych.planning.workloads.demand import Demand, Item, Phase, poisson
 
@@ -58,20 +58,22 @@ KINDS = [
 ]
 
 
-def live(placement: str, kind: Phase, seed: int, noise: float = 0.0) -> LiveRun:
+def live(placement: str, kind: Phase, seed: int, noise: float = 0.0, load: float = 0.3) -> LiveRun:
     rng = random.Random(seed)
     parsed, template = Placement.parse(placement), Demand(0.0, kind.media, kind.text_tokens, kind.output_tokens)
-    demands = poisson([kind], 0.3 * capacity(LIVE, SIZES, parsed, template), seed)
+    demands = poisson([kind], load * capacity(LIVE, SIZES, parsed, template), seed)
     simulation = Simulation(parsed, LIVE, SIZES)
     simulation.run(demands)
 
     def measured(seconds: float) -> float:
         return seconds * rng.uniform(1 - noise, 1 + noise)
 
-    def taken(work: Work) -> dict[str, float]:
+    def counted(instance: SimulatedInstance) -> dict[str, float]:
+        work = instance.work
         seconds = {stage.name.lower(): work.steps_s[stage] + work.wakes[stage] * LIVE.wake for stage in Stage}
         seconds["other"] = work.turns * LIVE.turn + demands[-1].at_s * HEARTBEATS
-        return {what: measured(of_one) for what, of_one in seconds.items()}
+        spent = {f"{what}_cpu_s": measured(of_one) for what, of_one in seconds.items()}
+        return spent | instance.pace.counters
 
     heard = simulation.frontend.heard
     server_s = sum(LIVE.server_request_s(demand, 0) for demand in demands)
@@ -80,7 +82,7 @@ def live(placement: str, kind: Phase, seed: int, noise: float = 0.0) -> LiveRun:
         parsed,
         SIZES,
         demands,
-        [taken(instance.work) for instance in simulation.instances.values()],
+        [counted(instance) for instance in simulation.instances.values()],
         measured(server_s),
         measured(sum(LIVE.client_request + demand.output_tokens * LIVE.client_token for demand in demands)),
     )
@@ -109,6 +111,14 @@ def test_what_was_measured_badly_is_found_roughly_and_the_residuals_say_so() -> 
     for part, scale in {"encode": 0.9, "pixels": 1.0, "prefill": 1.3, "decode": 1.1}.items():
         assert found.scales[part] == pytest.approx(scale, rel=0.15)
     assert 0.02 < found.residuals["steps"].worst < 0.2
+
+
+def test_a_step_is_told_from_a_load_under_which_slower_steps_are_fewer() -> None:
+    """With many sequences at once, all that a load takes hardly changes with what a step does."""
+    kinds = [Phase(60, 48, text_tokens=20), Phase(100, 24, text_tokens=20)]
+    scales = calibrate(ALONE, [live("1e1p1d", kind, 0, noise=0.03, load=0.8) for kind in kinds]).scales
+    assert scales["prefill"] == pytest.approx(1.3, rel=0.05)
+    assert scales["decode"] == pytest.approx(1.1, rel=0.05)
 
 
 def test_pictures_of_one_size_leave_one_scale_for_reading_and_encoding() -> None:

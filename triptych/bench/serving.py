@@ -24,7 +24,6 @@ from triptych.errors import InstanceError
 
 STOP_S = 30.0
 SETTLE_S = 0.6  # two heartbeats: an idle instance checks its books with the first, and has told all with the second
-SPENT = ("encode", "prefill", "decode", "other")
 PINGS = 200
 API_KEY_VARIABLE = "TRIPTYCH_API_KEY"
 _OPENER = build_opener(ProxyHandler({}))  # whatever proxies others are to use
@@ -42,8 +41,8 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What became of one load, and the CPU seconds that it took: of each instance, in the order of the placement, by
-    what they were for (encode, prefill, decode, other)."""
+    """What became of one load, and the CPU seconds that it took. `instances`: what the counters of each rose by, in the
+    order of the placement: encode_steps, encode_tokens, encode_cpu_s, ..., other_cpu_s."""
 
     requests: Sequence[Record]
     instances: Sequence[Mapping[str, float]]
@@ -77,11 +76,11 @@ class LiveServer:
         server_s = cpu_s(self.pid) - before_s[0]
         if measurement.summary.num_failed:
             raise InstanceError(f"the server to be measured refused requests: {measurement.summary.errors}")
-        spent = [
-            {name: seconds - began[name] for name, seconds in ended.items()}
+        counted = [
+            {name: count - began.get(name, 0.0) for name, count in ended.items()}
             for began, ended in zip(before, self._instances(), strict=True)
         ]
-        return Served(measurement.requests, spent, server_s, measurement.summary.cpu_s.client)
+        return Served(measurement.requests, counted, server_s, measurement.summary.cpu_s.client)
 
     def waiting_s(self) -> float:
         """Of a request that costs almost nothing: how long nobody works on it."""
@@ -101,14 +100,14 @@ class LiveServer:
         return median(asyncio.run(ask())[PINGS // 4 :])
 
     def _instances(self) -> list[dict[str, float]]:
-        """CPU seconds of the thread that computes in each, until now."""
+        """The counters of each, until now."""
         time.sleep(SETTLE_S)
         with _OPENER.open(f"{self._url}/cluster") as answer:
             instances = msgspec.json.decode(answer.read())["instances"]
         silent = [instance["id"] for instance in instances if not instance["counters"]]
         if silent:
             raise InstanceError(f"instances of the server to be measured have said nothing: {', '.join(silent)}")
-        return [{name: instance["counters"][f"{name}_cpu_s"] for name in SPENT} for instance in instances]
+        return [instance["counters"] for instance in instances]
 
 
 @contextmanager

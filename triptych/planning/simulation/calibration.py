@@ -26,21 +26,34 @@ PARTS = {
     "decode": STAGES["decode"],
 }
 CLIENT = ("request", "token")
-ROUNDS = 6  # slower steps are fewer and larger ones: after so many rounds the batches are those of the live server
+ROUNDS = 6  # after so many the simulated instances rest as often as the live ones
 CAPACITY_REQUESTS = 200
 MOST_APART = 2.0  # times as much as another part of the same steps: what is further apart is a fit's invention
 
-Works = Sequence[tuple[Work, Mapping[str, float], float]]
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What a simulated instance did in a run, and the live one: their counters, and how long requests came."""
+
+    work: Work
+    simulated: Mapping[str, float]
+    live: Mapping[str, float]
+    seconds: float
+
+    def more(self, name: str) -> float:
+        """Of the live one."""
+        return self.live.get(name, 0.0) - self.simulated.get(name, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class LiveRun:
-    """Requests that a live server got, and the CPU seconds that it took to serve them."""
+    """Requests that a live server got, and what it did for them: CPU seconds, and the counters of its instances."""
 
     placement: Placement
     sizes: Mapping[Role, Sizes]
     demands: Sequence[Demand]
-    # In the order of the placement, for encode, prefill, decode and other; empty: the run tells of the server only.
+    # In the order of the placement: encode_steps, encode_tokens, encode_cpu_s, ..., other_cpu_s; empty: the run tells
+    # of the server only.
     instances: Sequence[Mapping[str, float]]
     server_s: float
     client_s: float
@@ -62,9 +75,9 @@ def calibrate(costs: Costs, runs: Sequence[LiveRun], *, steps: bool = True) -> C
     for _ in range(ROUNDS):
         simulations = [_simulated(costs, run) for run in runs]
         fits = {"server": fit(_of_server(simulations, runs), SERVER), "client": fit(_of_client(runs), CLIENT)}
-        works = _works(simulations, runs) if steps else []
-        if works:
-            fits |= {"steps": _fit_of_steps(works, scales), "turns": fit(_of_turns(works), ("turn", "second"))}
+        pairs = _pairs(simulations, runs) if steps else []
+        if pairs:
+            fits |= {"steps": _fit_of_steps(pairs, costs, scales), "turns": fit(_of_turns(pairs), ("turn", "second"))}
             # 0: no run had that stage, or it cannot be told from the rests before it.
             factors = {part: fits["steps"].costs[part] or 1.0 for part in PARTS}
             scales = {part: scale * factors[part] for part, scale in scales.items()}
@@ -87,20 +100,19 @@ def _simulated(costs: Costs, run: LiveRun) -> Simulation:
     return simulation
 
 
-def _works(simulations: Iterable[Simulation], runs: Iterable[LiveRun]) -> Works:
-    """What each simulated instance has done, what the live one took for it, and how long requests came."""
+def _pairs(simulations: Iterable[Simulation], runs: Iterable[LiveRun]) -> list[Pair]:
     return [
-        (instance.work, spent, run.demands[-1].at_s)
+        Pair(instance.work, instance.pace.counters, live, run.demands[-1].at_s)
         for simulation, run in zip(simulations, runs, strict=True)
         if run.instances
-        for instance, spent in zip(simulation.instances.values(), run.instances, strict=True)
+        for instance, live in zip(simulation.instances.values(), run.instances, strict=True)
     ]
 
 
-def _fit_of_steps(works: Works, scales: Mapping[str, float]) -> Fit:
+def _fit_of_steps(pairs: Sequence[Pair], costs: Costs, scales: Mapping[str, float]) -> Fit:
     """One scale for both parts of encoding where they cannot be told apart: pictures of one size, or encoders whose
     work grows with the pixels. `scales`: of the costs with which this work was simulated."""
-    samples = _of_steps(works)
+    samples = _of_steps(pairs, costs)
     found = fit(samples, (*PARTS, "wake"))
     apart = [scales[part] * found.costs[part] for part in ("encode", "pixels")]
     if max(apart) > MOST_APART * min(apart):
@@ -115,29 +127,40 @@ def _together(amounts: Mapping[str, float]) -> dict[str, float]:
     return others | ({"encode": amounts["encode"] + amounts["pixels"]} if "pixels" in amounts else {})
 
 
-def _of_steps(works: Works) -> list[Sample]:
-    """What an instance took for the steps of each stage. Those that decode and prefill count as prefill."""
+def _of_steps(pairs: Sequence[Pair], costs: Costs) -> list[Sample]:
+    """What an instance took for the steps of each stage. Those that decode and prefill count as prefill.
+
+    Simulated work counts as if it had been done in the live one's steps. Where steps are slower they are fewer and
+    larger, so that all that a load takes hardly tells what one step does: an error of it would be many times that of
+    the scale."""
+    each_s = costs.decode_sequence + costs.decode_few
     samples = []
-    for work, spent, _ in works:
+    for pair in pairs:
+        work = pair.work
+        encode_s = work.steps_s[Stage.ENCODE] - work.pixels_s + pair.more("encode_steps") * costs.encode_step
+        prefill_s = work.steps_s[Stage.PREFILL] - work.riding_s + pair.more("prefill_steps") * costs.prefill_step
+        riding_s = work.riding_s + pair.more("prefill_tokens") * costs.decode_sequence
+        decode_s = work.steps_s[Stage.DECODE] + pair.more("decode_steps") * costs.decode_step
         seconds = {
-            Stage.ENCODE: {"encode": work.steps_s[Stage.ENCODE] - work.pixels_s, "pixels": work.pixels_s},
-            Stage.PREFILL: {"prefill": work.steps_s[Stage.PREFILL] - work.riding_s, "decode": work.riding_s},
-            Stage.DECODE: {"decode": work.steps_s[Stage.DECODE]},
+            Stage.ENCODE: {"encode": encode_s, "pixels": work.pixels_s},
+            Stage.PREFILL: {"prefill": prefill_s, "decode": riding_s},
+            Stage.DECODE: {"decode": decode_s + pair.more("decode_tokens") * each_s},
         }
-        for stage, amounts in seconds.items():
-            live_s = spent[stage.name.lower()]
+        for stage, of_parts in seconds.items():
+            live_s = pair.live.get(f"{stage.name.lower()}_cpu_s", 0.0)
+            amounts = {part: max(0.0, of_one) for part, of_one in of_parts.items()}
             if any(amounts.values()) and live_s > 0:
                 samples.append(Sample({**amounts, "wake": float(work.wakes[stage])}, live_s))
     return samples
 
 
-def _of_turns(works: Works) -> list[Sample]:
+def _of_turns(pairs: Sequence[Pair]) -> list[Sample]:
     """Beside turns, which hang on what arrives, there are heartbeats, which come whatever happens, and are no cost of a
     load."""
     return [
-        Sample({"turn": float(work.turns), "second": seconds}, spent["other"])
-        for work, spent, seconds in works
-        if spent["other"] > 0
+        Sample({"turn": float(pair.work.turns), "second": pair.seconds}, pair.live["other_cpu_s"])
+        for pair in pairs
+        if pair.live["other_cpu_s"] > 0
     ]
 
 
