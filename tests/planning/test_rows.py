@@ -1,22 +1,26 @@
 """Decode steps in a row: which of them runs when."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triptych.planning.costs.cost_model import Costs
-from triptych.planning.simulation.rows import first_step_after
+from triptych.planning.simulation.rows import Steps
 
 SECONDS = st.floats(0, 0.1)
 
 
-@given(
-    SECONDS, SECONDS, st.sampled_from([0.0, 1e-18, 1e-9, 1e-6, 1e-3]), SECONDS, st.integers(1, 40), st.integers(1, 60)
-)
+@given(SECONDS, st.sampled_from([0.0, 1e-18, 1e-9, 1e-6, 1e-3]), st.floats(0, 1), st.integers(1, 60))
 def test_the_first_step_that_ends_late_enough_is_found(
-    step: float, sequence: float, context_s: float, seconds: float, number: int, most: int
+    first_s: float, more_s: float, seconds: float, most: int
 ) -> None:
-    costs = Costs(decode_step=step, decode_sequence=sequence, decode_context=context_s)
-    context = 100 * number
-    assert first_step_after(costs, -seconds, number, 100 * number, most) == 1
-    late = [count for count in range(1, most + 1) if costs.decodes_s(number, context, count) >= 10 * seconds]
-    assert first_step_after(costs, 10 * seconds, number, context, most) == (late[0] if late else most)
+    steps = Steps(first_s, more_s)
+    assert steps.first_after(-seconds, most) == 1
+    late = [number for number in range(1, most + 1) if steps.seconds(number) >= seconds]
+    assert steps.first_after(seconds, most) == (late[0] if late else most)
+
+
+@given(SECONDS, st.floats(0, 1e-3), st.integers(1, 60))
+def test_steps_in_a_row_take_as_long_as_one_by_one(first_s: float, more_s: float, number: int) -> None:
+    assert Steps(first_s, more_s).seconds(number) == pytest.approx(
+        sum(first_s + step * more_s for step in range(number))
+    )

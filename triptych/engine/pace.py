@@ -12,11 +12,14 @@ _COUNTED = {stage: [f"{stage.name.lower()}_{what}" for what in ("steps", "tokens
 
 
 @dataclass(slots=True)
-class _Usual:
-    """Exponential moving averages of a step."""
+class _Steps:
+    """Of one stage: exponential moving averages of a step, and totals since the start."""
 
-    seconds: float
-    tokens: float
+    usual_s: float
+    usual_tokens: float
+    number: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0
 
 
 class Pace:
@@ -24,8 +27,7 @@ class Pace:
     little; 0 until the first step of a stage."""
 
     def __init__(self) -> None:
-        self._usual: dict[Stage, _Usual] = {}
-        self._counters: dict[str, float] = {}
+        self._steps: dict[Stage, _Steps] = {}
 
     def observe(self, stage: Stage, num_tokens: int, seconds: float) -> None:
         self.observe_row(stage, num_tokens, 1, seconds, 0.0)
@@ -33,23 +35,28 @@ class Pace:
     def observe_row(self, stage: Stage, num_tokens: int, num_steps: int, first_s: float, more_s: float) -> None:
         """Steps of so many tokens each, one after the other, each of which takes `more_s` longer than the one before.
         The averages are those of `num_steps` single observations, as geometric series."""
-        usual = self._usual.setdefault(stage, _Usual(first_s, num_tokens))
+        steps = self._steps.get(stage)
+        if steps is None:
+            steps = self._steps[stage] = _Steps(first_s, num_tokens)
         kept = (1.0 - WEIGHT) ** num_steps
-        usual.seconds = kept * usual.seconds + (1.0 - kept) * first_s
-        usual.seconds += more_s * (num_steps - (1.0 - kept) / WEIGHT)
-        usual.tokens = kept * usual.tokens + (1.0 - kept) * num_tokens
-        busy_s = num_steps * (first_s + 0.5 * (num_steps - 1) * more_s)
-        for name, amount in zip(_COUNTED[stage], (num_steps, num_steps * num_tokens, busy_s), strict=True):
-            self._counters[name] = self._counters.get(name, 0.0) + amount
+        steps.usual_s = kept * steps.usual_s + (1.0 - kept) * first_s + more_s * (num_steps - (1.0 - kept) / WEIGHT)
+        steps.usual_tokens = kept * steps.usual_tokens + (1.0 - kept) * num_tokens
+        steps.number += num_steps
+        steps.tokens += num_steps * num_tokens
+        steps.busy_s += num_steps * (first_s + 0.5 * (num_steps - 1) * more_s)
 
     @property
     def counters(self) -> dict[str, float]:
         """Totals since the start: encode_steps, encode_tokens, encode_busy_s, ..."""
-        return dict(self._counters)
+        totals: dict[str, float] = {}
+        for stage, steps in self._steps.items():
+            names = _COUNTED[stage]
+            totals[names[0]], totals[names[1]], totals[names[2]] = steps.number, steps.tokens, steps.busy_s
+        return totals
 
     def of(self, stage: Stage) -> float:
-        usual = self._usual.get(stage)
-        return 0.0 if usual is None else usual.seconds / usual.tokens
+        steps = self._steps.get(stage)
+        return 0.0 if steps is None else steps.usual_s / steps.usual_tokens
 
 
 class CpuTime:

@@ -14,8 +14,8 @@ def load_of(near: Surroundings, stages: StageGroup, pools: Pools, pace: Pace, co
     pace_s: dict[str, float] = {}
     for stage, machine in stages.by_stage.items():
         queues |= machine.queues
-        pace_s[stage.value] = token_s = pace.of(stage)
-        work_s[stage.value] = machine.queued_tokens * token_s
+        pace_s[stage] = token_s = pace.of(stage)
+        work_s[stage] = machine.queued_tokens * token_s
     queues["leases"] = len(pools.leases)
     by_region = {"kv": pools.kv, "embedding": pools.embeddings}
     return Load(

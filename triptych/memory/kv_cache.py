@@ -93,8 +93,8 @@ class KVCache:
             sequence.block_table.extend(found)
             sequence.sealed = [self._hash_of[block] for block in found]
             sequence.num_computed = len(found) * self.block_tokens
-        missing = self.num_missing(sequence, num_tokens)
-        if missing:
+        missing = self.num_blocks_for(num_tokens) - len(sequence.block_table)
+        if missing > 0:
             blocks = self._allocate(missing)
             self.refer(blocks)
             sequence.block_table.extend(blocks)
@@ -106,18 +106,20 @@ class KVCache:
 
     def refer(self, blocks: Seq[int]) -> None:
         """One more reference to each block."""
+        references = self._num_references
         for block in blocks:
-            self._num_references[block] += 1
-            if self._reusable:
+            references[block] += 1
+        if self._reusable:
+            for block in blocks:
                 self._reusable.pop(block, None)
 
     def give_back(self, blocks: Seq[int]) -> None:
         """One reference less to each. The end of a prefix becomes reusable, and so is evicted, before its beginning."""
-        unused: list[int] = []
+        references, unused = self._num_references, list[int]()
         for block in reversed(blocks):
-            assert self._num_references[block] > 0, f"block {block} given back more often than shared"
-            self._num_references[block] -= 1
-            if self._num_references[block] == 0:
+            left = references[block] = references[block] - 1
+            assert left >= 0, f"block {block} given back more often than shared"
+            if not left:
                 if block in self._hash_of:
                     self._reusable[block] = None
                 else:

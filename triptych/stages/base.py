@@ -176,7 +176,7 @@ def reader_lost(near: Surroundings, leases: Leases, reader: InstanceId) -> None:
 
 
 def foreseen_tokens(sequence: Sequence) -> int:
-    return foreseen(sequence.sampling, sequence.num_output_tokens)
+    return foreseen(sequence.sampling, len(sequence.token_ids) - sequence.num_prompt_tokens)
 
 
 def foreseen(sampling: SamplingParams, num_output: int) -> int:

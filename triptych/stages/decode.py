@@ -411,9 +411,8 @@ class DecodeStage:
 
     def _offload_until_all_can_grow(self, plan: DecodePlan) -> None:
         """Oldest first, every running sequence gets the block for its next token; the youngest pays for it."""
-        for sequence in list(self._running.values()):
-            if self._kv.has_space(sequence):  # as for most tokens
-                continue
+        has_space = self._kv.has_space  # as for most tokens
+        for sequence in [sequence for sequence in self._running.values() if not has_space(sequence)]:
             while sequence.status is Status.RUNNING and not self._kv.make_room(sequence, len(sequence.token_ids)):
                 self._offload(self._youngest(), plan)
             if sequence.status is Status.RUNNING:

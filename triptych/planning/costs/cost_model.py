@@ -92,10 +92,9 @@ class Costs:
         """What decodes add to a step that prefills: its products have many rows anyway."""
         return len(decodes) * self.decode_sequence + sum(chunk.start for chunk in decodes) * self.decode_context
 
-    def decodes_s(self, num_sequences: int, context: int, num_steps: int) -> float:
-        """Steps in a row over the same sequences, of `context` tokens together before the first one."""
-        looked_at = num_steps * context + num_sequences * num_steps * (num_steps - 1) // 2
-        return num_steps * self.decode_fixed_s(num_sequences) + looked_at * self.decode_context
+    def decode_s(self, num_sequences: int, context: int) -> float:
+        """A step that only decodes, over sequences of `context` tokens together before it."""
+        return self.decode_fixed_s(num_sequences) + context * self.decode_context
 
     def decode_growth_s(self, num_sequences: int) -> float:
         """More of a decode step than of the one before it: every sequence looks at one token more."""

@@ -1,7 +1,7 @@
 """The frontend on simulated time: the server's own router, with a record in place of a client."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from triptych.config import KV_BLOCK_TOKENS, AdmissionConfig
@@ -149,10 +149,20 @@ class SimulatedFrontend:
 
     # ---- clients
 
-    def expect(self, record: Record) -> None:
-        """The request of the record comes when its time has come."""
-        self.num_open += 1
-        self._clock.at(record.demand.at_s, self._client.run, self._costs.client_request, self._sent, record)
+    def expect(self, records: Iterable[Record]) -> None:
+        """The request of each record comes when its time has come: one after the other, so that few events wait."""
+        in_order = sorted(records, key=lambda record: record.demand.at_s)
+        self.num_open += len(in_order)
+        self._expect_next(iter(in_order))
+
+    def _expect_next(self, records: Iterator[Record]) -> None:
+        record = next(records, None)
+        if record is not None:
+            self._clock.at(record.demand.at_s, self._come, record, records)
+
+    def _come(self, record: Record, others: Iterator[Record]) -> None:
+        self._expect_next(others)  # first: whoever comes at the same moment comes before what follows from this one
+        self._client.run(self._costs.client_request, self._sent, record)
 
     def _sent(self, record: Record) -> None:
         self._clock.after(self._costs.arrival, self._arrived, record)

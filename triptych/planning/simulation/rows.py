@@ -5,25 +5,34 @@ from math import ceil, sqrt
 
 from triptych.core import Chunk, SampledToken
 from triptych.memory.kv_cache import KVCache
-from triptych.planning.costs.cost_model import Costs
 from triptych.planning.simulation.clock import Event
 
 TOKEN = SampledToken(1)
 
 
-def first_step_after(costs: Costs, seconds: float, num_sequences: int, context: int, most: int) -> int:
-    """The least number of steps that take so long, of at most `most`. `context`: tokens of all, before the first."""
-    seconds = max(0.0, seconds)
-    more_s = costs.decode_growth_s(num_sequences)
-    linear_s = costs.decodes_s(num_sequences, context, 1) - 0.5 * more_s
-    # Where linear_s * steps + more_s * steps ** 2 / 2 == seconds, without a difference of large numbers:
-    twice_s = linear_s + sqrt(linear_s * linear_s + 2.0 * more_s * seconds)
-    number = most if most * twice_s <= 2.0 * seconds else max(1, ceil(2.0 * seconds / twice_s))
-    while number > 1 and costs.decodes_s(num_sequences, context, number - 1) >= seconds:  # by rounding
-        number -= 1
-    while number < most and costs.decodes_s(num_sequences, context, number) < seconds:
-        number += 1
-    return number
+@dataclass(slots=True)
+class Steps:
+    """Steps in a row over the same sequences: each takes `more_s` longer than the one before it."""
+
+    first_s: float
+    more_s: float
+
+    def seconds(self, number: int) -> float:
+        """Of the first ones."""
+        return number * (self.first_s + 0.5 * (number - 1) * self.more_s)
+
+    def first_after(self, seconds: float, most: int) -> int:
+        """The least number of them that take so long, of at most `most`."""
+        seconds = max(0.0, seconds)
+        linear_s = self.first_s - 0.5 * self.more_s
+        # Where linear_s * steps + more_s * steps ** 2 / 2 == seconds, without a difference of large numbers:
+        twice_s = linear_s + sqrt(linear_s * linear_s + 2.0 * self.more_s * seconds)
+        number = most if most * twice_s <= 2.0 * seconds else max(1, ceil(2.0 * seconds / twice_s))
+        while number > 1 and self.seconds(number - 1) >= seconds:  # by rounding
+            number -= 1
+        while number < most and self.seconds(number) < seconds:
+            number += 1
+        return number
 
 
 def num_left(chunks: list[Chunk]) -> list[int]:
@@ -36,38 +45,35 @@ def num_left(chunks: list[Chunk]) -> list[int]:
 class DecodeRow:
     """The last of its steps ends with `end`."""
 
-    costs: Costs
+    steps: Steps
     began_s: float
     chunks: list[Chunk]
-    context: int
     num_steps: int
     silent: list[int]  # steps after which nobody has to hear of a token of each chunk
     end: Event
 
-    def seconds(self, num_steps: int) -> float:
-        """Of the first ones."""
-        return self.costs.decodes_s(len(self.chunks), self.context, num_steps)
-
     def num_begun(self, elapsed_s: float) -> int:
         """The step that runs then is the last of so many."""
-        return first_step_after(self.costs, elapsed_s, len(self.chunks), self.context, self.num_steps)
+        return self.steps.first_after(elapsed_s, self.num_steps)
 
     def num_done(self, elapsed_s: float) -> int:
         num_steps = self.num_begun(elapsed_s)
-        return num_steps - (self.seconds(num_steps) > elapsed_s)
+        return num_steps - (self.steps.seconds(num_steps) > elapsed_s)
 
     def catch_up(self, kv: KVCache, num_steps: int) -> list[Chunk]:
         """Makes so many steps in the books, but for the last one of those chunks that are returned: of these the stage
         has to hear."""
         said: list[Chunk] = []
+        tokens = [TOKEN.token_id] * num_steps
         for chunk, num_silent in zip(self.chunks, self.silent, strict=True):
             sequence, made = chunk.sequence, num_steps
             if num_silent < num_steps:
                 said.append(chunk)
                 made -= 1
-            sequence.token_ids += [TOKEN.token_id] * made
+                if not made:
+                    continue
+            sequence.token_ids += tokens if made == num_steps else tokens[1:]
             sequence.num_computed += made
-            if made:
-                kv.hold(sequence, sequence.num_computed + num_steps - made)
-                kv.seal(sequence)
+            kv.hold(sequence, sequence.num_computed + num_steps - made)
+            kv.seal(sequence)
         return said

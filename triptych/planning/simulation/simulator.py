@@ -137,8 +137,7 @@ class Simulation:
         """One record per request, in their order. The instances are at rest afterwards, and their books are checked."""
         self.follows_tokens = self._needs_tokens(demands)
         self.records = [Record(demand) for demand in demands]
-        for record in self.records:
-            self.frontend.expect(record)
+        self.frontend.expect(self.records)
         for failure in self._options.failures:
             self.clock.at(failure.at_s, self._fail, failure)
         frontend = self.frontend
