@@ -23,7 +23,7 @@ from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.sizes import Sizes
 from triptych.planning.simulation.clock import Clock, Event
 from triptych.planning.simulation.host import Host, Job, weight_of
-from triptych.planning.simulation.rows import TOKEN, DecodeRow, Steps, num_left
+from triptych.planning.simulation.rows import TOKEN, DecodeRow, StepTimes, num_left
 from triptych.planning.workloads.demand import Item
 from triptych.routing import RoutingTable
 from triptych.stages.base import Pull, Surroundings
@@ -411,11 +411,11 @@ class SimulatedInstance:
         self._wake_up(Stage.DECODE)
         owed_s = self._take_owed_s()
         left = num_left(chunks)
-        steps = Steps(first_s, self._costs.decode_growth_s(len(chunks)))
-        num_steps = 1 if owed_s else self._num_equal_steps(steps, len(chunks), min(left))
-        end = self._later(steps.seconds(num_steps) + owed_s, self._decoded)
+        times = StepTimes(first_s, self._costs.decode_growth_s(len(chunks)))
+        num_steps = 1 if owed_s else self._num_equal_steps(times, len(chunks), min(left))
+        end = self._later(times.seconds(num_steps) + owed_s, self._decoded)
         silent = self._silent_steps(chunks, left)
-        self._row = DecodeRow(steps, self._clock.now + owed_s, chunks, num_steps, silent, end)
+        self._row = DecodeRow(times, self._clock.now + owed_s, chunks, num_steps, silent, end)
 
     def _decoded_once(self, chunks: list[Chunk], began_s: float) -> None:
         assert self.stages.decode is not None
@@ -435,7 +435,7 @@ class SimulatedInstance:
         self._heard_of = frozenset(ids)
         return silent
 
-    def _num_equal_steps(self, steps: Steps, num_sequences: int, most: int) -> int:
+    def _num_equal_steps(self, times: StepTimes, num_sequences: int, most: int) -> int:
         """How many steps, of at most `most`, would go as this one unless something arrives: nobody joins, leaves, is
         short of a block, or has to report before the last of them."""
         assert self.pools.kv is not None
@@ -444,11 +444,11 @@ class SimulatedInstance:
         if not others_idle or self._leave is not None or tokens_take_time:
             return 1  # among others where tokens keep the server busy, one step after the other
         until_report = self._reported_at + self.sizes.heartbeat_s - self._clock.now
-        if until_report <= steps.first_s:
+        if until_report <= times.first_s:
             return 1
         usage = self.pools.kv.usage()
         most = min(most, max(1, (usage.free + usage.cached) // num_sequences * KV_BLOCK_TOKENS))
-        return steps.first_after(until_report, most)
+        return times.first_after(until_report, most)
 
     def _cut(self, row: DecodeRow) -> None:
         """Something arrived: the step that runs now is the last one of the row."""
@@ -458,14 +458,14 @@ class SimulatedInstance:
         if num_steps < row.num_steps:
             row.end.cancel()
             row.num_steps = num_steps
-            ends_at = row.began_s + row.steps.seconds(num_steps)
+            ends_at = row.began_s + row.times.seconds(num_steps)
             row.end = self._later(max(ends_at - self._clock.now, 0.0), self._decoded)
 
     def _decoded(self) -> None:
         row, self._row = self._row, None
         assert row is not None
         self._network.computed(self, "decode", row.began_s, len(row.chunks))
-        self.pace.observe_row(Stage.DECODE, len(row.chunks), row.num_steps, row.steps.first_s, row.steps.more_s)
+        self.pace.observe_row(Stage.DECODE, len(row.chunks), row.num_steps, row.times.first_s, row.times.more_s)
         self._make(row, row.num_steps)
         self._end_turn(busy=True)
 
@@ -477,7 +477,7 @@ class SimulatedInstance:
 
     def _make(self, row: DecodeRow, num_steps: int) -> None:
         assert self.stages.decode is not None and self.pools.kv is not None
-        self.work.steps_s[Stage.DECODE] += row.steps.seconds(num_steps)
+        self.work.steps_s[Stage.DECODE] += row.times.seconds(num_steps)
         said = row.catch_up(self.pools.kv, num_steps)
         self.stages.decode.commit(said, [TOKEN] * len(said))
         self._flush()

@@ -11,8 +11,8 @@ TOKEN = SampledToken(1)
 
 
 @dataclass(slots=True)
-class Steps:
-    """Steps in a row over the same sequences: each takes `more_s` longer than the one before it."""
+class StepTimes:
+    """Of steps in a row over the same sequences: each takes `more_s` longer than the one before it."""
 
     first_s: float
     more_s: float
@@ -45,7 +45,7 @@ def num_left(chunks: list[Chunk]) -> list[int]:
 class DecodeRow:
     """The last of its steps ends with `end`."""
 
-    steps: Steps
+    times: StepTimes
     began_s: float
     chunks: list[Chunk]
     num_steps: int
@@ -54,11 +54,11 @@ class DecodeRow:
 
     def num_begun(self, elapsed_s: float) -> int:
         """The step that runs then is the last of so many."""
-        return self.steps.first_after(elapsed_s, self.num_steps)
+        return self.times.first_after(elapsed_s, self.num_steps)
 
     def num_done(self, elapsed_s: float) -> int:
         num_steps = self.num_begun(elapsed_s)
-        return num_steps - (self.steps.seconds(num_steps) > elapsed_s)
+        return num_steps - (self.times.seconds(num_steps) > elapsed_s)
 
     def catch_up(self, kv: KVCache, num_steps: int) -> list[Chunk]:
         """Makes so many steps in the books, but for the last one of those chunks that are returned: of these the stage
