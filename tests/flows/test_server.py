@@ -104,10 +104,11 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_second(server: str) -> N
         httpx.Client(timeout=30) as client,
         client.stream("POST", f"{server}/v1/chat/completions", json=body) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()  # as long as it is held: httpx closes what nobody iterates over any more
+        next(lines)
         deadline = time.monotonic() + 5
-        while is_idle(cluster(server)):
-            assert time.monotonic() < deadline, "the request never showed up in the cluster's state"
+        while is_idle(view := cluster(server)):
+            assert time.monotonic() < deadline, f"the request never showed up in the cluster's state: {view}"
             time.sleep(0.02)
     wait_until_idle(server, timeout_s=1)
 
