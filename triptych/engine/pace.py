@@ -50,8 +50,7 @@ class Pace:
         """Totals since the start: encode_steps, encode_tokens, encode_busy_s, ..."""
         totals: dict[str, float] = {}
         for stage, steps in self._steps.items():
-            names = _COUNTED[stage]
-            totals[names[0]], totals[names[1]], totals[names[2]] = steps.number, steps.tokens, steps.busy_s
+            totals |= zip(_COUNTED[stage], (steps.number, steps.tokens, steps.busy_s), strict=True)
         return totals
 
     def of(self, stage: Stage) -> float:
