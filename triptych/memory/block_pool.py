@@ -28,9 +28,11 @@ class BlockPool:
             f"asked for {num_blocks} blocks, {self.num_free} of {self.num_blocks} free"
         )
         blocks: list[int] = []
-        while len(blocks) < num_blocks:
+        left = num_blocks
+        while left:
             begin, end = self._free[0]
-            taken = min(end, begin + num_blocks - len(blocks))
+            taken = min(end, begin + left)
+            left -= taken - begin
             blocks.extend(range(begin, taken))
             self._is_free[begin:taken] = bytes(taken - begin)
             if taken < end:

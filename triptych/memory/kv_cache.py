@@ -51,6 +51,11 @@ class KVCache:
 
     # ---- space
 
+    @property
+    def num_available(self) -> int:
+        """Blocks that are free, or that nobody needs."""
+        return self._pool.num_free + len(self._reusable)
+
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks of a sequence of that many tokens."""
         return self.state_blocks + -(-num_tokens // self.block_tokens)
@@ -65,7 +70,7 @@ class KVCache:
 
     def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether the sequence can hold so much. Takes what is held for later, if need be."""
-        while self.num_missing(sequence, num_tokens) > self._num_available:
+        while self.num_missing(sequence, num_tokens) > self.num_available:
             if not (self.reclaim_ahead() or self.reclaim_waiting()):
                 return False
         return True
@@ -82,7 +87,7 @@ class KVCache:
         """As `make_room_for_new`, beside everything that is held now."""
         unused = sum(block in self._reusable for block in found)
         missing = self.num_missing(sequence, num_tokens) - len(found) + unused
-        return missing + self.growth_reserve <= self._num_available
+        return missing + self.growth_reserve <= self.num_available
 
     def hold(self, sequence: Sequence, num_tokens: int, found: Seq[int] = ()) -> None:
         """Grows the block table to `num_tokens`; the caller asked for room first. A new sequence begins with the
@@ -93,7 +98,7 @@ class KVCache:
             sequence.block_table.extend(found)
             sequence.sealed = [self._hash_of[block] for block in found]
             sequence.num_computed = len(found) * self.block_tokens
-        missing = self.num_blocks_for(num_tokens) - len(sequence.block_table)
+        missing = self.state_blocks - (-num_tokens // self.block_tokens) - len(sequence.block_table)  # as for most: 0
         if missing > 0:
             blocks = self._allocate(missing)
             self.refer(blocks)
@@ -115,15 +120,14 @@ class KVCache:
 
     def give_back(self, blocks: Seq[int]) -> None:
         """One reference less to each. The end of a prefix becomes reusable, and so is evicted, before its beginning."""
-        references, unused = self._num_references, list[int]()
-        for block in reversed(blocks):
-            left = references[block] = references[block] - 1
-            assert left >= 0, f"block {block} given back more often than shared"
-            if not left:
-                if block in self._hash_of:
-                    self._reusable[block] = None
-                else:
-                    unused.append(block)
+        references = self._num_references
+        for block in blocks:
+            references[block] -= 1
+            assert references[block] >= 0, f"block {block} given back more often than shared"
+        unused = [block for block in blocks if not references[block]]
+        if self._hash_of:
+            self._reusable |= dict.fromkeys(block for block in reversed(unused) if block in self._hash_of)
+            unused = [block for block in unused if block not in self._hash_of]
         self._pool.free(unused)
 
     def computed_blocks(self, sequence: Sequence) -> list[int]:
@@ -185,10 +189,6 @@ class KVCache:
         assert {block: hash_ for hash_, block in self._block_of.items()} == self._hash_of, (
             f"{len(self._block_of)} hashes of {len(self._hash_of)} blocks"
         )
-
-    @property
-    def _num_available(self) -> int:
-        return self._pool.num_free + len(self._reusable)
 
     def _allocate(self, num_blocks: int) -> list[int]:
         while not self._pool.can_allocate(num_blocks):

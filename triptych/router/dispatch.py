@@ -197,7 +197,7 @@ class Dispatcher:
         """Who would have this prompt's KV first: busy with other work, less what its prefix cache saves."""
         if not self.table.serving(Stage.PREFILL):
             return None
-        busy = self._busy_s()
+        busy = self._busy_s(Stage.PREFILL)
         for peer in self.table.serving(Stage.PREFILL):
             num_cached = self._num_cached(peer.id, task.hashes)
             busy[peer.id] += (task.num_tokens - num_cached) * self._pace_s(peer.id, Stage.PREFILL)
@@ -218,7 +218,7 @@ class Dispatcher:
         encoders = assign_units(
             self.table,
             units,
-            self._busy_s(),
+            self._busy_s(Stage.ENCODE),
             max(paces, default=UNKNOWN_PACE_S),
             items={unit.hash: prompt.media[unit.hash].hash for unit in units},
             holders={unit.hash: self._directory.holders(unit.hash) for unit in units},
@@ -257,11 +257,15 @@ class Dispatcher:
             media = prompt.media[units[0].hash]
             self._wire.send(encoder, Encode(attempt.request_id, media, tuple(units), attempt.prefill))
 
-    def _busy_s(self) -> dict[InstanceId, float]:
-        """Predicted work of each instance, all stages together (one loop does them all), with what it has not
-        reported yet."""
-        reported = {id: sum(load.work_s.values()) for id, load in self.loads.items()}
-        return {id: reported.get(id, 0.0) + self._unreported_s.get(id, 0.0) for id in self.table.peers}
+    def _busy_s(self, stage: Stage) -> dict[InstanceId, float]:
+        """Predicted work of each instance that serves the stage, of all its stages together (one loop does them all),
+        with what it has not reported yet."""
+        busy: dict[InstanceId, float] = {}
+        for peer in self.table.serving(stage):
+            load = self.loads.get(peer.id)
+            reported_s = 0.0 if load is None else sum(load.work_s.values())
+            busy[peer.id] = reported_s + self._unreported_s.get(peer.id, 0.0)
+        return busy
 
     def _pace_s(self, instance: InstanceId, stage: Stage) -> float:
         """Never 0, which is what an instance reports before its first step: work that costs nothing is not spread."""

@@ -88,6 +88,8 @@ class Router:
     def take(self, message: AnyMessage) -> bool:
         """Anything but tokens. False for what is not for a router."""
         match message:
+            case Load():  # most are
+                self.dispatcher.take_load(message)
             case Located():
                 self._located(message)
             case Wanted():
@@ -96,8 +98,6 @@ class Router:
                 self.dispatcher.take_evicted(message)
             case Failed():
                 self._failed(message)
-            case Load():
-                self.dispatcher.take_load(message)
             case Table():
                 if self.dispatcher.take_table(message):
                     self.backlog.instances_changed()

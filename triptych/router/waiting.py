@@ -108,6 +108,7 @@ class WaitingRoom(Generic[T]):
         self._lines: dict[Kind, _Line[T]] = {kind: _Line() for kind in Kind}
         self._instances: dict[Stage, int] = dict.fromkeys(Stage, 0)
         self._absent_since: dict[Stage, float] = dict.fromkeys(Stage, 0.0)
+        self._missing: dict[Kind, Stage | None] = {kind: kind.stages[0] for kind in Kind}
         self.num_out = 0  # sequences with the instances
         self.returning: frozenset[Stage] = frozenset()  # served again soon: by whoever is changing its role
         self._count = itertools.count()
@@ -122,10 +123,12 @@ class WaitingRoom(Generic[T]):
                 self._absent_since.pop(stage, None)
             else:
                 self._absent_since.setdefault(stage, now)
+        for kind in Kind:
+            self._missing[kind] = next((stage for stage in kind.stages if not self._instances[stage]), None)
 
     def missing_stage(self, kind: Kind) -> Stage | None:
         """One that requests of this kind need and that has no instance."""
-        return next((stage for stage in kind.stages if not self._instances[stage]), None)
+        return self._missing[kind]
 
     def absent_since(self, stage: Stage) -> float:
         """Of a stage that has no instance."""

@@ -66,14 +66,18 @@ class DecodeStage:
 
     @property
     def queues(self) -> dict[str, int]:
-        waiting = len(self._waiting) + len(self._arriving) + len(self._here) + len(self._offloaded)
-        return {"decode_waiting": waiting, "decode_running": len(self._running)}
+        return {"decode_waiting": self.num_waiting, "decode_running": len(self._running)}
 
     @property
     def is_empty(self) -> bool:
         """Whether no sequence is here or on its way. What was handed over counts among the leases."""
         places = (self._waiting, self._arriving, self._here, self._running, self._offloaded)
         return not any(places)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are here or on their way, and not in the batch."""
+        return len(self._waiting) + len(self._arriving) + len(self._here) + len(self._offloaded)
 
     @property
     def num_running(self) -> int:

@@ -4,6 +4,7 @@ It makes the same steps as `engine.engine.Engine`: messages are taken between tw
 take comes from a cost model. Decode steps in which nothing can change are made in one event, with the same outcome.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -97,6 +98,7 @@ class SimulatedInstance:
         self._inbox: list[AnyMessage | Settled | Leave | RoutingTable] = []
         self._busy = False  # a step is under way, the next turn is on its way, or it changes its role
         self._gone = False
+        self._next: Event | None = None  # what it did last, or does next, by itself
         self._job: Job | None = None  # the last one on the host
         self._working_on: list[RequestId] = []  # in the step that is under way
         self._owed_s = 0.0  # what cold caches, and KV that went to host memory and back, take of the next step
@@ -130,12 +132,17 @@ class SimulatedInstance:
     def kill(self) -> list[RequestId]:
         """From now on it does nothing and says nothing but the tokens of steps that it has made. Returns those that it
         was working on, as its black box would have them."""
+        suspects = self._working_on if self._busy else []
         if self._job is not None and self._host is not None:
             self._host.cancel(self._job)
-        if self._row is not None:
-            self._say_what_is_done(self._row)
-        self._gone = True
-        return self._working_on if self._busy else []
+        for event in (self._next, self._wake):
+            if event is not None:
+                event.cancel()
+        row, self._row = self._row, None
+        if row is not None:
+            self._say_what_is_done(row)
+        self._gone = self._busy = True  # for ever: nothing begins any more
+        return suspects
 
     def _install(self, role: Role, sizes: Sizes) -> None:
         self.role, self.sizes = role, sizes
@@ -200,12 +207,8 @@ class SimulatedInstance:
             self._busy = True
             self._later(0.0, self._turn)
 
-    def _later(self, seconds: float, action: Callable[..., None], *arguments: Any) -> Event:
-        return self._clock.after(seconds, self._unless_gone, action, arguments)
-
-    def _unless_gone(self, action: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        if not self._gone:
-            action(*arguments)
+    def _later(self, seconds: float, action: Callable[..., None], *arguments: Any) -> None:
+        self._next = self._clock.after(seconds, action, *arguments)
 
     def _compute(
         self,
@@ -221,9 +224,7 @@ class SimulatedInstance:
             return
         threads = threads or self._costs.threads  # the system is fair to threads
         weight = self._weight * threads
-        self._job = self._host.run(
-            seconds * threads, weight, self._unless_gone, done, arguments, threads=threads, crowding=crowding
-        )
+        self._job = self._host.run(seconds * threads, weight, done, *arguments, threads=threads, crowding=crowding)
 
     def _step(self, stage: Stage, seconds: float, done: Callable[..., None], *arguments: Any) -> None:
         """Computes a step, with what it owes, what cold caches add to it, and others that work beside it. `done` gets
@@ -231,12 +232,15 @@ class SimulatedInstance:
         self._wake_up(stage)
         self.work.steps_s[stage] += seconds
         seconds += self._take_owed_s()
-        crowding = self._costs.crowding(stage)
-        self._compute(seconds, self._stepped, stage, done, *arguments, self._clock.now, crowding=crowding)
+        if self._host is None:
+            self._later(seconds, done, *arguments, self._clock.now)
+        else:
+            crowding = self._costs.crowding(stage)
+            self._compute(seconds, self._stepped, stage, done, *arguments, self._clock.now, crowding=crowding)
 
     def _stepped(self, stage: Stage, done: Callable[..., None], *arguments: Any) -> None:
-        if self._job is not None:
-            self.work.steps_s[stage] += self._job.crowded_s / self._job.threads
+        assert self._job is not None
+        self.work.steps_s[stage] += self._job.crowded_s / self._job.threads
         done(*arguments)
 
     def _receive(self) -> None:
@@ -331,8 +335,8 @@ class SimulatedInstance:
         if self.stages.decode is None or self._decode_wait_s() > 0:
             return []
         plan = self.stages.decode.schedule()
-        num_blocks = sum(len(blocks) for _, blocks in [*plan.offloads, *plan.restores])
-        self._owed_s += self._costs.offload_s(num_blocks * KV_BLOCK_TOKENS)
+        for _, blocks in itertools.chain(plan.offloads, plan.restores):
+            self._owed_s += self._costs.offload_s(len(blocks) * KV_BLOCK_TOKENS)
         self._metronome.stepped((chunk.sequence.request_id for chunk in plan.chunks), self._clock.now)
         return plan.chunks
 
@@ -357,7 +361,6 @@ class SimulatedInstance:
         if self.stages.decode is not None:
             self.stages.decode.commit(decodes, [TOKEN] * len(decodes))
         self.stages.prefill.commit(chunks, [TOKEN for chunk in chunks if chunk.samples])
-        self._flush()
         self._end_turn(busy=True)
 
     def _end_turn(self, *, busy: bool) -> None:
@@ -399,30 +402,32 @@ class SimulatedInstance:
     def _wake_in(self, seconds: float) -> None:
         if self._wake is not None:
             self._wake.cancel()
-        self._wake = self._later(seconds, self._news)
+        self._wake = self._clock.after(seconds, self._news)
 
     # ---- decode steps in a row
 
     def _begin_decodes(self, chunks: list[Chunk]) -> None:
-        first_s = self._costs.decode_s(len(chunks), sum([chunk.start for chunk in chunks]))
-        if self._host is not None:  # one step after the other: others change how long it takes
-            self._step(Stage.DECODE, first_s, self._decoded_once, chunks)
-            return
+        context = sum([chunk.start for chunk in chunks])
+        if self._host is None:
+            self._begin_row(chunks, context)
+        else:  # one step after the other: others change how long it takes
+            self._step(Stage.DECODE, self._costs.decode_s(len(chunks), context), self._decoded_once, chunks)
+
+    def _begin_row(self, chunks: list[Chunk], context: int) -> None:
         self._wake_up(Stage.DECODE)
         owed_s = self._take_owed_s()
         left = num_left(chunks)
-        times = StepTimes(first_s, self._costs.decode_growth_s(len(chunks)))
+        times = StepTimes(self._costs.decode_s(len(chunks), context), self._costs.decode_growth_s(len(chunks)))
         num_steps = 1 if owed_s else self._num_equal_steps(times, len(chunks), min(left))
-        end = self._later(times.seconds(num_steps) + owed_s, self._decoded)
         silent = self._silent_steps(chunks, left)
-        self._row = DecodeRow(times, self._clock.now + owed_s, chunks, num_steps, silent, end)
+        self._row = DecodeRow(times, self._clock.now + owed_s, chunks, context, num_steps, silent)
+        self._later(times.seconds(num_steps) + owed_s, self._decoded)
 
     def _decoded_once(self, chunks: list[Chunk], began_s: float) -> None:
         assert self.stages.decode is not None
         self.pace.observe(Stage.DECODE, len(chunks), self._clock.now - began_s)
         self._network.computed(self, "decode", began_s, len(chunks))
         self.stages.decode.commit(chunks, [TOKEN] * len(chunks))
-        self._flush()
         self._end_turn(busy=True)
 
     def _silent_steps(self, chunks: list[Chunk], left: list[int]) -> list[int]:
@@ -439,16 +444,20 @@ class SimulatedInstance:
         """How many steps, of at most `most`, would go as this one unless something arrives: nobody joins, leaves, is
         short of a block, or has to report before the last of them."""
         assert self.pools.kv is not None
-        others_idle = all(stage is None or stage.is_empty for stage in (self.stages.encode, self.stages.prefill))
         tokens_take_time = self._costs.server_step or self._costs.server_token
-        if not others_idle or self._leave is not None or tokens_take_time:
+        if not self._others_are_idle or self._leave is not None or tokens_take_time:
             return 1  # among others where tokens keep the server busy, one step after the other
         until_report = self._reported_at + self.sizes.heartbeat_s - self._clock.now
         if until_report <= times.first_s:
             return 1
-        usage = self.pools.kv.usage()
-        most = min(most, max(1, (usage.free + usage.cached) // num_sequences * KV_BLOCK_TOKENS))
+        most = min(most, max(1, self.pools.kv.num_available // num_sequences * KV_BLOCK_TOKENS))
         return times.first_after(until_report, most)
+
+    @property
+    def _others_are_idle(self) -> bool:
+        """The stages beside decode."""
+        encode, prefill = self.stages.encode, self.stages.prefill
+        return (encode is None or encode.is_empty) and (prefill is None or prefill.is_empty)
 
     def _cut(self, row: DecodeRow) -> None:
         """Something arrived: the step that runs now is the last one of the row."""
@@ -456,10 +465,11 @@ class SimulatedInstance:
             return
         num_steps = row.num_begun(self._clock.now - row.began_s)
         if num_steps < row.num_steps:
-            row.end.cancel()
+            assert self._next is not None
+            self._next.cancel()
             row.num_steps = num_steps
             ends_at = row.began_s + row.times.seconds(num_steps)
-            row.end = self._later(max(ends_at - self._clock.now, 0.0), self._decoded)
+            self._later(max(ends_at - self._clock.now, 0.0), self._decoded)
 
     def _decoded(self) -> None:
         row, self._row = self._row, None
@@ -467,20 +477,35 @@ class SimulatedInstance:
         self._network.computed(self, "decode", row.began_s, len(row.chunks))
         self.pace.observe_row(Stage.DECODE, len(row.chunks), row.num_steps, row.times.first_s, row.times.more_s)
         self._make(row, row.num_steps)
-        self._end_turn(busy=True)
+        if self._goes_on(row):
+            self._flush()
+            self._report(busy=True)
+            self._metronome.stepped(self._working_on, self._clock.now)
+            self._begin_row(row.chunks, row.context + row.num_steps * len(row.chunks))
+        else:
+            self._end_turn(busy=True)
+
+    def _goes_on(self, row: DecodeRow) -> bool:
+        """Whether it ended only to be reported: a turn would begin with the same sequences again."""
+        decode, kv = self.stages.decode, self.pools.kv
+        assert decode is not None and kv is not None
+        if self._inbox or self._leave is not None or not self._clock.is_quiet or self.near.out.messages:
+            return False
+        same = decode.num_running == len(row.chunks) and not decode.num_waiting
+        return same and self._others_are_idle and kv.num_available >= len(row.chunks)
 
     def _say_what_is_done(self, row: DecodeRow) -> None:
         """Of a row that breaks off. The engine would have said each token as it came."""
         num_steps = row.num_done(self._clock.now - row.began_s)
         if num_steps:
             self._make(row, num_steps)
+            self._flush()
 
     def _make(self, row: DecodeRow, num_steps: int) -> None:
         assert self.stages.decode is not None and self.pools.kv is not None
         self.work.steps_s[Stage.DECODE] += row.times.seconds(num_steps)
         said = row.catch_up(self.pools.kv, num_steps)
         self.stages.decode.commit(said, [TOKEN] * len(said))
-        self._flush()
 
     # ---- what leaves
 
@@ -517,9 +542,9 @@ class SimulatedInstance:
             self._reported_at = self._clock.now
         load = self.load()
         mail: Mail = [(FRONTEND, load)]
-        evicted = Evicted(self.id, self.pools.take_evicted_units(), self.pools.take_evicted_blocks())
-        if evicted.units or evicted.blocks:
-            mail.append((FRONTEND, evicted))
+        units, blocks = self.pools.take_evicted_units(), self.pools.take_evicted_blocks()
+        if units or blocks:
+            mail.append((FRONTEND, Evicted(self.id, units, blocks)))
         if Stage.DECODE in load.work_s:
             self.near.take_load(load)
             mail += [(peer.id, load) for peer in self.near.table.serving(Stage.PREFILL) if peer.id != self.id]

@@ -5,7 +5,6 @@ from math import ceil, sqrt
 
 from triptych.core import Chunk, SampledToken
 from triptych.memory.kv_cache import KVCache
-from triptych.planning.simulation.clock import Event
 
 TOKEN = SampledToken(1)
 
@@ -43,14 +42,14 @@ def num_left(chunks: list[Chunk]) -> list[int]:
 
 @dataclass(slots=True, eq=False)
 class DecodeRow:
-    """The last of its steps ends with `end`."""
+    """One that is under way. `context`: tokens of its sequences before it, together."""
 
     times: StepTimes
     began_s: float
     chunks: list[Chunk]
+    context: int
     num_steps: int
     silent: list[int]  # steps after which nobody has to hear of a token of each chunk
-    end: Event
 
     def num_begun(self, elapsed_s: float) -> int:
         """The step that runs then is the last of so many."""
