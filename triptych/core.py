@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, NewType, Self
 
 import msgspec
@@ -27,6 +28,9 @@ class Stage(enum.StrEnum):
     ENCODE = "e"  # media to embeddings
     PREFILL = "p"  # prompt to KV cache and first token
     DECODE = "d"  # tokens one by one
+
+
+STAGE_SETS = [frozenset(stages) for number in (1, 2, 3) for stages in combinations(Stage, number)]
 
 
 class Role(enum.StrEnum):

@@ -173,6 +173,7 @@ def test_the_least_cost_is_told_for_a_rate(workload: Path):
         (("--gpus", "0"), "--gpus: 0 is not between 1 and 64"),
         (("--budget", "4"), "--budget: '4' has no unit; use USD/h"),
         (("--budget", "1 USD/h"), "--budget: 1 USD/h buys nothing: one A100-80G costs"),
+        (("--budget", "1e30 USD/h"), "--budget: 1e+30 USD/h buys more than 64 GPUs"),
         (("--gpus", "2", "--objective", "speed"), "--objective: 'speed' is none of rate, goodput, cost"),
         (("--gpus", "2", "--beta", "-1"), "--beta: -1.0 is not a finite number of at least 0"),
         (("--gpus", "2", "--beta", "nan"), "--beta: nan is not a finite number"),
@@ -201,6 +202,12 @@ def test_the_least_cost_is_told_for_a_rate(workload: Path):
 )
 def test_bad_flags_are_refused_with_their_valid_range(arguments: tuple[str, ...], said: str):
     assert said in refusal(*arguments)
+
+
+def test_where_the_script_cannot_be_written_nothing_is_planned(tmp_path: Path):
+    (tmp_path / "plan.vllm.sh").mkdir()
+    said = f"--export: {tmp_path}/plan.vllm.sh is a folder"
+    assert said in refusal("--gpus", "2", "--export", "vllm", "-o", tmp_path / "plan.yaml")
 
 
 def test_an_slo_that_nothing_can_keep_is_told_with_what_is_needed(workload: Path, tmp_path: Path):

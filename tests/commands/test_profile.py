@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from tests.planning.test_profile import make_profile
-from triptych.commands.profile import described, profile, tell
+from triptych.commands.profile import described, next_command, profile, tell
 from triptych.errors import ConfigError
 from triptych.planning.costs.profile import Residual
 
@@ -42,7 +42,7 @@ def test_wrong_flags_are_refused_by_name(tmp_path: Path, arguments: list[str], s
 
 
 def test_costs_are_told_in_words_and_what_is_unknown_by_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
-    tell(make_profile(encode_step=0.0123456), Path("profile.json"), "./my model", quick=False)
+    tell(make_profile(encode_step=0.0123456), quick=False)
     output = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in output.splitlines() if "│" in line]
     said = {row[0]: row[1] for row in rows}
@@ -50,10 +50,11 @@ def test_costs_are_told_in_words_and_what_is_unknown_by_a_dash(capsys: pytest.Ca
     assert said["encode: a pixel of it"] == said["bytes to host memory and back"] == "-"
     assert said["KV of a token"] == "57.3 kB"
     assert "_" not in "".join(said) and "None" not in output
-    assert output.endswith("next: triptych simulate './my model' --profile profile.json\n")
 
 
 def test_what_is_simulated_next_is_a_folder_of_this_machine(tmp_path: Path) -> None:
+    assert next_command(Path("p.json"), None) == "triptych simulate --profile p.json"
+    assert next_command(Path("p.json"), "./my model") == "triptych simulate './my model' --profile p.json"
     assert described(None, "/hub/snapshot") is None
     assert described(str(tmp_path), "/elsewhere") == str(tmp_path)
     assert described("Qwen/Qwen2.5-VL-3B-Instruct", "/hub/snapshot") == "/hub/snapshot"
@@ -61,9 +62,8 @@ def test_what_is_simulated_next_is_a_folder_of_this_machine(tmp_path: Path) -> N
 
 def test_a_fit_that_is_far_off_is_said_with_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
     poor = replace(make_profile(), residuals={"decode": Residual(samples=9, median=0.1, worst=0.24)})
-    tell(poor, Path("p.json"), None, quick=True)
+    tell(poor, quick=True)
     output = capsys.readouterr().out
     assert "Far off at worst: decode. To do better, measure without --quick, and keep the machine free" in output
-    assert output.endswith("next: triptych simulate --profile p.json\n")
-    tell(make_profile(), Path("p.json"), None, quick=True)
+    tell(make_profile(), quick=True)
     assert "Far off" not in capsys.readouterr().out

@@ -201,6 +201,10 @@ def test_files_of_one_run_are_refused_for_several(tmp_path: Path, flag: str) -> 
         (("--seed", "-1"), "--seed: -1 is not between 0 and 4294967295"),
         (("--attainment", "1.5"), "--attainment: 1.5 is not above 0 and at most 1"),
         (("--slo-ttft", "2"), "--slo-ttft: '2' has no unit"),
+        (
+            ("--slo-ttft", "1e306 s"),
+            "--slo-ttft: '1e306 s' is out of range; a finite number above 0 is needed, at most",
+        ),
         (("--slo-tpot", "0 ms"), "--slo-tpot: '0 ms' is out of range; a finite number above 0 is needed"),
         (("--schedule", "lifo"), "--schedule: 'lifo' is none of fcfs, sjf, slo"),
         (("--max-queue-s", "inf"), "--max-queue-s: inf is not a finite number above 0"),
@@ -224,6 +228,25 @@ def test_a_request_that_the_model_cannot_take_is_refused_with_its_workload(tmp_p
     arrivals = {"process": "poisson", "rate": "1 req/s"}
     path.write_text(json.dumps({"name": "long", "arrivals": arrivals, "kinds": {"long": kind}, "num_requests": 2}))
     assert f"{path}: a request has 100010 tokens, the context of {MODEL} is" in refusal("--workload", str(path))
+
+
+def test_a_first_token_may_not_be_later_than_the_last(tmp_path: Path) -> None:
+    path = tmp_path / "late.json"
+    arrivals = {"process": "poisson", "rate": "1 req/s"}
+    kinds = {"short": {"text_tokens": 10, "output_tokens": 10}}
+    asked = {"arrivals": arrivals, "kinds": kinds, "num_requests": 2, "slo": {"e2e": "1 s"}}
+    path.write_text(json.dumps({"name": "late"} | asked))
+    said = "--slo-ttft, --slo-tpot: e2e: 1 s is less than ttft, 5 s; at least that is needed"
+    assert said in refusal("--workload", str(path), "--slo-ttft", "5 s")
+
+
+def test_a_share_of_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "free.json"
+    kinds = {"short": {"text_tokens": 10, "output_tokens": 10}}
+    arrivals = {"process": "poisson", "rate": "1 req/s"}
+    path.write_text(json.dumps({"name": "free", "arrivals": arrivals, "kinds": kinds, "num_requests": 2}))
+    said = "--attainment: is the share that keeps an SLO, and there is none; give --slo-ttft or --slo-tpot"
+    assert said in refusal("--workload", str(path), "--attainment", "0.5")
 
 
 def test_a_number_of_requests_is_refused_where_phases_say_it(tmp_path: Path) -> None:

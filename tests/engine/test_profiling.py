@@ -87,9 +87,9 @@ def test_a_picture_is_read_by_the_first_step_with_a_unit_of_it() -> None:
     steps = [[work(b"a", 0), work(b"a", 1)], [], [work(b"a", 2), work(b"b", 0)], [work(b"b", 1)]]
     samples = encode_samples([Turn(0.1, works=works) for works in steps], pixels=100)
     assert [[sample.amounts[name] for name in ENCODE] for sample in samples] == [
-        [1.0, 1.0, 100.0, 2.0, 18.0],
-        [1.0, 1.0, 100.0, 2.0, 18.0],
-        [1.0, 0.0, 0.0, 1.0, 9.0],
+        [1.0, 1.0, 100.0, 2.0, 18.0, 162.0],
+        [1.0, 1.0, 100.0, 2.0, 18.0, 162.0],
+        [1.0, 0.0, 0.0, 1.0, 9.0, 81.0],
     ]
 
 

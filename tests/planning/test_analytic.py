@@ -1,17 +1,18 @@
-"""Analytic profiles: rooflines that grow and shrink with the hardware, and that a fit can move."""
+"""Analytic profiles: rooflines that grow and shrink with the hardware."""
 
 from pathlib import Path
 
 import pytest
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
-from triptych.core import Role
+from triptych.core import EncodeUnit, EncodeWork, Media, Role, UnitHash
 from triptych.errors import ConfigError
-from triptych.planning.costs.analytic import PARTS, Efficiency, analytic_profile, calibrated
+from triptych.planning.costs.analytic import EFFICIENCY, analytic_profile
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.hardware import find_device, known_devices
-from triptych.planning.costs.profile import Profile, StageCosts
+from triptych.planning.costs.profile import Profile
 from triptych.planning.model.shapes import PRESETS, preset, shape_of
+from triptych.planning.quantities import FlopPerSecond
 
 A100 = find_device("A100-80G")
 AUDIO = {"model_type": "qwen2_audio"}
@@ -35,7 +36,7 @@ def test_every_model_has_a_profile_on_every_device(name: str, device: str, tmp_p
 
 
 def test_a_decode_step_reads_the_weights_and_a_full_prefill_step_computes() -> None:
-    shape, efficiency = preset("internvl2-8b"), Efficiency()
+    shape, efficiency = preset("internvl2-8b"), EFFICIENCY
     found = costs("internvl2-8b")
     read = 2 * (shape.language_parameters - shape.language.embedding) / (A100.memory_bandwidth * efficiency.decode)
     assert found.decode_step - efficiency.decode_launch == pytest.approx(read, rel=1e-6)
@@ -54,16 +55,21 @@ def test_a_cell_of_the_paper_is_near_before_any_fit() -> None:
     assert found.switch_weights < 0.7
 
 
-def test_units_of_any_size_cost_by_their_rows_and_tiles_by_their_number() -> None:
-    assert costs("internvl2-26b").encode_row == 0
-    assert costs("qwen3-vl-8b").encode_row > 0
-    small = costs("qwen3-vl-8b", picture=(640, 640))
-    large = costs("qwen3-vl-8b", picture=(4032, 3024))
-    assert large.encode_row > small.encode_row  # attention grows with the square
-    rows = sum(preset("qwen3-vl-8b").image(4032, 3024))
-    unit = preset("qwen3-vl-8b").image_units(4032, 3024)[0]
-    exact = preset("qwen3-vl-8b").encode_flops(unit) / (A100.flops * Efficiency().encode)
-    assert large.encode_unit + rows * large.encode_row == pytest.approx(exact)
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b"])
+@pytest.mark.parametrize("size", [(56, 84), (640, 480), (1344, 1344), (4032, 3024), (5000, 5000)])
+def test_pictures_that_are_taken_whole_cost_what_is_computed_for_them(name: str, size: tuple[int, int]) -> None:
+    """Attention grows with the square of their rows, and the rest with these."""
+    [unit] = preset(name).image_units(*size)
+    exact = preset(name).encode_flops(unit) / (A100.flops * EFFICIENCY.encode)
+    unit_of_step = EncodeUnit(UnitHash(b"unit"), "image", unit.rows, 0)
+    found, work = costs(name), EncodeWork(unit_of_step, Media(b"item", "image", b""), [])
+    assert found.encode_s([work], []) - found.encode_step == pytest.approx(exact, rel=0.02)
+
+
+def test_tiles_cost_by_their_number() -> None:
+    found = costs("internvl2-26b")
+    assert found.encode_unit > 0
+    assert found.encode_row == found.encode_pair == 0
 
 
 def test_more_devices_are_faster_but_not_by_their_number() -> None:
@@ -121,40 +127,7 @@ def test_memory_of_a_profile_gives_pools() -> None:
     assert sizes["d"].num_kv_blocks > sizes["epd"].num_kv_blocks > 10_000
 
 
-def test_calibration_multiplies_the_parts_of_a_stage_and_nothing_else() -> None:
-    profile = analytic_profile(preset("internvl2-8b"), A100)
-    moved = calibrated(profile, prefill=1.5, link=2.0)
-    before, after = asdict(profile.costs_of_steps), asdict(moved.costs_of_steps)
-    for name in PARTS["prefill"]:
-        assert after.pop(name) == pytest.approx(1.5 * before.pop(name))
-    assert after.pop("bytes_per_second") == pytest.approx(before.pop("bytes_per_second") / 2)
-    assert after == before
-    assert calibrated(profile) == profile
-
-
-def test_parts_are_fields_of_the_costs() -> None:
-    names = [name for part in PARTS.values() for name in part]
-    assert len(set(names)) == len(names)
-    assert set(names) < set(StageCosts.__struct_fields__)
-
-
-@pytest.mark.parametrize(
-    ("factors", "words"),
-    [
-        ({"encoding": 1.0}, "factors: 'encoding' is not known; known are encode, pixel, prefill"),
-        ({"encode": 0.0}, "factors.encode: 0.0 is not above 0"),
-        ({"decode": float("nan")}, "factors.decode: nan is not above 0"),
-        ({"link": -1.0}, "factors.link: -1.0 is not above 0"),
-    ],
-)
-def test_factor_that_is_none_is_refused(factors: dict[str, float], words: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        calibrated(analytic_profile(preset("internvl2-8b"), A100), **factors)
-    assert words in str(refused.value)
-
-
-def test_efficiency_is_a_share() -> None:
-    with pytest.raises(ConfigError, match=r"efficiency.encode: 1.5 is not above 0 and at most 1"):
-        Efficiency(encode=1.5)
-    with pytest.raises(ConfigError, match=r"efficiency.pixel: -1.0 is below 0"):
-        Efficiency(pixel=-1.0)
+def test_a_device_on_which_nothing_ends_is_refused() -> None:
+    slow = replace(A100, flops=FlopPerSecond(1e-300))
+    with pytest.raises(ConfigError, match=r"--gpu: internvl2-8b on A100-80G: .* s is out of range"):
+        analytic_profile(preset("internvl2-8b"), slow)

@@ -156,6 +156,14 @@ def test_a_server_that_is_not_told_has_a_gibibyte_for_kv_on_a_cpu_and_what_is_le
     assert on_gpu.as_served(one)[Role.EPD].num_kv_blocks == 64 * 257
 
 
+def test_an_encoder_needs_room_for_its_embeddings() -> None:
+    profile = make_profile()
+    free = profile.memory.free(Role.E)
+    assert profile.sizes(Role.E, embedding_bytes=0.9 * free).num_embedding_blocks
+    with pytest.raises(ConfigError, match="cannot hold what e of small needs"):
+        profile.sizes(Role.E, embedding_bytes=1.1 * free)
+
+
 def test_no_more_blocks_than_a_full_batch_could_fill() -> None:
     assert make_profile().sizes(Role.P, max_num_seqs=2).num_kv_blocks == 2 * 257
 

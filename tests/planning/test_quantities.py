@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from triptych.planning.quantities import (
+    MOST,
     Bytes,
     BytesPerSecond,
     DollarsPerHour,
@@ -125,9 +126,9 @@ def test_no_quantity_holds_what_no_file_may_say(value: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(value=st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False))
+@given(value=st.floats(min_value=0, max_value=MOST, exclude_min=True))
 @example(value=5e-324)
-@example(value=1.7976931348623157e308)
+@example(value=MOST)
 def test_text_gives_exactly_the_same_number_back(kind: type[Quantity], value: float) -> None:
     assert kind.parse(str(kind(value))) == value
 

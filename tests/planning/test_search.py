@@ -120,8 +120,7 @@ def test_where_nothing_fits_the_reason_is_told():
         searched(evaluator, HighestRate(), space=msgspec.structs.replace(space, num_gpus=1))
 
 
-def test_the_best_of_both_kinds_are_known():
+def test_the_best_that_does_everything_everywhere_is_known():
     split, whole = (Found(make_candidate(placement), 2.0, 3.0, 2.0) for placement in ("1e1pd", "2epd"))
-    outcome = Outcome([split, whole], {}, 0, 0, 2)
-    assert (outcome.split(), outcome.aggregated()) == (split, whole)
+    assert Outcome([split, whole], {}, 0, 0, 2).aggregated() == whole
     assert Outcome([split], {}, 0, 0, 1).aggregated() is None

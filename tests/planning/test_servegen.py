@@ -147,6 +147,7 @@ def test_windows_that_cannot_be_are_refused(tmp_path: Path, windows: str, told: 
     [
         ({}, r"chunk-0-dataset\.json: no dataset of a client: it is empty"),
         ({"noon": PICTURES}, r"chunk-0-dataset\.json: no dataset of a client"),
+        ({"nan": PICTURES}, r"chunk-0-dataset\.json: no dataset of a client: nan s is out of range"),
         ({"0": {"text_tokens": "{1: 1}"}}, r"chunk-0-dataset\.json: 0: output_tokens is missing"),
         (
             {"0": {"text_tokens": "{1: 1}", "output_tokens": "{1: 1}", "image_count": "{1: 1}"}},

@@ -209,7 +209,7 @@ def test_tokens_that_nobody_needs_to_hear_change_nothing(asked, placement, seed)
 def test_a_request_waits_at_the_frontend_while_the_instances_have_enough():
     simulation = Simulation(Placement.parse("1e1p1d"), PLAIN, WHOLE, Options(admission=AdmissionConfig(dispatch_s=0.5)))
     waiting: list[float] = []
-    simulation.every(1.0, lambda: waiting.append(sum(simulation.queued_s().values())))
+    simulation.every(1.0, lambda: waiting.append(sum(simulation.frontend.router.pressure().queued_s.values())))
     later = Demand(5.0, media=(Item((8,)),), text_tokens=4)  # the first one tells how long a row takes
     simulation.run([PICTURE] + [later] * 20)
     assert waiting[5] > waiting[10] > 0.0 and waiting[-1] == 0.0

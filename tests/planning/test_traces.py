@@ -124,6 +124,7 @@ def test_another_rate_stretches_the_times(steady: Path) -> None:
 def test_a_rate_is_that_of_the_part_that_is_played_whatever_ends_it(steady: Path) -> None:
     assert played(steady, duration_s=50.0, max_requests=5, rate=PerSecond(5)) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     assert played(steady, duration_s=50.0, max_requests=60, rate=PerSecond(2))[-1] == pytest.approx(24.5)
+    assert played(steady, duration_s=1000.0, rate=PerSecond(2))[-1] == pytest.approx(50)  # the file is shorter
 
 
 @pytest.mark.filterwarnings("error")

@@ -64,7 +64,7 @@ def test_the_example_of_a_trace_is_played_from_its_start_at_its_rate(tmp_path: P
     trace = msgspec.structs.replace(workload.trace, path=str(tmp_path / "trace.csv"))
     demands = msgspec.structs.replace(workload, trace=trace).demands(SimpleRows())
     assert [len(demand.media) for demand in demands] == [2, 1]
-    assert [demand.at_s for demand in demands] == pytest.approx([0, 30 * 2 / 3600 / 20])
+    assert [demand.at_s for demand in demands] == pytest.approx([0, 2 / 20])
 
 
 @pytest.mark.parametrize("text", INLINE)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from triptych.planning.costs.profile import Profile
     from triptych.planning.model.shape import ModelShape
     from triptych.planning.quantities import Quantity
+    from triptych.planning.workloads.workload import Slo, Workload
 
 Unit = TypeVar("Unit", bound="Quantity")
 
@@ -47,11 +48,33 @@ def check_alone(flag: str, others: Mapping[str, object]) -> None:
 
 
 def check_folders(files: Mapping[str, Path | None]) -> None:
-    """Of files by their flags, before anything is computed for them."""
+    """Of files by their flags, before anything is computed for them: whether each can be written."""
     for flag, path in files.items():
         if path is not None:
             require(path.parent.is_dir(), flag, f"{path}: there is no folder {path.parent}")
             require(not path.is_dir(), flag, f"{path} is a folder")
+            require(os.access(path.parent, os.W_OK | os.X_OK), flag, f"{path}: nothing may be written to {path.parent}")
+
+
+def slo(workload: "Workload", ttft: str | None, tpot: str | None, attainment: float | None) -> "Slo | None":
+    """Of the workload, but for what --slo-ttft, --slo-tpot and --attainment say. None: nothing is bounded."""
+    from msgspec.structs import asdict
+
+    from triptych.planning.quantities import PositiveSeconds
+    from triptych.planning.workloads.workload import Slo
+
+    require(attainment is None or 0 < attainment <= 1, "--attainment", f"{attainment} is not above 0 and at most 1")
+    fields = {} if workload.slo is None else asdict(workload.slo)
+    given = {"ttft": ("--slo-ttft", ttft), "tpot": ("--slo-tpot", tpot)}
+    fields |= {name: quantity(flag, PositiveSeconds, text) for name, (flag, text) in given.items() if text is not None}
+    if not fields:
+        said = "is the share that keeps an SLO, and there is none; give --slo-ttft or --slo-tpot"
+        require(attainment is None, "--attainment", said)
+        return None
+    try:
+        return Slo(**fields | ({} if attainment is None else {"attainment": attainment}))
+    except ValueError as error:
+        raise ConfigError(f"--slo-ttft, --slo-tpot: {error}") from None
 
 
 def quantity(flag: str, kind: type[Unit], text: str) -> Unit:

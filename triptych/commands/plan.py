@@ -19,11 +19,12 @@ from triptych.commands.arguments import (
     is_built_in,
     load_profile,
     quantity,
+    slo,
 )
 from triptych.commands.progress import progress
 from triptych.config import require
 from triptych.demo import checkpoint_path
-from triptych.errors import EXIT_FAILED, ConfigError
+from triptych.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,10 +115,11 @@ def plan(
     Exit code 1 if no placement serves enough. The script for another engine stands beside the output file; without
     one it is all that stdout gets, and the rest goes to stderr.
     """
-    _check_numbers(gpus, rate, attainment, requests, confirm, trials, seed, processes)
+    _check_numbers(gpus, rate, requests, confirm, trials, seed, processes)
     _check_objective(objective, beta, rate)
     require(export in (None, "vllm", "sglang"), "--export", f"{export!r} is none of vllm, sglang")
-    check_folders({"--output": output, "--png": png})
+    engine = cast("Engine | None", export)
+    check_folders({"--output": output, "--png": png, "--export": _script(output, engine)})
     _check_suffix("--output", output, ".yaml", ".yml")
     _check_suffix("--png", png, ".png")
 
@@ -144,7 +146,6 @@ def plan(
         num_confirming=confirm,
     )
     goal = LeastCost(rate or asked.rate or question.load.rate) if objective == "cost" else HighestRate(beta or 0.0)
-    engine = cast("Engine | None", export)
     answer = _answer(question, goal, trials, seed, processes, engine, draws=png is not None)
     title = _title(shape, question, profiles, asked)
     words: dict[str, object] = {
@@ -156,7 +157,6 @@ def plan(
     words |= {"--profile": _single(profile, profiles)} if profile else {"--gpu": gpu or USUAL_GPU}
     lines = answer.simulate_lines(_words(model, words))
     texts = answer.texts(_served(model), engine, _exported(model), title)
-    told = _written(answer, texts, {"serve": output, "export": _script(output, engine), "png": png}, title)
     if json:
         stdout: str | None = answer.as_json(lines, texts)
     else:
@@ -164,9 +164,11 @@ def plan(
     console = _console(to_stderr=stdout is not None)
     if not json:
         _tell(answer, title, lines, _served(model), console)
-    _say(console, [*_notes(texts, output, engine), *told])
+    _say(console, _notes(texts, output, engine))
     if stdout is not None:
         typer.echo(stdout.rstrip("\n"))
+    # Last: what took minutes is told, whatever becomes of the files.
+    _say(console, _written(answer, texts, {"serve": output, "export": _script(output, engine), "png": png}, title))
     raise typer.Exit(0 if answer.suffices else EXIT_FAILED)
 
 
@@ -176,7 +178,6 @@ def plan(
 def _check_numbers(
     gpus: int | None,
     rate: float | None,
-    attainment: float | None,
     requests: int | None,
     confirm: int | None,
     trials: int,
@@ -194,7 +195,6 @@ def _check_numbers(
         check_range(flag, number, low, high)
     served = rate is None or (math.isfinite(rate) and rate > 0)
     require(served, "--rate", f"{rate} is not a finite number above 0")
-    require(attainment is None or 0 < attainment <= 1, "--attainment", f"{attainment} is not above 0 and at most 1")
 
 
 def _check_objective(objective: str, beta: float | None, rate: float | None) -> None:
@@ -222,21 +222,13 @@ def _check_suffix(flag: str, path: Path | None, *suffixes: str) -> None:
 
 
 def _slo(workload: "Workload", where: str, ttft: str | None, tpot: str | None, attainment: float | None) -> "Slo":
-    """Of the workload, but for what flags say."""
-    from msgspec.structs import asdict
-
-    from triptych.planning.quantities import PositiveSeconds
-    from triptych.planning.workloads.workload import Slo
-
-    fields = {} if workload.slo is None else asdict(workload.slo)
-    given = {"ttft": ("--slo-ttft", ttft), "tpot": ("--slo-tpot", tpot)}
-    fields |= {name: quantity(flag, PositiveSeconds, text) for name, (flag, text) in given.items() if text is not None}
-    fields |= {} if attainment is None else {"attainment": attainment}
-    require(fields.get("ttft") is not None, "--slo-ttft", f"{where} has no slo.ttft, so it is needed, such as '2 s'")
-    try:
-        return Slo(**fields)
-    except ValueError as error:
-        raise ConfigError(f"--slo-ttft, --slo-tpot: {error}") from None
+    """One that bounds the time to the first token."""
+    given = None if workload.slo is None else workload.slo.ttft
+    needed = f"{where} has no slo.ttft, so it is needed, such as '2 s'"
+    require(ttft is not None or given is not None, "--slo-ttft", needed)
+    found = slo(workload, ttft, tpot, attainment)
+    assert found is not None
+    return found
 
 
 def _profiles(shape: "ModelShape", gpu: str | None, paths: Sequence[Path], degrees: str | None) -> "dict[int, Profile]":
@@ -271,10 +263,11 @@ def _num_gpus(gpus: int | None, budget: str | None, profiles: "dict[int, Profile
     price = profile.price
     require(price is not None and price > 0, "--budget", f"{profile.hardware} has no price; give --gpus")
     assert price is not None
-    number = int(dollars / (price / degree) + 1e-9)
+    number = dollars / (price / degree) + 1e-9
     require(number >= 1, "--budget", f"{dollars} buys nothing: one {profile.hardware} costs {price}")
-    require(number <= MOST_GPUS, "--budget", f"{dollars} buys {number} GPUs, at most {MOST_GPUS} can be planned")
-    return number
+    said = f"{dollars} buys more than {MOST_GPUS} GPUs, which is the most that can be planned"
+    require(number < MOST_GPUS + 1, "--budget", said)
+    return int(number)
 
 
 # ---- the answer

@@ -27,6 +27,7 @@ WORDS = {  # what a cost is of, where its name does not say it
     "encode_pixel": "encode: a pixel of it",
     "encode_unit": "encode: an encode unit",
     "encode_row": "encode: an embedding row",
+    "encode_pair": "encode: a row, for each one of its unit",
     "prefill_step": "prefill: a step, beside what is in it",
     "prefill_sequence": "prefill: a sequence",
     "prefill_token": "prefill: a token",
@@ -66,8 +67,6 @@ WORDS = {  # what a cost is of, where its name does not say it
     "kv_token": "KV of a token",
     "kv_sequence": "recurrent states of a sequence",
     "embedding_row": "an embedding row",
-    "kv_block_tokens": "tokens of a block of KV",
-    "embedding_block_tokens": "rows of a block of embeddings",
     "context_len": "tokens of prompt and answer, at most",
 }
 FAR_OFF = 0.2  # error of a fit that is worth a remark
@@ -129,8 +128,10 @@ def profile(
     )
     result = _measured(config, hardware or _hardware(config.device), made, transfer, quick, arguments)
     result = replace(result, price=cost_per_hour)
-    result.save(output)
-    tell(result, output, described(model, config.path), quick=quick)
+    tell(result, quick=quick)
+    result.save(output)  # after that: what took minutes is told, whatever becomes of the file
+    typer.echo(f"written to {output}")
+    typer.echo(f"next: {next_command(output, described(model, config.path))}")
 
 
 def described(model: str | None, folder: str) -> str | None:
@@ -269,21 +270,22 @@ def _mixed_residual(measured: "Measured", costs: dict[str, float]) -> "Residual"
     return Residual(samples=len(errors), median=median(errors), worst=max(errors))
 
 
-def tell(profile: "Profile", output: Path, model: str | None, *, quick: bool) -> None:
-    """What was measured and written to this file; how it becomes better, and what it is for. `model`: as it was named,
-    or its folder."""
+def tell(profile: "Profile", *, quick: bool) -> None:
+    """What was measured, and how it becomes better."""
     from rich.console import Console
 
     _show(Console(), profile)
     for note in profile.made.notes:
         typer.echo(note)
-    typer.echo(f"written to {output}")
     far = [name for name, residual in profile.residuals.items() if residual.worst > FAR_OFF]
     if far:
         better = "measure without --quick, and " if quick else ""
         typer.echo(f"Far off at worst: {', '.join(far)}. To do better, {better}keep the machine free of other work.")
-    named = [] if model is None else [shlex.quote(model)]
-    typer.echo(f"next: {' '.join(['triptych simulate', *named, '--profile', shlex.quote(str(output))])}")
+
+
+def next_command(output: Path, model: str | None) -> str:
+    """What the file is for. `model`: as it was named, or its folder."""
+    return shlex.join(["triptych", "simulate", *([] if model is None else [model]), "--profile", str(output)])
 
 
 def _show(console: "Console", profile: "Profile") -> None:

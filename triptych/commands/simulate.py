@@ -18,6 +18,7 @@ from triptych.commands.arguments import (
     find_model,
     load_profile,
     quantity,
+    slo,
 )
 from triptych.config import require
 from triptych.core import Placement
@@ -100,7 +101,7 @@ def simulate(
     The queues, caches, batches and messages are those of the server; what a step takes is computed from the model's
     config and the GPU's data sheet, or was measured. The same arguments give the same figures.
     """
-    _check_numbers(requests, seed, attainment, max_num_seqs, max_num_batched_tokens, max_encode_tokens)
+    _check_numbers(requests, seed, max_num_seqs, max_num_batched_tokens, max_encode_tokens)
     require(_is_positive(max_queue_s), "--max-queue-s", f"{max_queue_s} is not a finite number above 0")
     paced = not decode_interval_ms or _is_positive(decode_interval_ms)
     require(paced, "--decode-interval-ms", f"{decode_interval_ms} is not a finite number of at least 0")
@@ -113,6 +114,7 @@ def simulate(
     placed = Placement.parse(placement)
     failures = _failures(fail or [], placed)
 
+    from triptych.latency import Objectives
     from triptych.planning.search import outcome
     from triptych.planning.search.scenario import Scenario
     from triptych.planning.search.space import Candidate
@@ -120,7 +122,8 @@ def simulate(
 
     shape = find_model(model)
     asked = _with_numbers(presets.load(workload), requests, seed)
-    objectives, target = _objectives(asked, slo_ttft, slo_tpot, attainment)
+    bounds = slo(asked, slo_ttft, slo_tpot, attainment)
+    objectives, target = (Objectives(), USUAL_TARGET) if bounds is None else (bounds.objectives, bounds.attainment)
     scenario = Scenario(
         where=workload,
         workload=asked,
@@ -144,31 +147,28 @@ def simulate(
     )
     runs = [scenario.run(one, keeps_stints=timeline is not None) for one in asked_rates]
     title = f"{placed} of {shape.name} on {scenario.profile.hardware}, {asked.name}"
+    if json:
+        typer.echo(outcome.as_json(scenario, runs, target))
+    else:
+        _tell([title, *_terms(asked, runs, objectives, target)], *outcome.tables(runs, target))
     if timeline is not None:
         outcome.write_timeline(timeline, runs[0].simulation)
     if metrics is not None:
         outcome.write_metrics(metrics, runs[0].simulation, scenario.profile.model)
     if png is not None:
         outcome.write_chart(png, scenario, runs, target, title)
-    if json:
-        typer.echo(outcome.as_json(scenario, runs, target))
-    else:
-        _tell([title, *_terms(asked, runs, objectives, target)], *outcome.tables(runs, target))
 
 
 # ---- what was asked
 
 
-def _check_numbers(
-    requests: int | None, seed: int | None, attainment: float | None, seqs: int, tokens: int, rows: int
-) -> None:
+def _check_numbers(requests: int | None, seed: int | None, seqs: int, tokens: int, rows: int) -> None:
     check_range("--requests", requests, 1, 10_000_000)
     check_range("--seed", seed, 0, 2**32 - 1)
     check_range("--max-num-seqs", seqs, 1, MOST)
     check_range("--max-num-batched-tokens", tokens, 1, MOST)
     check_range("--max-encode-tokens", rows, 1, MOST)
     require(tokens > seqs, "--max-num-batched-tokens", f"{tokens} is not above --max-num-seqs, which is {seqs}")
-    require(attainment is None or 0 < attainment <= 1, "--attainment", f"{attainment} is not above 0 and at most 1")
 
 
 def _rates(rate: float | None, rates: str | None) -> list[float | None]:
@@ -214,22 +214,6 @@ def _with_numbers(workload: "Workload", requests: int | None, seed: int | None) 
         return workload
     require(not workload.phases, "--requests", f"{workload.name} has phases, which say how many requests come")
     return workload.with_requests(requests)
-
-
-def _objectives(
-    workload: "Workload", ttft: str | None, tpot: str | None, attainment: float | None
-) -> "tuple[Objectives, float]":
-    """The SLO of the workload, but for what flags say, and the share of the requests that must keep it."""
-    from triptych.latency import Objectives
-    from triptych.planning.quantities import PositiveSeconds
-
-    slo = workload.slo
-    limits = {name: getattr(slo, name, None) for name in ("ttft", "tpot", "e2e")}
-    for name, flag, text in (("ttft", "--slo-ttft", ttft), ("tpot", "--slo-tpot", tpot)):
-        if text is not None:
-            limits[name] = quantity(flag, PositiveSeconds, text)
-    objectives = Objectives(**{f"{name}_ms": None if s is None else float(s) * 1e3 for name, s in limits.items()})
-    return objectives, attainment or (USUAL_TARGET if slo is None else slo.attainment)
 
 
 def _profile(shape: "ModelShape", gpu: str | None, path: Path | None) -> "Profile":

@@ -351,7 +351,8 @@ def encode_samples(turns: Sequence[Turn], pixels: int) -> list[Sample]:
             items = {work.media.hash for work in turn.works} - read
             read |= items
             rows = sum(work.unit.num_tokens for work in turn.works)
-            amounts = (1, len(items), len(items) * pixels, len(turn.works), rows)
+            pairs = sum(work.unit.num_tokens**2 for work in turn.works)
+            amounts = (1, len(items), len(items) * pixels, len(turn.works), rows, pairs)
             samples.append(Sample(dict(zip(ENCODE, map(float, amounts), strict=True)), turn.encode_s))
     return samples
 

@@ -10,16 +10,14 @@ both by less.
 import math
 from collections import Counter
 from collections.abc import Mapping, Set
-from itertools import combinations
 
 import msgspec
 
-from triptych.core import InstanceId, Placement, Role, Stage, unserved
+from triptych.core import STAGE_SETS, InstanceId, Placement, Role, Stage, unserved
 from triptych.messages import Load
 from triptych.planning.estimator import Estimate, Observation
 
 PURE = frozenset({Role.E, Role.P, Role.D})
-SUBSETS = [frozenset(subset) for size in (1, 2, 3) for subset in combinations(Stage, size)]
 # Demand may be higher than it seems for who gives an instance, and lower for who gets it: shares of what noise permits.
 # Both in full are far less likely than one of them; as likely are all errors whose squares have the same sum, and the
 # worst of these decides (Hasofer and Lind, "Exact and Invariant Second-Moment Code Format", 1974).
@@ -220,7 +218,7 @@ class Allocator:
         can be done faster than by all who serve any of them (Hall's condition, for work that can be divided). One in
         the role `late` begins only after `late_s`."""
         times = []
-        for stages in SUBSETS:
+        for stages in STAGE_SETS:
             work = sum(work_s[stage] for stage in stages)
             number = sum(count for role, count in counts.items() if stages.intersection(role.stages))
             is_late = late is not None and bool(stages.intersection(late.stages))

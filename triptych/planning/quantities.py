@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Self
 
 NUMBER = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|[+-]?(?:nan|inf(?:inity)?)\b)\s*", re.I)
 LEAST_SHOWN, MOST_SHOWN = 1, 1000  # a number is written in the unit that brings it between these
+MOST = 1e30  # of any base unit: more is a mistake, and a product of some such numbers is still finite
 
 
 class Quantity(float):
     """A number of at least 0 in the base unit of its class: the one whose factor is 1. Subclasses say which there are.
 
-    Raises ValueError where it is negative, infinite or not a number, and 0 where the class has none. `str` gives the
-    exact text for files, `short` one for messages.
+    Raises ValueError where it is negative, above `MOST` or not a number, and 0 where the class has none. `str` gives
+    the exact text for files, `short` one for messages.
     """
 
     units: ClassVar[Mapping[str, Decimal]]  # how many of the base unit each is
@@ -33,11 +34,11 @@ class Quantity(float):
 
     @classmethod
     def _is_valid(cls, value: float) -> bool:
-        return math.isfinite(value) and (value >= 0 if cls.has_zero else value > 0)
+        return value <= MOST and (value >= 0 if cls.has_zero else value > 0)
 
     @classmethod
     def _valid_range(cls) -> str:
-        return f"a finite number {'of at least 0' if cls.has_zero else 'above 0'} is needed"
+        return f"a finite number {'of at least 0' if cls.has_zero else 'above 0'} is needed, at most {MOST:g}"
 
     @classmethod
     def base_unit(cls) -> str:

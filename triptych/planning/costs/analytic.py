@@ -3,36 +3,34 @@ hand.
 
 A step takes the time of what it computes or of what it reads from memory, whichever is longer. `Costs` are linear, so
 that a step is exact where it is empty (weights are read) and where it is full (compute decides), and a little too slow
-between. A tower that takes whole pictures has work that grows with their square: say how large they are (`picture`);
-others are off by up to a factor of two on smaller ones.
+between. Work of towers that take whole pictures grows with the square of these, as that of prompts.
 
-Nothing here was measured on the device: `calibrated` moves the outcome to where measurements are, and a profile of
-`triptych profile` replaces it.
+Nothing here was measured on the device; a profile of `triptych profile` replaces it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from msgspec.structs import asdict, replace
-
 from triptych import __version__
 from triptych.errors import ConfigError
 from triptych.planning.costs.capacity import encode_bytes, token_bytes
-from triptych.planning.costs.cost_model import DECODE, PREFILL
+from triptych.planning.costs.fit import Sample, fit
 from triptych.planning.costs.hardware import Device
 from triptych.planning.costs.profile import USUAL, Made, Memory, Profile, StageCosts
 from triptych.planning.model.shape import ModelShape
 from triptych.planning.model.tower import Tower
-from triptych.planning.model.units import Unit, Units
+from triptych.planning.model.units import Unit
 from triptych.planning.quantities import Bytes, BytesPerSecond, DollarsPerHour, Seconds
 
 FULL_STEP = USUAL.max_num_batched_tokens  # of a prefill step, as the engine bounds them
 FULL_BATCH = 64  # sequences of a decode step
 ROWS_OF_STEP = USUAL.max_encode_tokens  # of an encode step, as the engine bounds them
-SMALL_PICTURE, LARGE_PICTURE = (448, 448), (1344, 1344)  # between them a unit's cost is taken as linear in its rows
-CLIPS = (10.0, 30.0)  # seconds, likewise
+LARGE_PICTURE = (1344, 1344)  # whose units fill an encode step
+PICTURES = ((224, 224), (448, 448), LARGE_PICTURE, (4032, 3024))  # whose units say what rows cost
+CLIPS = (1.0, 10.0, 30.0)  # seconds, likewise
+OF_UNIT = ("encode_unit", "encode_row", "encode_pair")
 COLLECTIVES_OF_LAYER = 2  # behind attention and behind the MLP
 
 
@@ -40,7 +38,7 @@ COLLECTIVES_OF_LAYER = 2  # behind attention and behind the MLP
 class Efficiency:
     """How much of a data sheet's peak is reached, and what no data sheet has.
 
-    All are assumptions in the middle of what engines publish; fit them where anything was measured.
+    All are assumptions in the middle of what engines publish; a profile that was measured needs none of them.
 
     - encode: of FLOP/s. Towers are narrow (about 1,000 wide), with short sequences and many small kernels.
     - prefill: of FLOP/s. Matrices of 7B models with thousands of tokens: 50 to 65% is usual on an A100.
@@ -67,13 +65,8 @@ class Efficiency:
     collective: float = 10e-6
     switch_books: float = 0.05
 
-    def __post_init__(self) -> None:
-        for name in ("encode", "prefill", "decode", "link"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"efficiency.{name}: {getattr(self, name)!r} is not above 0 and at most 1")
-        for name in self.__slots__:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"efficiency.{name}: {getattr(self, name)!r} is below 0")
+
+EFFICIENCY = Efficiency()
 
 
 def analytic_profile(
@@ -81,23 +74,25 @@ def analytic_profile(
     device: Device,
     *,
     tensor_parallel: int = 1,
-    efficiency: Efficiency | None = None,
-    picture: tuple[int, int] = LARGE_PICTURE,
 ) -> Profile:
-    """Of an instance that is spread over `tensor_parallel` devices. `picture`: width and height of a large one of the
-    workload, for which the cost of a unit is exact.
+    """Of an instance that is spread over `tensor_parallel` devices.
 
-    Raises ConfigError for a degree that no engine can spread the heads of the language model over.
+    Raises ConfigError for a degree that no engine can spread the heads of the language model over, and for a device on
+    which nothing ends.
     """
     _check_degree(shape, tensor_parallel)
-    machine = _Machine(shape, device, tensor_parallel, efficiency or Efficiency(), picture)
+    machine = _Machine(shape, device, tensor_parallel)
+    try:
+        costs, memory = machine.costs(), machine.memory()
+    except ValueError as error:
+        raise ConfigError(f"--gpu: {shape.name} on {device.name or 'the device'}: {error}") from None
     return Profile(
         model=shape.name,
         hardware=device.name or "device",
         kind="analytic",
         tensor_parallel=tensor_parallel,
-        costs_of_steps=machine.costs(),
-        memory=machine.memory(),
+        costs_of_steps=costs,
+        memory=memory,
         price=None if device.price is None else DollarsPerHour(device.price * tensor_parallel),
         made=Made(
             date=datetime.now(UTC).date().isoformat(),
@@ -122,18 +117,15 @@ def _check_degree(shape: ModelShape, degree: int) -> None:
 class _Machine:
     """One instance. Seconds, unless the name says otherwise."""
 
-    def __init__(
-        self, shape: ModelShape, device: Device, degree: int, efficiency: Efficiency, picture: tuple[int, int]
-    ) -> None:
-        self._shape, self._device, self._degree, self._efficiency = shape, device, degree, efficiency
-        self._picture = picture
+    def __init__(self, shape: ModelShape, device: Device, degree: int) -> None:
+        self._shape, self._device, self._degree = shape, device, degree
         # Where there are more devices than heads of KV, several have the same head.
         self._kv_token_bytes = shape.kv_token_bytes * max(1, degree // shape.language.kv_heads)
-        self._read_rate = device.memory_bandwidth * efficiency.decode * degree
-        self._link_rate = device.link * efficiency.link
+        self._read_rate = device.memory_bandwidth * EFFICIENCY.decode * degree
+        self._link_rate = device.link * EFFICIENCY.link
 
     def costs(self) -> StageCosts:
-        efficiency, shape = self._efficiency, self._shape
+        efficiency, shape = EFFICIENCY, self._shape
         seconds = {**self._encode(), **self._prefill(), **self._decode()}
         steps: dict[str, Any] = {name: Seconds(value) for name, value in seconds.items()}
         host_rate = self._device.host_link * efficiency.link * self._degree
@@ -169,40 +161,36 @@ class _Machine:
     # ---- encode
 
     def _encode(self) -> dict[str, float]:
-        """The cost of a unit, linear in its rows where units differ; exact for the large sample."""
-        (small_rows, small), (large_rows, large) = (self._unit_mean(units, tower) for units, tower in self._samples())
-        fixed, per_row = large, 0.0
-        if large_rows > small_rows:
-            per_row = max(0.0, (large - small) / (large_rows - small_rows))
-            fixed = large - large_rows * per_row
-        if fixed < 0:  # attention grows with the square
-            fixed, per_row = 0.0, large / large_rows
-        return {"encode_step": self._efficiency.encode_launch, "encode_unit": fixed, "encode_row": per_row}
+        """The cost of a unit by its rows; where all have as many, that of any."""
+        seconds = {float(unit.rows): self._unit_cost(unit, tower) for unit, tower in self._units()}
+        costs = dict.fromkeys(OF_UNIT, 0.0)
+        if len(seconds) == 1:
+            costs["encode_unit"] = seconds.popitem()[1]
+        else:
+            amounts = {rows: dict(zip(OF_UNIT, (1.0, rows, rows**2), strict=True)) for rows in seconds}
+            costs = fit([Sample(amounts[rows], value) for rows, value in seconds.items()], OF_UNIT).costs
+        return {"encode_step": EFFICIENCY.encode_launch} | costs
 
-    def _samples(self) -> list[tuple[Units, Tower]]:
-        """Units of a small item and of a large one."""
+    def _units(self) -> Iterator[tuple[Unit, Tower]]:
+        """Those of small items and of large ones."""
         shape = self._shape
         if shape.vision is not None:
-            return [(shape.image_units(*size), shape.vision) for size in (SMALL_PICTURE, self._picture)]
-        assert shape.sound is not None, f"{shape.name} has no tower"
-        return [(shape.audio_units(seconds), shape.sound) for seconds in CLIPS]
-
-    def _unit_mean(self, units: Units, tower: Tower) -> tuple[float, float]:
-        """(rows, seconds) of a unit, on average over an item."""
-        seconds = sum(self._unit_cost(unit, tower) for unit in units)
-        return sum(unit.rows for unit in units) / len(units), seconds / len(units)
+            yield from ((unit, shape.vision) for size in PICTURES for unit in shape.image_units(*size))
+        else:
+            assert shape.sound is not None, f"{shape.name} has no tower"
+            yield from ((unit, shape.sound) for clip_s in CLIPS for unit in shape.audio_units(clip_s))
 
     def _unit_cost(self, unit: Unit, tower: Tower) -> float:
         flops = self._shape.encode_flops(unit, sound=tower is self._shape.sound)
         moved = tower.layers * unit.positions * tower.hidden * self._shape.weight_bytes
-        compute = flops / (self._device.flops * self._efficiency.encode * self._degree)
+        compute = flops / (self._device.flops * EFFICIENCY.encode * self._degree)
         return compute + self._reduce(moved) + self._latency(tower.layers)
 
     def _encode_activations(self) -> float:
         """Of a step over as many rows as a step takes."""
         if self._shape.vision is None:
             return 0.0
-        units = self._shape.image_units(*self._picture)
+        units = self._shape.image_units(*LARGE_PICTURE)
         rows = sum(unit.rows for unit in units)
         return encode_bytes(self._shape, units) * max(1.0, ROWS_OF_STEP / rows)
 
@@ -215,7 +203,7 @@ class _Machine:
         busy = max(read, full * token)
         head = language.flops_of_head / self._compute_rate
         return {
-            "prefill_step": self._efficiency.prefill_launch + read + head + self._latency(language.layers),
+            "prefill_step": EFFICIENCY.prefill_launch + read + head + self._latency(language.layers),
             "prefill_token": (busy - read) / full,
             "prefill_pair": language.flops_per_pair / self._compute_rate,
         }
@@ -225,7 +213,7 @@ class _Machine:
         one, full = self._weights_read(1), self._weights_read(FULL_BATCH)
         compute = (language.flops_per_token + language.flops_of_head) / self._compute_rate
         return {
-            "decode_step": self._efficiency.decode_launch + one + self._latency(language.layers),
+            "decode_step": EFFICIENCY.decode_launch + one + self._latency(language.layers),
             "decode_sequence": max((full - one) / FULL_BATCH, compute) + self._reduce_token(),
             "decode_context": self._kv_token_bytes / self._read_rate,
         }
@@ -233,7 +221,7 @@ class _Machine:
     @property
     def _compute_rate(self) -> float:
         """FLOP/s of the language model."""
-        return self._device.flops * self._efficiency.prefill * self._degree
+        return self._device.flops * EFFICIENCY.prefill * self._degree
 
     def _weights_read(self, tokens: int) -> float:
         """Those that so many tokens meet: of experts, all as soon as there are a few dozen tokens."""
@@ -253,36 +241,4 @@ class _Machine:
         return COLLECTIVES_OF_LAYER * share * moved_bytes / self._link_rate
 
     def _latency(self, layers: int) -> float:
-        return COLLECTIVES_OF_LAYER * layers * self._efficiency.collective if self._degree > 1 else 0.0
-
-
-# ---- fitting
-
-# What each factor of `calibrated` multiplies.
-PARTS: Mapping[str, tuple[str, ...]] = {
-    "encode": ("encode_step", "encode_unit", "encode_row"),
-    "pixel": ("encode_item", "encode_pixel"),
-    "prefill": PREFILL,
-    "decode": DECODE,
-    "arrival": ("arrival",),
-    "transfer": ("transfer",),
-    "switch": ("switch_weights", "switch_books"),
-}
-
-
-def calibrated(profile: Profile, *, link: float = 1.0, **factors: float) -> Profile:
-    """The same with these times multiplied: of `PARTS` by name, and of bytes on a `link`.
-
-    So a fit has one number for each stage, all of which begin at 1. Raises ConfigError for a factor that is unknown or
-    not above 0.
-    """
-    costs: dict[str, Any] = asdict(profile.costs_of_steps)
-    for part, factor in (*factors.items(), ("link", link)):
-        if part not in PARTS and part != "link":
-            raise ConfigError(f"factors: {part!r} is not known; known are {', '.join(PARTS)}, link")
-        if not 0 < factor < float("inf"):
-            raise ConfigError(f"factors.{part}: {factor!r} is not above 0")
-        for name in PARTS.get(part, ()):
-            costs[name] = Seconds(costs[name] * factor)
-    costs["bytes_per_second"] = BytesPerSecond(profile.costs_of_steps.bytes_per_second / link)
-    return replace(profile, costs_of_steps=StageCosts(**costs))
+        return COLLECTIVES_OF_LAYER * layers * EFFICIENCY.collective if self._degree > 1 else 0.0

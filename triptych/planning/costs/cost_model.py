@@ -8,7 +8,7 @@ from triptych.core import Chunk, EncodeWork, Role, Stage
 from triptych.planning.workloads.demand import Demand, Item
 
 # The costs that a step of each stage pays.
-ENCODE = ("encode_step", "encode_item", "encode_pixel", "encode_unit", "encode_row")
+ENCODE = ("encode_step", "encode_item", "encode_pixel", "encode_unit", "encode_row", "encode_pair")
 PREFILL = ("prefill_step", "prefill_sequence", "prefill_token", "prefill_pair")
 DECODE = ("decode_step", "decode_sequence", "decode_few", "decode_context")
 FEW = 8  # rows up to which a matrix product on a CPU costs more with each one than beyond
@@ -24,6 +24,7 @@ class Costs:
     encode_pixel: float = 0.0  # of its source: reading, resizing
     encode_unit: float = 0.0
     encode_row: float = 0.0
+    encode_pair: float = 0.0  # of a row with one of its unit: towers that look at whole pictures
     prefill_step: float = 0.0
     prefill_sequence: float = 0.0
     prefill_token: float = 0.0
@@ -73,6 +74,8 @@ class Costs:
         """`read`: items that are read for this step; those that were read for an earlier one are still there."""
         rows = sum(work.unit.num_tokens for work in works)
         seconds = self.encode_step + len(works) * self.encode_unit + rows * self.encode_row
+        if self.encode_pair:
+            seconds += sum(work.unit.num_tokens**2 for work in works) * self.encode_pair
         return seconds + len(read) * self.encode_item + self.pixels_s(read)
 
     def pixels_s(self, read: Sequence[Item]) -> float:
@@ -122,6 +125,4 @@ class Costs:
 
     def switch_s(self, before: Role, after: Role) -> float:
         """Without the drain. Halves that the new role does not need are dropped, which takes no time."""
-        loads_encoder = after.encodes and not before.encodes
-        loads_language = after.has_language_model and not before.has_language_model
-        return self.switch_weights if loads_encoder or loads_language else self.switch_books
+        return self.switch_weights if before.num_halves_to_load(after) else self.switch_books

@@ -29,9 +29,6 @@ class Fit:
     costs: dict[str, float]  # seconds of one of each
     residual: Residual
 
-    def predict_s(self, amounts: Mapping[str, float]) -> float:
-        return sum(self.costs[name] * amount for name, amount in amounts.items())
-
 
 def fit(samples: Sequence[Sample], names: Sequence[str]) -> Fit:
     """The costs that describe the samples best. Of equal steps the median counts, so that one that was disturbed counts

@@ -39,6 +39,7 @@ class StageCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     encode_pixel: Seconds = Seconds(0)
     encode_unit: Seconds = Seconds(0)
     encode_row: Seconds = Seconds(0)
+    encode_pair: Seconds = Seconds(0)
     prefill_step: Seconds = Seconds(0)
     prefill_sequence: Seconds = Seconds(0)
     prefill_token: Seconds = Seconds(0)
@@ -83,8 +84,6 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kv_token: Bytes
     kv_sequence: Bytes = Bytes(0)  # recurrent states
     embedding_row: Bytes
-    kv_block_tokens: Count = KV_BLOCK_TOKENS
-    embedding_block_tokens: Count = EMBEDDING_BLOCK_TOKENS
     context_len: Count  # prompt and answer of one request, at most
 
     def of_steps(self, encode_tokens: int, language_tokens: int) -> "Memory":
@@ -181,13 +180,13 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """
         memory = self.memory.of_steps(max_encode_tokens, max_num_batched_tokens)
         prefills = Stage.PREFILL in role.stages
-        embedding_block = memory.embedding_row * memory.embedding_block_tokens
-        num_embedding_blocks = int(embedding_bytes / embedding_block) if role.encodes or prefills else 0
+        embedding_bytes = embedding_bytes if role.encodes or prefills else 0.0
+        pool_bytes = 0.0 if role.has_language_model else embedding_bytes  # beside KV they are looked at with it
         require(
-            memory.free(role) > 0,
+            memory.free(role) > pool_bytes,
             "--gpu" if self.kind == "analytic" else "--profile",
             f"{memory.device.short()} of {self.hardware} cannot hold what {role} of {self.model} needs: "
-            f"{Bytes(memory.used(role)).short()}",
+            f"{Bytes(memory.used(role) + pool_bytes).short()}",
         )
         num_kv_blocks = 0
         if role.has_language_model:
@@ -197,7 +196,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             num_kv_blocks = self._num_kv_blocks(role, kv_bytes, max_num_seqs)
         return Sizes(
             num_kv_blocks=num_kv_blocks,
-            num_embedding_blocks=num_embedding_blocks,
+            num_embedding_blocks=int(embedding_bytes / (memory.embedding_row * EMBEDDING_BLOCK_TOKENS)),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_encode_tokens=max_encode_tokens,
@@ -235,10 +234,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def _num_kv_blocks(self, role: Role, kv_bytes: float, max_num_seqs: int) -> int:
         """As many as fit; more than all sequences of a full batch could ever fill are of no use."""
         memory = self.memory
-        block_bytes = memory.kv_token * memory.kv_block_tokens
-        longest = (
-            math.ceil(memory.kv_sequence / block_bytes) + math.ceil(memory.context_len / memory.kv_block_tokens) + 1
-        )
+        block_bytes = memory.kv_token * KV_BLOCK_TOKENS
+        longest = math.ceil(memory.kv_sequence / block_bytes) + math.ceil(memory.context_len / KV_BLOCK_TOKENS) + 1
         num_blocks = min(int(kv_bytes / block_bytes), longest * max_num_seqs)
         if num_blocks < longest:
             raise ConfigError(

@@ -7,16 +7,13 @@ instances that serve any of them. Requests may be late by what their objectives 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
-from triptych.core import Stage
+from triptych.core import STAGE_SETS, Stage
 from triptych.latency import Objectives
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.search.load import Load
 from triptych.planning.search.space import Candidate
 from triptych.planning.workloads.demand import Demand
-
-SUBSETS = [frozenset(subset) for size in (1, 2, 3) for subset in combinations(Stage, size)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ def least_work(
     objectives. The same for all placements that are set alike."""
     works = [work(demand, candidate, costs, objectives) for demand in demands]
     num_met = math.ceil(target * len(demands) - 1e-9)
-    return {stages: math.fsum(sorted(one.of(stages) for one in works)[:num_met]) for stages in SUBSETS}
+    return {stages: math.fsum(sorted(one.of(stages) for one in works)[:num_met]) for stages in STAGE_SETS}
 
 
 def highest_rate(
@@ -72,6 +69,7 @@ def work(demand: Demand, candidate: Candidate, costs: Costs, objectives: Objecti
     new = [item for item in demand.media if item.name is None]
     units = [rows for item in new for rows in item.rows]
     encode_s = len(units) * costs.encode_unit + sum(units) * costs.encode_row
+    encode_s += sum(rows**2 for rows in units) * costs.encode_pair
     encode_s += costs.encode_step * sum(min(1.0, rows / candidate.max_encode_tokens) for rows in units)
     encode_s += len(new) * costs.encode_item + costs.pixels_s(new)
     tokens = demand.prompt_tokens if not demand.prefix else 1

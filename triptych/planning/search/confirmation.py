@@ -60,7 +60,7 @@ class Runs:
     def demands(self, rate: float, seed: int) -> list[Demand]:
         """Those of `triptych simulate` at this rate."""
         workload = msgspec.structs.replace(self.workload, seed=seed)
-        return workload.at_rate(rate).demands(self.rows_of, self.where)
+        return workload.at_rate(rate, self.where).demands(self.rows_of, self.where)
 
     def evaluator(self, rate: float, seed: int) -> Evaluator:
         demands = self.demands(rate, seed)

@@ -10,7 +10,6 @@ import msgspec
 from triptych.config import require
 from triptych.core import Placement
 from triptych.errors import ConfigError
-from triptych.latency import Objectives
 from triptych.planning.costs.profile import Profile
 from triptych.planning.search.confirmation import (
     NUM_SEEDS,
@@ -78,9 +77,7 @@ class Question:
         demands = workload.with_requests(num_requests).demands(rows_of, where)
         load, reach = Load(demands, _rate(workload, demands, where)), Reach.of(demands)
         _checked(where, profiles, reach)
-        objectives = Objectives(
-            *(None if limit is None else float(limit) * 1e3 for limit in (slo.ttft, slo.tpot, slo.e2e))
-        )
+        objectives = slo.objectives
         space = Space(num_gpus=num_gpus, degrees=tuple(profiles), **choices)
         first = Evaluator(load, ProfiledMachines(profiles, reach), objectives, slo.attainment)
         usual = enough_requests(objectives, max(map(first.guess, space.aggregated()), default=0.0))
@@ -231,7 +228,7 @@ def reaches(row: Row, goal: Goal) -> bool:
 # ---- curves over the rate
 
 
-def curves(of: Sequence[Row], ask: Asking[Runs], advance: Callable[[], None] = lambda: None) -> list[Curve]:
+def curves(of: Sequence[Row], ask: Asking[Runs]) -> list[Curve]:
     """The first ones, and the aggregated one, at the same rates, and each at its own: with the requests of the run in
     which the fewest of a row met the SLO."""
     shown = [*of[: MOST_CURVES - 1], *[row for row in of[MOST_CURVES - 1 :] if row.candidate.is_aggregated][:1]]
@@ -243,7 +240,6 @@ def curves(of: Sequence[Row], ask: Asking[Runs], advance: Callable[[], None] = l
         figures = dict(zip(rates, ask(_figures, asked), strict=True)) | {row.rate: row.runs[number]}
         at = sorted(figures)
         found.append(Curve(candidate=row.candidate, rates=at, figures=[figures[rate] for rate in at], kept=row.rate))
-        advance()
     return found
 
 

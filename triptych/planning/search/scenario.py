@@ -44,7 +44,7 @@ class Scenario:
 
     def run(self, rate: float | None, *, keeps_stints: bool = False) -> Run:
         """Raises ConfigError for a request that the model cannot take, and for a role that does not fit."""
-        workload = self.workload if rate is None else self.workload.at_rate(rate)
+        workload = self.workload if rate is None else self.workload.at_rate(rate, self.where)
         demands = workload.demands(self.rows_of, self.where)
         machines = ProfiledMachines({1: self.profile}, Reach.of(demands))
         machines.require_context(self.where)

@@ -63,10 +63,6 @@ class Outcome:
         """The best that does everything on every instance."""
         return next((found for found in self.best if found.candidate.is_aggregated), None)
 
-    def split(self) -> Found | None:
-        """The best of the others."""
-        return next((found for found in self.best if not found.candidate.is_aggregated), None)
-
 
 class Asking(Protocol[Held_co]):
     """Asks what is held, an evaluator for example, about each of these, and gives the answers in their order."""
@@ -346,8 +342,7 @@ class _Search:
 
         space = self.space
         found: dict[str, Any] = {"family": CategoricalDistribution(range(len(space.families)))}
-        least = space.num_gpus if space.whole else 1
-        found["gpus"] = IntDistribution(least, space.num_gpus)
+        found["gpus"] = IntDistribution(1, space.num_gpus)
         found |= {f"degree_{stage}": CategoricalDistribution(space.degrees) for stage in "epd"}
         found |= {f"split_{index}": FloatDistribution(0.0, 1.0) for index in range(space.most_roles - 1)}
         return found | {name: CategoricalDistribution(values) for name, values in space.options.items()}

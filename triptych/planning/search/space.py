@@ -61,7 +61,6 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
     """All candidates of at most `num_gpus`. Of each option the values that are tried, the usual one first."""
 
     num_gpus: int
-    whole: bool = False  # all GPUs must be used, as in the paper's E.4
     roles: tuple[Role, ...] = ROLES
     most_roles: int = 3  # different ones in one placement
     degrees: tuple[int, ...] = (1,)
@@ -147,8 +146,6 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
             counts.append(1 + extra)
             left -= extra * size
         counts.append(1 + left // sizes[-1])
-        if self.whole and left % sizes[-1]:
-            return None
         options = {name: point[name] for name in OPTIONS}
         return self.plain(Candidate(placement=_placement(family, counts), degrees=degrees, **options))
 
@@ -178,8 +175,7 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         first, *others = sizes
         room = num_gpus - sum(others)
         if not others:
-            fitting = range(1, num_gpus // first + 1)
-            yield from ((count,) for count in fitting if not self.whole or count * first == num_gpus)
+            yield from ((count,) for count in range(1, num_gpus // first + 1))
             return
         for count in range(1, room // first + 1):
             for rest in self._counts(others, num_gpus - count * first):

@@ -14,7 +14,6 @@ from triptych.core import (
     RequestId,
     SamplingParams,
     Span,
-    Stage,
     UnitHash,
 )
 from triptych.errors import RequestError
@@ -291,9 +290,3 @@ class SimulatedFrontend:
         for item in {media.hash for media in task.prompt.media.values()}:
             if self.items[item].name is None:
                 del self.items[item]
-
-    # ---- what is known
-
-    def queued_s(self) -> dict[Stage, float]:
-        """Predicted seconds of one instance's work that wait here."""
-        return dict(self.router.pressure().queued_s)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import isinf
 
 from triptych.config import AdmissionConfig
-from triptych.core import InstanceId, Placement, RequestId, Role, Stage
+from triptych.core import InstanceId, Placement, RequestId, Role
 from triptych.messages import FRONTEND, AnyMessage, Load, Peer, SlabDescription, Table
 from triptych.planning.costs.cost_model import Costs
 from triptych.planning.costs.sizes import Sizes
@@ -184,10 +184,6 @@ class Simulation:
     def placement(self) -> Placement:
         order = list(Role)
         return Placement(tuple(sorted((instance.role for instance in self.instances.values()), key=order.index)))
-
-    def queued_s(self) -> dict[Stage, float]:
-        """Predicted seconds of one instance's work that wait at the frontend."""
-        return self.frontend.queued_s()
 
     # ---- role switches
 

@@ -12,6 +12,8 @@ from typing import Protocol
 from triptych.config import KV_BLOCK_TOKENS
 
 MOST_NAMES = 1 << 127  # of media and of blocks: larger ones are the simulator's own
+MOST_TOKENS, MOST_MEDIA = 10_000_000, 10_000  # of one request: more is a mistake in the file
+JPEG_BYTES_PER_PIXEL = 0.25  # about what a photograph takes at the usual qualities
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,15 +25,13 @@ from triptych.errors import ConfigError
 from triptych.planning import files
 from triptych.planning.quantities import PerSecond, Seconds
 from triptych.planning.workloads.arrivals import LEAST_SHAPE, MOST_CV, Gamma, Intervals, Poisson, Weibull, until
-from triptych.planning.workloads.demand import Demand, Item, dealt
+from triptych.planning.workloads.demand import JPEG_BYTES_PER_PIXEL, MOST_MEDIA, MOST_TOKENS, Demand, Item, dealt
 from triptych.planning.workloads.distributions import pick
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-MOST_TOKENS, MOST_ITEMS = 10_000_000, 10_000  # of one request: more is a mistake in the file
 PIXELS_PER_ROW = 28 * 28
-JPEG_BYTES_PER_PIXEL = 0.25
 MOST_S = 366 * 86_400.0  # of recorded time: all windows of all clients are gone through
 MODALITIES = ("image", "video", "audio")
 
@@ -246,8 +244,8 @@ def _datasets(path: Path) -> dict[float, dict[str, Spread]]:
     read = files.load_object(path)
     try:
         datasets = {
-            float(start): {
-                name: _spread(text, MOST_ITEMS if name.endswith("_count") else MOST_TOKENS)
+            float(Seconds(float(start))): {
+                name: _spread(text, MOST_MEDIA if name.endswith("_count") else MOST_TOKENS)
                 for name, text in fields.items()
             }
             for start, fields in read.items()

@@ -28,7 +28,7 @@ from msgspec import Meta
 from triptych.config import KV_BLOCK_TOKENS
 from triptych.errors import ConfigError
 from triptych.planning.quantities import PerSecond, PixelSize, Seconds, parse_pixels
-from triptych.planning.workloads.demand import Demand, Item, Rows
+from triptych.planning.workloads.demand import JPEG_BYTES_PER_PIXEL, MOST_MEDIA, MOST_TOKENS, Demand, Item, Rows
 from triptych.planning.workloads.distributions import check_sizes
 from triptych.planning.workloads.servegen import servegen
 
@@ -36,8 +36,6 @@ Stream = Iterator[Demand]  # times since the first line of the file, in order
 
 MOONCAKE_BLOCK_TOKENS = 512
 KV_BLOCKS = MOONCAKE_BLOCK_TOKENS // KV_BLOCK_TOKENS
-JPEG_BYTES_PER_PIXEL = 0.25  # about what a photograph takes at the usual qualities
-MOST_TOKENS, MOST_ITEMS = 10_000_000, 10_000  # of one request: more is a mistake in the file
 MOST_HASH = (1 << 63) - 1
 USUAL_SIZE = "1024x768"
 TEXT: Any = {"newline": "", "encoding": "utf-8-sig"}  # what spreadsheets write begins with a mark
@@ -64,14 +62,13 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             span = (float(self.start), duration_s, max_requests)
             demands = servegen(self.path, *span, rate=self.rate, seed=seed)
         else:
-            demands = list(_cut(self._stream(rows_of), self.start, duration_s, max_requests))
+            part = _Part(self._stream(rows_of), self.start, duration_s, max_requests)
+            demands = list(part)
         if not demands:
             raise ConfigError(f"{self.path}: no request in the part that is played, from {self.start} on")
         if self.rate is None or is_pool:
             return demands
-        if duration_s is None or len(demands) == max_requests:  # it was cut by their number before that
-            duration_s = demands[-1].at_s
-        return _stretched(demands, duration_s, self.rate, self.path)
+        return _stretched(demands, part.lasts_s, self.rate, self.path)
 
     def _stream(self, rows_of: Rows) -> Stream:
         if self.format == "azure":
@@ -87,7 +84,7 @@ def azure(path: str | Path, rows_of: Rows, image_size: str = USUAL_SIZE) -> Stre
     columns = {"TIMESTAMP": "", "NumImages": "0", "ContextTokens": "", "GeneratedTokens": ""}
 
     def demand(stamp: str, images: str, context: str, generated: str) -> Demand:
-        number = _whole(images, "NumImages", MOST_ITEMS)
+        number = _whole(images, "NumImages", MOST_MEDIA)
         text = max(1, _whole(context, "ContextTokens") - number * rows)
         return Demand(since.moment(stamp), (picture,) * number, text, max(1, _whole(generated, "GeneratedTokens")))
 
@@ -143,18 +140,28 @@ def mooncake(path: str | Path) -> Stream:
 # ---- which part, and how fast
 
 
-def _cut(stream: Stream, start_s: float, duration_s: float | None, max_requests: int | None) -> Stream:
-    number = 0
-    for demand in stream:
-        at_s = demand.at_s - start_s
-        if at_s < 0:
-            continue
-        if duration_s is not None and at_s >= duration_s:
-            return
-        yield replace(demand, at_s=at_s) if start_s else demand
-        number += 1
-        if number == max_requests:
-            return
+class _Part:
+    """Of a recording: from its start on, so long, so many requests, or to its end. Once it is played, `lasts_s` is how
+    long it was."""
+
+    def __init__(self, stream: Stream, start_s: float, duration_s: float | None, max_requests: int | None) -> None:
+        self.lasts_s = 0.0
+        self._stream, self._start_s, self._duration_s, self._max_requests = stream, start_s, duration_s, max_requests
+
+    def __iter__(self) -> Stream:
+        number = 0
+        for demand in self._stream:
+            at_s = demand.at_s - self._start_s
+            if at_s < 0:
+                continue
+            if self._duration_s is not None and at_s >= self._duration_s:
+                self.lasts_s = self._duration_s
+                return
+            self.lasts_s = at_s
+            yield replace(demand, at_s=at_s) if self._start_s else demand
+            number += 1
+            if number == self._max_requests:
+                return
 
 
 def _stretched(demands: list[Demand], lasts_s: float, rate: float, path: str) -> list[Demand]:

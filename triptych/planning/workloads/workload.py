@@ -14,6 +14,7 @@ import numpy as np
 from msgspec import Meta, structs
 
 from triptych.errors import ConfigError
+from triptych.latency import Objectives
 from triptych.planning.quantities import PerSecond, PositiveSeconds
 from triptych.planning.workloads.arrivals import AllAtOnce, Arrivals, Floats, first_times, times_within
 from triptych.planning.workloads.demand import Demand, Rows
@@ -38,6 +39,11 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             raise ValueError("nothing is bounded; at least one of ttft, tpot and e2e is needed")
         if self.ttft is not None and self.e2e is not None and self.e2e < self.ttft:
             raise ValueError(f"e2e: {self.e2e} is less than ttft, {self.ttft}; at least that is needed")
+
+    @property
+    def objectives(self) -> Objectives:
+        limits = {"ttft_ms": self.ttft, "tpot_ms": self.tpot, "e2e_ms": self.e2e}
+        return Objectives(**{name: None if limit is None else float(limit) * 1e3 for name, limit in limits.items()})
 
 
 class Period(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,8 +87,11 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             return self.trace.rate
         return None if isinstance(self.arrivals, AllAtOnce | None) else float(self.arrivals.rate)
 
-    def at_rate(self, rate: float) -> Self:
-        """The same requests, faster or slower. Raises ConfigError where they cannot come at this rate."""
+    def at_rate(self, rate: float, where: str | None = None) -> Self:
+        """The same requests, faster or slower. `where` it was read, for messages.
+
+        Raises ConfigError where they cannot come at this rate.
+        """
         try:
             if self.trace is not None:
                 return structs.replace(self, trace=structs.replace(self.trace, rate=PerSecond(rate)))
@@ -90,7 +99,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ValueError("arrivals: requests that come all at once have no rate")
             return structs.replace(self, arrivals=structs.replace(self.arrivals, rate=PerSecond(rate)))
         except ValueError as error:
-            raise ConfigError(f"{self.name}: at {rate:g} req/s: {error}") from None
+            raise ConfigError(f"{where or self.name}: at {rate:g} req/s: {error}") from None
 
     def with_requests(self, number: int) -> Self:
         """With as many; phases say themselves how many come."""
