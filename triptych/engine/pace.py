@@ -50,7 +50,8 @@ class Pace:
         """Totals since the start: encode_steps, encode_tokens, encode_busy_s, ..."""
         totals: dict[str, float] = {}
         for stage, steps in self._steps.items():
-            totals |= zip(_COUNTED[stage], (steps.number, steps.tokens, steps.busy_s), strict=True)
+            number, tokens, busy_s = _COUNTED[stage]
+            totals[number], totals[tokens], totals[busy_s] = steps.number, steps.tokens, steps.busy_s
         return totals
 
     def of(self, stage: Stage) -> float:

@@ -17,11 +17,10 @@ def load_of(near: Surroundings, stages: StageGroup, pools: Pools, pace: Pace, co
         pace_s[stage] = token_s = pace.of(stage)
         work_s[stage] = machine.queued_tokens * token_s
     queues["leases"] = len(pools.leases)
-    by_region = {"kv": pools.kv, "embedding": pools.embeddings}
     return Load(
         instance=near.instance,
         queues=queues,
-        pools={name: pool.usage() for name, pool in by_region.items() if pool is not None},
+        pools=pools.usage(),
         work_s=work_s,
         counters=counters,
         pace_s=pace_s,

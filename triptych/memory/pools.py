@@ -6,6 +6,7 @@ from triptych.core import BlockHash, UnitHash
 from triptych.memory.embedding_cache import EmbeddingCache
 from triptych.memory.kv_cache import KVCache
 from triptych.memory.leases import Leases
+from triptych.messages import PoolUsage
 
 
 @dataclass(slots=True)
@@ -15,6 +16,15 @@ class Pools:
     leases: Leases
     kv: KVCache | None = None
     embeddings: EmbeddingCache | None = None
+
+    def usage(self) -> dict[str, PoolUsage]:
+        """By the region of memory that a pool divides."""
+        found: dict[str, PoolUsage] = {}
+        if self.kv is not None:
+            found["kv"] = self.kv.usage()
+        if self.embeddings is not None:
+            found["embedding"] = self.embeddings.usage()
+        return found
 
     def take_evicted_units(self) -> list[UnitHash]:
         """Those that were given up since the last call."""

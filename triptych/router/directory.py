@@ -26,7 +26,9 @@ class Directory:
 
     def num_cached_blocks(self, instance: InstanceId, hashes: BlockHashes) -> int:
         """Leading blocks of a prompt whose KV the instance seems to have."""
-        known = self._blocks[instance]
+        known = self._blocks.get(instance)
+        if not known or not hashes.blocks:  # as always without prefix caching
+            return 0
         return next((i for i, hash_ in enumerate(hashes.blocks) if hash_ not in known), len(hashes.blocks))
 
     def add_unit(self, unit: UnitHash, *instances: InstanceId) -> None:

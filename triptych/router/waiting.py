@@ -154,7 +154,9 @@ class WaitingRoom(Generic[T]):
         """The next one that may go to the instances, None if there is none: of the kind that has least with them.
         Each of its sequences counts for the window until `release`, and has its slot until `leave`."""
         waiting = [kind for kind in LIGHTEST_FIRST if self._lines[kind].num_waiting]
-        has_slot = bool(waiting) and self._has_slot
+        if not waiting:
+            return None
+        has_slot = self._has_slot
         for kind in sorted(waiting, key=lambda kind: self._lines[kind].place):
             line = self._lines[kind]
             if (has_slot or line.first.goes_on) and self._has_room(kind, line):

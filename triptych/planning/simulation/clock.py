@@ -1,9 +1,9 @@
 """Simulated time: events in the order of their times, equal times in the order in which they were made."""
 
-import heapq
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
 
 
@@ -28,13 +28,13 @@ class Clock:
     def at(self, time_s: float, action: Callable[..., None], *arguments: Any) -> Event:
         assert time_s >= self.now, f"an event at {time_s} s, it is {self.now} s already"
         event = Event(action, arguments)
-        heapq.heappush(self._heap, (time_s, next(self._order), event))
+        heappush(self._heap, (time_s, next(self._order), event))
         return event
 
     def after(self, seconds: float, action: Callable[..., None], *arguments: Any) -> Event:
         assert seconds >= 0, f"an event {-seconds} s ago"
         event = Event(action, arguments)
-        heapq.heappush(self._heap, (self.now + seconds, next(self._order), event))
+        heappush(self._heap, (self.now + seconds, next(self._order), event))
         return event
 
     @property
@@ -46,7 +46,7 @@ class Clock:
         """Until it says so, asked after each event, or until nothing is left to happen."""
         heap = self._heap
         while heap:
-            time_s, _, event = heapq.heappop(heap)
+            time_s, _, event = heappop(heap)
             if event.action is None:
                 continue
             self.now = time_s

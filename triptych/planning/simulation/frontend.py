@@ -237,7 +237,10 @@ class SimulatedFrontend:
         else:
             self.heard.reports += 1
             seconds = self._costs.server_report
-        self._server.run(seconds, self._handle, message)
+        if self._server.takes_time:
+            self._server.run(seconds, self._handle, message)
+        else:
+            self._handle(message)
 
     def _handle(self, message: AnyMessage) -> None:
         if isinstance(message, Tokens):

@@ -409,18 +409,17 @@ class SimulatedInstance:
     def _begin_decodes(self, chunks: list[Chunk]) -> None:
         context = sum([chunk.start for chunk in chunks])
         if self._host is None:
-            self._begin_row(chunks, context)
+            left = num_left(chunks)
+            self._begin_row(chunks, context, left, self._silent_steps(chunks, left))
         else:  # one step after the other: others change how long it takes
             self._step(Stage.DECODE, self._costs.decode_s(len(chunks), context), self._decoded_once, chunks)
 
-    def _begin_row(self, chunks: list[Chunk], context: int) -> None:
+    def _begin_row(self, chunks: list[Chunk], context: int, left: list[int], silent: list[int]) -> None:
         self._wake_up(Stage.DECODE)
         owed_s = self._take_owed_s()
-        left = num_left(chunks)
         times = StepTimes(self._costs.decode_s(len(chunks), context), self._costs.decode_growth_s(len(chunks)))
         num_steps = 1 if owed_s else self._num_equal_steps(times, len(chunks), min(left))
-        silent = self._silent_steps(chunks, left)
-        self._row = DecodeRow(times, self._clock.now + owed_s, chunks, context, num_steps, silent)
+        self._row = DecodeRow(times, self._clock.now + owed_s, chunks, context, num_steps, left, silent)
         self._later(times.seconds(num_steps) + owed_s, self._decoded)
 
     def _decoded_once(self, chunks: list[Chunk], began_s: float) -> None:
@@ -481,7 +480,9 @@ class SimulatedInstance:
             self._flush()
             self._report(busy=True)
             self._metronome.stepped(self._working_on, self._clock.now)
-            self._begin_row(row.chunks, row.context + row.num_steps * len(row.chunks))
+            left = [number - row.num_steps for number in row.left]
+            silent = row.silent if self._network.follows_tokens else [number - 1 for number in left]
+            self._begin_row(row.chunks, row.context + row.num_steps * len(row.chunks), left, silent)
         else:
             self._end_turn(busy=True)
 

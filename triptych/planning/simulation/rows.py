@@ -49,6 +49,7 @@ class DecodeRow:
     chunks: list[Chunk]
     context: int
     num_steps: int
+    left: list[int]  # steps until the sequence of each chunk ends, as `num_left` says before the row
     silent: list[int]  # steps after which nobody has to hear of a token of each chunk
 
     def num_begun(self, elapsed_s: float) -> int:

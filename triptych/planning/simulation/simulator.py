@@ -304,7 +304,7 @@ class Simulation:
 def _few_collections() -> Iterator[None]:
     """Next to nothing here refers to itself: looking for it at the usual pace takes a tenth of all time."""
     usual = gc.get_threshold()
-    gc.set_threshold(100_000, *usual[1:])
+    gc.set_threshold(1_000_000, *usual[1:])
     try:
         yield
     finally:
